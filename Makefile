@@ -1,0 +1,36 @@
+# Each target does all its own set-up in $(VENV); nothing outside it is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.installed  ## a picture, a video and a mixed batch through the whole stack (MODEL=<dir or hub id>)
+	$(BIN)/python -m keye_model demo $(if $(MODEL),--model "$(MODEL)")
+
+test: $(VENV)/.installed-test  ## the test suite
+	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
+	$(BIN)/python -m pytest benchmarks
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@

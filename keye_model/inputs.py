@@ -1,0 +1,97 @@
+"""What the processor makes and the model reads: host tensors, grids and lengths as host values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GridTHW = tuple[int, int, int]  # frames, rows, columns of patches
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, placeholders already expanded, with the patches of its images and videos.
+
+    The k-th image's patches belong to the k-th run of image placeholders, and so for videos.
+
+    Attributes:
+        input_ids: [num_tokens], int64, on the host.
+        pixel_values: [num_image_patches, 3, patch, patch], uint8 (raw bytes) or float (already
+            normalised); None if there is no image. Images in reading order, patches in raster
+            order (frame, row, column).
+        image_grid_thw: One (1, rows, columns) per image, in patches.
+        pixel_values_videos, video_grid_thw: The same for videos. A video is one row (frames, rows,
+            columns) for 8B-Preview, and one row for each run of equally large frames for 1.5.
+        second_per_grid_ts: Seconds between frames, one for each video row. Read by 8B-Preview's
+            temporal positions only; empty means 1.0, as in the published model code.
+    """
+
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    image_grid_thw: tuple[GridTHW, ...] = ()
+    pixel_values_videos: torch.Tensor | None = None
+    video_grid_thw: tuple[GridTHW, ...] = ()
+    second_per_grid_ts: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        ids = self.input_ids
+        if ids.dim() != 1 or ids.dtype != torch.int64 or ids.numel() == 0:
+            raise ValueError(
+                "input_ids must be a non-empty [num_tokens] int64 tensor, got shape "
+                f"{tuple(ids.shape)} and {ids.dtype}"
+            )
+        _check_patches("pixel_values", self.pixel_values, "image_grid_thw", self.image_grid_thw)
+        _check_patches(
+            "pixel_values_videos", self.pixel_values_videos, "video_grid_thw", self.video_grid_thw
+        )
+        if self.second_per_grid_ts and len(self.second_per_grid_ts) != len(self.video_grid_thw):
+            raise ValueError(
+                f"second_per_grid_ts must have one value for each of {len(self.video_grid_thw)} "
+                f"rows of video_grid_thw, got {len(self.second_per_grid_ts)}"
+            )
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """Several requests as one packed sequence: nothing padded, requests one after another.
+
+    Attributes:
+        input_ids: [num_tokens], int64, host.
+        seqlens: Tokens of each request; they sum to num_tokens.
+        positions: [3, num_tokens], int64, host: (t, h, w) of each token.
+        next_positions: For each request, the position of its first generated token.
+        pixel_values, image_grid_thw: All requests' images, in order.
+        image_index: [num_image_tokens], int64, host: the token each image feature replaces.
+        pixel_values_videos, video_grid_thw, video_index: The same for videos.
+    """
+
+    input_ids: torch.Tensor
+    seqlens: tuple[int, ...]
+    positions: torch.Tensor
+    next_positions: tuple[int, ...]
+    pixel_values: torch.Tensor | None
+    image_grid_thw: tuple[GridTHW, ...]
+    image_index: torch.Tensor
+    pixel_values_videos: torch.Tensor | None
+    video_grid_thw: tuple[GridTHW, ...]
+    video_index: torch.Tensor
+
+
+def _check_patches(
+    name: str, pixels: torch.Tensor | None, grid_name: str, grid_thw: tuple[GridTHW, ...]
+) -> None:
+    for row in grid_thw:
+        if len(row) != 3 or any(type(size) is not int or size < 1 for size in row):
+            raise ValueError(
+                f"{grid_name} must hold rows of three positive integers (t, h, w), got {row}"
+            )
+    expected = sum(t * h * w for t, h, w in grid_thw)
+    if pixels is None and expected == 0:
+        return
+    shape = None if pixels is None else tuple(pixels.shape)
+    if shape is None or len(shape) != 4 or shape[0] != expected or shape[1] != 3:
+        raise ValueError(
+            f"{name} must have shape ({expected}, 3, patch, patch) to match {grid_name}, "
+            f"got {shape}"
+        )
