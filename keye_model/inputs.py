@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 GridTHW = tuple[int, int, int]  # frames, rows, columns of patches
+Grid = tuple[GridTHW, ...]
 
 
 @dataclass(frozen=True)
@@ -95,3 +99,28 @@ def _check_patches(
             f"{name} must have shape ({expected}, 3, patch, patch) to match {grid_name}, "
             f"got {shape}"
         )
+
+
+def host_grid(name: str, grid_thw: torch.Tensor | Sequence[Sequence[int]] | None) -> Grid:
+    """A grid argument of any public spelling as host rows: the one place where grids are read.
+
+    Args:
+        name: The argument's name, for the error.
+        grid_thw: [num_rows, 3] integers, a tensor or nested sequences; None is no rows. A tensor
+            on a GPU is copied to the host here, once, which waits for the work queued before it.
+
+    Raises:
+        ValueError: It is not rows of three positive integers.
+    """
+    if grid_thw is None:
+        return ()
+    rows = grid_thw.tolist() if isinstance(grid_thw, (torch.Tensor, np.ndarray)) else grid_thw
+    try:
+        grid = tuple((operator.index(t), operator.index(h), operator.index(w)) for t, h, w in rows)
+    except (TypeError, ValueError):
+        grid = None
+    if grid is None or any(size < 1 for row in grid for size in row):
+        raise ValueError(
+            f"{name} must hold rows of three positive integers (t, h, w), got {grid_thw}"
+        )
+    return grid
