@@ -13,6 +13,8 @@ import binascii
 import io
 import math
 import os
+import struct
+import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +28,9 @@ MIN_PIXELS = 4 * 28 * 28  # helper's default bound for images, both releases
 MAX_PIXELS = {"1.0": 16384 * 28 * 28, "1.5": 20480 * 28 * 28}  # by keye-vl-utils release
 MAX_IMAGE_BYTES = 256 << 20
 FETCH_TIMEOUT = 60.0  # seconds
+# What Pillow's decoders raise on broken files; each format has its own habits.
+_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError)
+_BROKEN += (struct.error, zlib.error)
 _SHORTEST_BASE64 = 64  # characters; a shorter string is taken for the name of a missing file
 
 
@@ -64,7 +69,7 @@ def load_image(
         image = _open(_read(source, name, local_files_only), name)
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
+    except _BROKEN as error:
         raise ValueError(f"image must be a complete image file, got {name}: {error}") from error
     if image.mode == "RGBA" and alpha == "white":
         canvas = Image.new("RGB", image.size, (255, 255, 255))
@@ -322,6 +327,8 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise ValueError(f"image must be an image file that Pillow can read, got {name}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"image must have at most {limit} pixels, got {name}: {error}") from error
+    except _BROKEN as error:
+        raise ValueError(f"image must be a complete image file, got {name}: {error}") from error
     if limit is not None and image.width * image.height > limit:
         raise ValueError(
             f"image must have at most {limit} pixels, got {image.width}x{image.height} in {name}"
