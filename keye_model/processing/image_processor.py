@@ -82,11 +82,13 @@ class KeyeImageProcessor:
             )
         size = raw.get("size") or {}  # how converted checkpoints spell the bounds
         found = {
-            "min_pixels": min_pixels or raw.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": max_pixels or raw.get("max_pixels") or size.get("longest_edge"),
+            "min_pixels": raw.get("min_pixels", size.get("shortest_edge")),
+            "max_pixels": raw.get("max_pixels", size.get("longest_edge")),
             **{key: raw.get(key) for key in ("patch_size", "merge_size", "resample")},
             **{key: raw.get(key) for key in ("image_mean", "image_std")},
         }
+        asked = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        found |= {key: value for key, value in asked.items() if value is not None}
         if version is None:
             classes = f"{raw.get('processor_class')} {raw.get('image_processor_type')}"
             version = "1.5" if "1_5" in classes else "1.0"
