@@ -1,0 +1,43 @@
+"""Kernels for Keye-VL and other vision-language models.
+
+All tensors are packed: one row per token, no padding. fp32, fp16 and bf16 come in, the same dtype
+goes out, arithmetic inside is fp32; each op's docstring names its rounding points. Ops are
+forward-only: a tensor that requires a gradient raises RuntimeError while grad mode is on.
+
+`reference` holds the definition of every op in plain PyTorch, under the same name. `backends()`
+tells which implementation serves each op, `use_backend` and the environment variable
+KEYE_KERNELS_BACKEND choose another.
+"""
+
+from keye_kernels import reference
+from keye_kernels._backends import backends, use_backend
+from keye_kernels.activation import gelu, silu_mul
+from keye_kernels.merge_patches import merge_patches
+from keye_kernels.norm import layer_norm, rms_norm
+from keye_kernels.paged_attention import paged_decode_attention, paged_prefill_attention
+from keye_kernels.patch_embed import patch_embed
+from keye_kernels.rope import mrope_, qk_norm_mrope_store, rope_2d_
+from keye_kernels.sampling import sample
+from keye_kernels.varlen_attention import varlen_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "backends",
+    "gelu",
+    "layer_norm",
+    "merge_patches",
+    "mrope_",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "patch_embed",
+    "qk_norm_mrope_store",
+    "reference",
+    "rms_norm",
+    "rope_2d_",
+    "sample",
+    "silu_mul",
+    "use_backend",
+    "varlen_attention",
+]

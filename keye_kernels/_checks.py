@@ -1,0 +1,123 @@
+"""Checks of arguments, before any work. Messages read `<argument> must <rule>, got <value>`.
+
+The functions on tensors look at metadata only. Those on lists look at contents; the reference,
+which has the contents on the host, calls them.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Grid = Sequence[Sequence[int]] | torch.Tensor
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: Sequence[int | None],
+    dtype: torch.dtype | Sequence[torch.dtype],
+    device: torch.device | None = None,
+    *,
+    contiguous: bool = False,
+) -> None:
+    """Check kind, shape (None: any size), dtype, device, layout, and that no gradient is wanted.
+
+    The layout asked for is a contiguous last dim; with ``contiguous`` the whole tensor.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or any(
+        want is not None and have != want for have, want in zip(sizes, shape, strict=True)
+    ):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
+    if tensor.dtype != dtype and (isinstance(dtype, torch.dtype) or tensor.dtype not in dtype):
+        wanted = dtype if isinstance(dtype, torch.dtype) else " or ".join(map(str, dtype))
+        raise ValueError(f"{name} must have dtype {wanted}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on device {device}, got {tensor.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if sizes[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dim, got strides {tensor.stride()}"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} must not require a gradient: keye_kernels is forward-only, "
+            "call it under torch.inference_mode() or torch.no_grad(), got requires_grad=True"
+        )
+
+
+def check_divides(name: str, value: int, divisor: int) -> None:
+    """Check that ``value`` is a positive multiple of ``divisor``."""
+    if value <= 0 or value % divisor:
+        raise ValueError(f"{name} must be a positive multiple of {divisor}, got {value}")
+
+
+def flatten_grid(grid_thw: Grid, num_tokens: int, *, merge_size: int = 1) -> list[int]:
+    """Check rows (t, h, w) against the number of patches and return them one after the other."""
+    if isinstance(grid_thw, torch.Tensor):
+        if grid_thw.device.type != "cpu":
+            raise ValueError(
+                f"grid_thw must be a list or a CPU tensor, got a tensor on {grid_thw.device}"
+            )
+        grid_thw = grid_thw.tolist()
+    flat: list[int] = []
+    total = 0
+    for row in grid_thw:
+        if len(row) != 3 or any(not isinstance(size, int) or size < 1 for size in row):
+            raise ValueError(f"grid_thw must hold rows of positive ints (t, h, w), got {row}")
+        t, h, w = row
+        if h % merge_size or w % merge_size:
+            raise ValueError(
+                f"grid_thw must hold h and w that divide by merge_size {merge_size}, got {row}"
+            )
+        flat += (t, h, w)
+        total += t * h * w
+    if total != num_tokens:
+        raise ValueError(f"grid_thw must add up to the {num_tokens} patches given, got {total}")
+    return flat
+
+
+def grid_rows(flat_grid: list[int]) -> list[list[int]]:
+    """Undo ``flatten_grid``."""
+    return [flat_grid[i : i + 3] for i in range(0, len(flat_grid), 3)]
+
+
+def check_cu_seqlens(
+    name: str, cu_seqlens: list[int], num_tokens: int, max_seqlen: int | None = None
+) -> None:
+    """Check prefix sums of sequence lengths against the packed tensor they describe."""
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
+        raise ValueError(
+            f"{name} must start at 0 and end at {num_tokens} tokens, "
+            f"got {cu_seqlens[0]} to {cu_seqlens[-1]}"
+        )
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"{name} must not decrease, got {cu_seqlens}")
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
+        max_name = name.replace("cu_seqlens", "max_seqlen")
+        raise ValueError(f"{max_name} must be at least {max(lengths)}, got {max_seqlen}")
+
+
+def check_range(name: str, values: list[int], low: int, high: int) -> None:
+    """Check low <= value < high for each."""
+    if values and not (low <= min(values) and max(values) < high):
+        worst = min(values) if min(values) < low else max(values)
+        raise ValueError(f"{name} must hold values in [{low}, {high}), got {worst}")
+
+
+def check_attention_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Check the head counts and the head size that every attention op accepts."""
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a positive multiple of num_kv_heads {num_kv_heads}, got {num_heads}"
+        )
+    if head_dim < 8 or head_dim % 8 or head_dim > 256:
+        raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {head_dim}")

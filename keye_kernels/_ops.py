@@ -1,0 +1,53 @@
+"""Registration of the ops under the ``torch.library`` namespace ``keye``.
+
+Every op writes into tensors its caller allocated and returns nothing. So the fake does nothing
+either, ``out=`` costs no copy, and in-place ops look like all others.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from keye_kernels import _backends
+
+_library = torch.library.Library("keye", "DEF")
+
+
+def _positional(function: Callable[..., object], names: list[str]) -> Callable[..., None]:
+    """Give keyword-only parameters of ``function`` by position, in the order of ``names``."""
+    parameters = inspect.signature(function).parameters
+    keywords = [name for name in names if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY]
+    split = len(names) - len(keywords)
+
+    def call(*args: object) -> None:
+        function(*args[:split], **dict(zip(keywords, args[split:], strict=True)))
+
+    return call
+
+
+def define_op(schema: str, reference: Callable[..., object]) -> torch._ops.OpOverload:
+    """Register the op of ``schema``, served by ``reference`` until a kernel is registered too.
+
+    ``reference`` takes the arguments of the schema under the same names. An implementation
+    registered later with ``_backends.register`` takes them by position.
+
+    Library.impl rather than custom_op: 1.4 µs per call instead of 3 to 12, and a decode step
+    makes about ten calls per layer.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.keye, name).default
+    reference = _positional(reference, [argument.name for argument in op._schema.arguments])
+    _backends.register(name, "reference", reference, device_types=("cpu", "cuda"))
+
+    def run_cpu(*args: object) -> None:
+        _backends.find(name, "cpu")(*args)
+
+    def run_cuda(*args: object) -> None:
+        _backends.find(name, "cuda")(*args)
+
+    _library.impl(name, run_cpu, "CPU")
+    _library.impl(name, run_cuda, "CUDA")
+    torch.library.register_fake(f"keye::{name}", lambda *_: None, lib=_library)
+    return op

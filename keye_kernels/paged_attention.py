@@ -1,0 +1,158 @@
+"""Causal attention over a paged key/value cache: prefill of new tokens, and decode."""
+
+import torch
+
+from keye_kernels import reference
+from keye_kernels._checks import FLOAT_DTYPES, check_attention_heads, check_divides, check_tensor
+from keye_kernels._ops import define_op
+
+_paged_prefill_attention_op = define_op(
+    "paged_prefill_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+    "Tensor cu_seqlens_q, Tensor cache_seqlens, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float softmax_scale, Tensor(a!) out) -> ()",
+    reference=reference.paged_prefill_attention,
+)
+_paged_decode_attention_op = define_op(
+    "paged_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+    "Tensor cache_seqlens, float softmax_scale, SymInt max_seqlen_k, Tensor(a!) out) -> ()",
+    reference=reference.paged_decode_attention,
+)
+
+
+def _check_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    max_seqlen_k: int,
+    out: torch.Tensor | None,
+) -> None:
+    check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
+    _, num_heads, head_dim = q.shape
+    check_tensor("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
+    check_tensor("v_cache", v_cache, k_cache.shape, q.dtype, q.device)
+    check_attention_heads(num_heads, k_cache.shape[2], head_dim)
+    page_size = k_cache.shape[1]
+    check_divides("page_size", page_size, 16)
+    check_tensor("block_table", block_table, (None, None), torch.int32, q.device)
+    batch_size, max_pages = block_table.shape
+    check_tensor("cache_seqlens", cache_seqlens, (batch_size,), torch.int32, q.device)
+    if max_seqlen_k > max_pages * page_size:
+        raise ValueError(
+            f"max_seqlen_k must be at most the {max_pages * page_size} tokens that block_table can "
+            f"name, got {max_seqlen_k}"
+        )
+    if out is not None:
+        check_tensor("out", out, q.shape, q.dtype, q.device)
+
+
+def paged_prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend causally from the last tokens of each sequence to all of it, read from the cache.
+
+    The keys and values of the new tokens are in the cache already. So one call serves a whole
+    prompt, a chunk of one, and the rest of one whose beginning was cached before.
+
+    Args:
+        q: [num_tokens, num_heads, head_dim], fp32 / fp16 / bf16, packed; the queries of a sequence
+            are its last tokens. head_dim a multiple of 8 up to 256. Any strides with a contiguous
+            last dim.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], dtype of ``q``, pages in
+            any order, page_size a multiple of 16. Rows past cache_seqlens are never read.
+        block_table: [batch_size, max_pages] int32, pages of each sequence in order. Entries past
+            the last page in use are never read.
+        cu_seqlens_q: [batch_size + 1] int32, starts of the sequences in ``q``, first 0, last
+            num_tokens.
+        cache_seqlens: [batch_size] int32, tokens in the cache, the new ones included; at least the
+            number of queries.
+        max_seqlen_q, max_seqlen_k: Longest in queries and in cached tokens, or more.
+        softmax_scale: Factor on q k^T, default head_dim ** -0.5.
+        out: Like ``q``.
+
+    Returns:
+        [num_tokens, num_heads, head_dim], dtype of ``q``, contiguous. Scores and softmax in fp32.
+
+    Raises:
+        ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the
+            contents of cu_seqlens_q, cache_seqlens or the part of block_table in use do.
+    """
+    _check_paged(q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, out)
+    batch_size = block_table.shape[0]
+    check_tensor("cu_seqlens_q", cu_seqlens_q, (batch_size + 1,), torch.int32, q.device)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if q.shape[0] > 0:
+        scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+        _paged_prefill_attention_op(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            cu_seqlens_q,
+            cache_seqlens,
+            max_seqlen_q,
+            max_seqlen_k,
+            scale,
+            out,
+        )
+    return out
+
+
+def paged_decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    max_seqlen_k: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend from one new token per sequence to all of the sequence, read from the cache.
+
+    Args:
+        q: [batch_size, num_heads, head_dim], fp32 / fp16 / bf16, head_dim a multiple of 8 up to
+            256. Any strides with a contiguous last dim.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], dtype of ``q``, pages in
+            any order, page_size a multiple of 16. Rows past cache_seqlens are never read.
+        block_table: [batch_size, max_pages] int32, pages of each sequence in order. Entries past
+            the last page in use are never read.
+        cache_seqlens: [batch_size] int32, tokens in the cache, the new one included. A row with 0
+            (padding of a batch) gives 0.
+        softmax_scale: Factor on q k^T, default head_dim ** -0.5.
+        max_seqlen_k: Longest in cached tokens, or more.
+        out: Like ``q``.
+
+    Returns:
+        [batch_size, num_heads, head_dim], dtype of ``q``, contiguous. Scores and softmax in fp32.
+
+    Raises:
+        ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the
+            contents of cache_seqlens or the part of block_table in use do.
+    """
+    _check_paged(q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, out)
+    if q.shape[0] != block_table.shape[0]:
+        raise ValueError(
+            f"q must have one row per row of block_table ({block_table.shape[0]}), got {q.shape[0]}"
+        )
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if q.shape[0] > 0:
+        scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+        _paged_decode_attention_op(
+            q, k_cache, v_cache, block_table, cache_seqlens, scale, max_seqlen_k, out
+        )
+    return out
