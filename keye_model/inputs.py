@@ -124,3 +124,10 @@ def host_grid(name: str, grid_thw: torch.Tensor | Sequence[Sequence[int]] | None
             f"{name} must hold rows of three positive integers (t, h, w), got {grid_thw}"
         )
     return grid
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Host values on `device`; to a GPU from pinned memory, without waiting for its queue."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
