@@ -50,7 +50,7 @@ class KeyeModel(nn.Module):
         return self.language_model(hidden, positions, cache, step)
 
     def embed(
-        self, packed: PackedInputs, *, max_patches_per_call: int = MAX_PATCHES_PER_CALL
+        self, packed: PackedInputs, max_patches_per_call: int = MAX_PATCHES_PER_CALL
     ) -> torch.Tensor:
         """Embed packed requests, vision features in the place of their placeholders.
 

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from keye_model.cache import PagedCache
-from keye_model.config import PREVIEW, V1_5, KeyeConfig, Variant
-from keye_model.inputs import PackedInputs, Request
+from keye_model.cache import PagedCache, scratch_cache
+from keye_model.config import PREVIEW, KeyeConfig, Variant
+from keye_model.inputs import Request
 from keye_model.model import KeyeModel
 from keye_model.positions import pack
 from keye_model.weights import load_model, tensor_shapes
@@ -123,12 +123,7 @@ class TinyKeye(nn.Module):
     def logits(self, *requests: Request) -> torch.Tensor:
         """[num_tokens, vocab_size] of all requests, packed, in one pass without a kept cache."""
         packed = pack(requests, self.config)
-        cache, step = PagedCache.for_single_pass(
-            self.config.text_config,
-            packed.seqlens,
-            dtype=self.model.dtype,
-            device=self.model.device,
-        )
+        cache, step = scratch_cache(self.config.text_config, packed.seqlens, self.lm_head.weight)
         hidden = self.model.embed(packed)
         positions = packed.positions.to(self.model.device)
         return self.lm_head(self.model(hidden, positions, cache, step))
@@ -203,10 +198,3 @@ def g4() -> Request:
         pixel_values_videos=pixels("pixel_values_videos", 36),
         video_grid_thw=((1, 4, 4), (1, 2, 2), (1, 4, 4)),
     )
-
-
-def packed(config: KeyeConfig, *requests: Request) -> PackedInputs:
-    return pack(requests, config)
-
-
-__all__ = ["PREVIEW", "V1_5"]
