@@ -93,6 +93,24 @@ class PagedCache:
         self._sequences: dict[int, _Sequence] = {}
         self._handles = itertools.count()
 
+    @classmethod
+    def for_single_pass(
+        cls,
+        config: KeyeTextConfig,
+        seqlens: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> tuple[PagedCache, CacheStep]:
+        """A cache that all layers share, for one pass over whole sequences, and its step.
+
+        Each layer writes all its keys and values before it reads them, so what the layer before
+        it left there is never seen.
+        """
+        num_pages = sum(-(-length // PAGE_SIZE) for length in seqlens)
+        cache = cls(config, num_pages, dtype=dtype, device=device, num_layers=1)
+        return cache, cache.step([cache.add() for _ in seqlens], seqlens)
+
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, [num_pages, page_size, num_kv_heads, head_dim] each."""
         index = index if self.k.shape[0] > 1 else 0
@@ -194,21 +212,3 @@ class PagedCache:
         if handle not in self._sequences:
             raise ValueError(f"handle must be of a sequence in the cache, got {handle}")
         return self._sequences[handle]
-
-
-def scratch_cache(
-    config: KeyeTextConfig, seqlens: Sequence[int], like: torch.Tensor
-) -> tuple[PagedCache, CacheStep]:
-    """A cache that all layers share, for one pass over whole sequences, and its step.
-
-    Each layer writes all its keys and values before it reads them, so what the layer before it
-    left there is never seen.
-
-    Args:
-        config: Of the decoder.
-        seqlens: Tokens of each sequence.
-        like: Gives dtype and device.
-    """
-    num_pages = sum(-(-length // PAGE_SIZE) for length in seqlens)
-    cache = PagedCache(config, num_pages, dtype=like.dtype, device=like.device, num_layers=1)
-    return cache, cache.step([cache.add() for _ in seqlens], seqlens)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from keye_model.cache import PagedCache, scratch_cache
+from keye_model.cache import PagedCache
 from keye_model.config import PREVIEW, KeyeConfig, Variant
 from keye_model.inputs import Request
 from keye_model.model import KeyeModel
@@ -123,7 +123,12 @@ class TinyKeye(nn.Module):
     def logits(self, *requests: Request) -> torch.Tensor:
         """[num_tokens, vocab_size] of all requests, packed, in one pass without a kept cache."""
         packed = pack(requests, self.config)
-        cache, step = scratch_cache(self.config.text_config, packed.seqlens, self.lm_head.weight)
+        cache, step = PagedCache.for_single_pass(
+            self.config.text_config,
+            packed.seqlens,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
         hidden = self.model.embed(packed)
         positions = packed.positions.to(self.model.device)
         return self.lm_head(self.model(hidden, positions, cache, step))
