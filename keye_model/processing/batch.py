@@ -39,3 +39,49 @@ class BatchFeature(dict):
                 pixels = name.startswith("pixel_values") and value.is_floating_point()
                 self[name] = value.to(device=device, dtype=dtype if pixels else None)
         return self
+
+
+def pad(
+    rows: list[list[int]],
+    pad_id: int,
+    padding: bool | str,
+    *,
+    padding_side: str,
+    return_tensors: str | None,
+) -> BatchFeature:
+    """Rows of ids as ``input_ids`` and ``attention_mask``, filled up to equal length if asked.
+
+    Args:
+        rows: At least one.
+        padding: True or "longest" fills with ``pad_id`` at ``padding_side``, "left" or "right".
+        return_tensors: "pt" for [batch_size, num_tokens] int64, None for lists.
+
+    Raises:
+        ValueError: Unequal rows without padding for tensors, or an argument is none of the above.
+    """
+    if padding not in (True, False, "longest"):
+        raise ValueError(f"padding must be True, False or 'longest', got {padding!r}")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    if return_tensors not in ("pt", None):
+        raise ValueError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
+    if not rows:
+        raise ValueError("text must hold at least one prompt, got none")
+    lengths = [len(row) for row in rows]
+    masks = [[1] * length for length in lengths]
+    if padding:
+        left = padding_side == "left"
+        gaps = [max(lengths) - length for length in lengths]
+        rows = [_fill(row, pad_id, gap, left) for row, gap in zip(rows, gaps, strict=True)]
+        masks = [_fill(mask, 0, gap, left) for mask, gap in zip(masks, gaps, strict=True)]
+    elif return_tensors == "pt" and min(lengths) != max(lengths):
+        raise ValueError(
+            f"padding must be True for prompts of unequal length, got lengths {lengths}"
+        )
+    if return_tensors is None:
+        return BatchFeature(input_ids=rows, attention_mask=masks)
+    return BatchFeature(input_ids=torch.tensor(rows), attention_mask=torch.tensor(masks))
+
+
+def _fill(row: list[int], value: int, gap: int, left: bool) -> list[int]:
+    return [value] * gap + row if left else row + [value] * gap

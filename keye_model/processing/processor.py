@@ -1,0 +1,417 @@
+"""Messages, pictures and videos → what the model reads: the whole host side in one object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from keye_model.config import KeyeConfig
+from keye_model.hub import locate, read_json
+from keye_model.inputs import Request
+from keye_model.processing import tokenizer as text_side
+from keye_model.processing.batch import BatchFeature, pad
+from keye_model.processing.chat import (
+    Thinking,
+    add_thinking,
+    normalize_messages,
+    read_template,
+    render,
+    vision_items,
+)
+from keye_model.processing.expansion import Placeholders
+from keye_model.processing.image import fetch_image
+from keye_model.processing.image_processor import KeyeImageProcessor
+from keye_model.processing.patches import ImagePatches, VideoPatches
+from keye_model.processing.tokenizer import TokenIds
+from keye_model.processing.video import KeyeVideoProcessor
+
+Messages = Sequence[dict[str, Any]]
+
+# What process_vision_info returns beside the videos, by release of keye-vl-utils.
+_VIDEO_KEYWORDS = {
+    "1.0": ("fps",),
+    "1.5": ("height", "width", "fast_height", "fast_width", "timestamps", "frame_types"),
+}
+
+
+class KeyeProcessor:
+    """Prepares requests for either line; reads no weights.
+
+    Attributes:
+        config: The checkpoint's `KeyeConfig`.
+        tokenizer: A ``tokenizers.Tokenizer``.
+        image_processor, video_processor: Their attributes may be set, ``max_pixels`` for one.
+        chat_template: Source of the jinja2 template in use.
+        token_ids: Placeholder, padding and end ids.
+    """
+
+    def __init__(
+        self,
+        config: KeyeConfig,
+        tokenizer: Tokenizer,
+        token_ids: TokenIds,
+        image_processor: KeyeImageProcessor,
+        video_processor: KeyeVideoProcessor,
+        *,
+        chat_template: str,
+        clean_up_tokenization_spaces: bool = False,
+        local_files_only: bool = False,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.token_ids = token_ids
+        self.image_processor = image_processor
+        self.video_processor = video_processor
+        self.chat_template = chat_template
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        self.local_files_only = local_files_only
+        self._reserved = text_side.reserved_tokens(tokenizer)
+        self._placeholders = Placeholders(
+            tokenizer, token_ids, config.vision_config.spatial_merge_size, config.variant
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        local_files_only: bool = False,
+    ) -> KeyeProcessor:
+        """Read a checkpoint's configuration, tokenizer, pixel rules and chat template.
+
+        Args:
+            path_or_id: A directory in the layout of the Hub, or a Hub id.
+            min_pixels, max_pixels: Instead of the bounds of `preprocessor_config.json`.
+            local_files_only: Never touch the network, for the checkpoint or for a picture's URL.
+
+        Raises:
+            FileNotFoundError: The checkpoint or one of its files is missing.
+            ValueError: A file is not what it should be, or the tokenizer lacks a token of the
+                model's line.
+        """
+        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
+        config = KeyeConfig.from_pretrained(directory, local_files_only=local_files_only)
+        tokenizer = text_side.load_tokenizer(directory)
+        token_ids = TokenIds.read(tokenizer, config, directory)
+        image_processor = KeyeImageProcessor.from_pretrained(
+            directory,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            version=config.variant.video_version,
+            local_files_only=local_files_only,
+        )
+        vision = config.vision_config
+        for name, expected in (
+            ("patch_size", vision.patch_size),
+            ("merge_size", vision.spatial_merge_size),
+        ):
+            if getattr(image_processor, name) != expected:
+                raise ValueError(
+                    f"preprocessor_config.json must have {name} {expected} like config.json, got "
+                    f"{getattr(image_processor, name)}"
+                )
+        words = read_json(directory, "tokenizer_config.json", required=False) or {}
+        return cls(
+            config,
+            tokenizer,
+            token_ids,
+            image_processor,
+            KeyeVideoProcessor(
+                image_processor,
+                version=config.variant.video_version,
+                local_files_only=local_files_only,
+            ),
+            chat_template=read_template(directory),
+            clean_up_tokenization_spaces=bool(words.get("clean_up_tokenization_spaces")),
+            local_files_only=local_files_only,
+        )
+
+    def request(
+        self,
+        messages: Messages,
+        *,
+        thinking: Thinking = "auto",
+        add_generation_prompt: bool = True,
+        add_vision_id: bool = False,
+    ) -> Request:
+        """Turn one conversation into what the model reads, pixels as raw bytes.
+
+        Pictures are resized as keye-vl-utils and then as the checkpoint's processor do. A video's
+        own settings (``fps``, ``nframes``, …) stand in its message item.
+
+        Args:
+            messages: As for `normalize_messages`; every image and video names its source.
+            thinking: True and False glue ``/think`` or ``/no_think`` to the last user text.
+            add_generation_prompt: Open the assistant's turn at the end.
+            add_vision_id: Number the pictures and videos: ``Picture 1: ``.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError, RuntimeError: A message or a source is wrong;
+                see `normalize_messages` and `load_image`.
+        """
+        text, images, videos = self._prepare(
+            messages, thinking, add_generation_prompt, add_vision_id
+        )
+        [ids] = self._placeholders.expand([text], images, videos)
+        timed = self.config.variant.timed_positions
+        return Request(
+            input_ids=torch.tensor(ids),
+            pixel_values=torch.cat([image.pixels for image in images]) if images else None,
+            image_grid_thw=tuple(image.grid_thw for image in images),
+            pixel_values_videos=torch.cat([video.pixels for video in videos]) if videos else None,
+            video_grid_thw=tuple(row for video in videos for row in video.grid_thw),
+            second_per_grid_ts=tuple(v.seconds_per_frame for v in videos) if timed else (),
+        )
+
+    def requests(self, conversations: Sequence[Messages], **options: Any) -> list[Request]:
+        """One `request` for each conversation; ``options`` as there, the same for all."""
+        return [self.request(messages, **options) for messages in conversations]
+
+    def __call__(
+        self,
+        *,
+        text: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        padding: bool | str = False,
+        padding_side: str = "left",
+        return_tensors: str | None = "pt",
+        **video_kwargs: Any,
+    ) -> BatchFeature:
+        """Turn rendered prompts and loaded pictures into a batch, as Hugging Face processors do.
+
+        Each ``<|image_pad|>`` and ``<|video_pad|>`` in the texts stands for one picture or video,
+        in order over the whole batch, and is expanded here.
+
+        Args:
+            text: One prompt or several.
+            images: None, one picture, a list of them, or a list of lists (what `load_image` takes).
+                They are resized by the image processor's rule alone.
+            videos: None, one video or a list: tensors [frames, 3, height, width] or lists of
+                pictures, as `process_vision_info` of ours or of keye-vl-utils returns them.
+            padding: True or "longest" fills shorter rows up; needed for prompts of unequal length.
+            padding_side: "left" (for generation) or "right".
+            return_tensors: "pt", or None for plain lists of ids and masks.
+            video_kwargs: What `process_vision_info` returns as its keywords: ``fps`` for
+                8B-Preview; ``height``, ``width``, ``fast_height``, ``fast_width``, ``timestamps``
+                and ``frame_types`` for 1.5. A list holds one value for each video.
+
+        Returns:
+            input_ids, attention_mask: [batch_size, num_tokens], int64.
+            pixel_values, pixel_values_videos: [num_patches, 3, patch, patch], fp32, normalised.
+            image_grid_thw, video_grid_thw: [rows, 3], int64, in patches.
+            second_per_grid_ts: [num_videos], fp32, seconds between frames; 8B-Preview only.
+            num_frames: [num_videos], int64, rows of video_grid_thw of each video; 1.5 only.
+
+        Raises:
+            ValueError: Placeholders and pictures or videos differ in number, rows differ in length
+                without padding, or a value is out of range.
+            TypeError: An unknown keyword, or a source of the wrong kind.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        cut = [self.image_processor.patches(image) for image in _flat(images)]
+        films = self._films(_videos(videos), video_kwargs)
+        rows = self._placeholders.expand(texts, cut, films)
+        return self._batch(rows, cut, films, padding, padding_side, return_tensors)
+
+    def apply_chat_template(
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        add_vision_id: bool = False,
+        thinking: Thinking = "auto",
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        padding: bool | str = False,
+        padding_side: str = "left",
+    ) -> str | list[str] | BatchFeature | torch.Tensor | list[list[int]]:
+        """Render one conversation or several; with ``tokenize``, do the whole job.
+
+        Args:
+            messages: A conversation, or a list of them.
+            tokenize: False returns the prompt, one placeholder for each picture and video, whose
+                items may lack a source. True loads, resizes, expands and tokenises.
+            return_dict: With ``tokenize``: the whole batch of `__call__`; else its ids only.
+            thinking, add_generation_prompt, add_vision_id: As in `request`.
+            padding, padding_side, return_tensors: As in `__call__`.
+
+        Returns:
+            The prompt (a list of them for a list of conversations), or the batch, or its ids.
+        """
+        several = bool(messages) and isinstance(messages[0], (list, tuple))
+        conversations = list(messages) if several else [messages]
+        if not tokenize:
+            prompts = [
+                self._render(one, thinking, add_generation_prompt, add_vision_id, sources=False)[0]
+                for one in conversations
+            ]
+            return prompts if several else prompts[0]
+        prepared = [
+            self._prepare(one, thinking, add_generation_prompt, add_vision_id)
+            for one in conversations
+        ]
+        images = [image for _, images, _ in prepared for image in images]
+        videos = [video for _, _, videos in prepared for video in videos]
+        rows = [self._placeholders.expand([text], *media)[0] for text, *media in prepared]
+        batch = self._batch(rows, images, videos, padding, padding_side, return_tensors)
+        return batch if return_dict else batch.input_ids
+
+    def decode(
+        self,
+        ids: int | Iterable[int] | torch.Tensor,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str:
+        """Text of one row of ids.
+
+        Args:
+            skip_special_tokens: Leave out tokens such as ``<|im_end|>``; ``<think>`` stays.
+            clean_up_tokenization_spaces: Drop spaces before punctuation; None follows the
+                checkpoint, which does not.
+        """
+        clean_up = clean_up_tokenization_spaces
+        return text_side.decode(
+            self.tokenizer,
+            ids,
+            skip_special_tokens=skip_special_tokens,
+            clean_up=self.clean_up_tokenization_spaces if clean_up is None else clean_up,
+        )
+
+    def batch_decode(
+        self,
+        sequences: Iterable[Any],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:
+        """`decode` for each row of a tensor [batch_size, num_tokens] or list of rows."""
+        return [
+            self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences
+        ]
+
+    def _render(
+        self,
+        messages: Messages,
+        thinking: Thinking,
+        add_generation_prompt: bool,
+        add_vision_id: bool,
+        *,
+        sources: bool,
+    ) -> tuple[str, list[dict[str, Any]]]:
+        checked = normalize_messages(messages, reserved=self._reserved, sources=sources)
+        checked = add_thinking(checked, thinking)
+        text = render(
+            self.chat_template,
+            checked,
+            add_generation_prompt=add_generation_prompt,
+            add_vision_id=add_vision_id,
+        )
+        return text, checked
+
+    def _prepare(
+        self,
+        messages: Messages,
+        thinking: Thinking,
+        add_generation_prompt: bool,
+        add_vision_id: bool,
+    ) -> tuple[str, list[ImagePatches], list[VideoPatches]]:
+        """Render a conversation and load what it shows, as keye-vl-utils would."""
+        text, checked = self._render(
+            messages, thinking, add_generation_prompt, add_vision_id, sources=True
+        )
+        images = []
+        for item in vision_items(checked, "image"):
+            picture = fetch_image(
+                item,
+                version=self.config.variant.video_version,
+                factor=self.image_processor.factor,
+                local_files_only=self.local_files_only,
+            )
+            images.append(self.image_processor.patches(picture))
+        videos = [self.video_processor.patches(item) for item in vision_items(checked, "video")]
+        return text, images, videos
+
+    def _films(self, videos: list[Any], keywords: dict[str, Any]) -> list[VideoPatches]:
+        """Cut videos that were loaded elsewhere, each with its share of the keywords."""
+        known = _VIDEO_KEYWORDS[self.config.variant.video_version]
+        if unknown := sorted(set(keywords) - set(known)):
+            raise TypeError(
+                f"keywords for {self.config.variant.name} must be among {', '.join(known)}, got "
+                f"{', '.join(unknown)}"
+            )
+        shares: list[dict[str, Any]] = [{} for _ in videos]
+        for name, value in keywords.items():
+            if value is None:
+                continue
+            values = list(value) if isinstance(value, (list, tuple, torch.Tensor)) else None
+            if values is None:
+                values = [value] * len(videos)  # one value for all videos
+            if len(values) != len(videos):
+                raise ValueError(
+                    f"{name} must have one value for each of {len(videos)} videos, got "
+                    f"{len(values)}"
+                )
+            for share, one in zip(shares, values, strict=True):
+                if one is not None:
+                    share[name] = one
+        return [
+            self.video_processor.patches_from_frames(video, **share)
+            for video, share in zip(videos, shares, strict=True)
+        ]
+
+    def _batch(
+        self,
+        rows: list[list[int]],
+        images: list[ImagePatches],
+        videos: list[VideoPatches],
+        padding: bool | str,
+        padding_side: str,
+        return_tensors: str | None,
+    ) -> BatchFeature:
+        batch = pad(
+            rows,
+            self.token_ids.pad,
+            padding,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+        )
+        normalize = self.image_processor.normalize
+        if images:
+            batch["pixel_values"] = normalize(torch.cat([image.pixels for image in images]))
+            batch["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
+        if videos:
+            grids = [video.grid_thw for video in videos]
+            batch["pixel_values_videos"] = normalize(torch.cat([one.pixels for one in videos]))
+            batch["video_grid_thw"] = torch.tensor([row for grid in grids for row in grid])
+            if self.config.variant.timed_positions:
+                seconds = [video.seconds_per_frame for video in videos]
+                batch["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
+            else:
+                batch["num_frames"] = torch.tensor([len(grid) for grid in grids])
+        return batch
+
+
+def _flat(images: Any) -> list[Any]:
+    """Pictures in one list, whether given as one, a list, or a list for each prompt."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [one for entry in images for one in _flat(entry)]
+
+
+def _videos(videos: Any) -> list[Any]:
+    """Videos as a list; a lone tensor or a lone list of pictures is one video."""
+    if videos is None:
+        return []
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    is_video = [isinstance(one, (list, tuple)) or getattr(one, "ndim", 0) == 4 for one in videos]
+    return list(videos) if all(is_video) else [videos]

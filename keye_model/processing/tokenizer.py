@@ -1,0 +1,156 @@
+"""The checkpoint's tokenizer and the ids that prompts are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from keye_model.config import V1_5, KeyeConfig
+from keye_model.hub import read_json
+
+# What the Hugging Face tokenizers call cleaning up: no space before these.
+_CLEAN_UP = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read `tokenizer.json`, without any truncation or padding it may ask for.
+
+    Raises:
+        FileNotFoundError: The directory has no such file.
+        ValueError: It is not a tokenizer.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint must contain tokenizer.json, {directory} does not")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare class
+        raise ValueError(f"{path} must be a tokenizer, got an error: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids with a part in the prompt's structure.
+
+    Attributes:
+        image, video: The placeholders, one for each merged token.
+        pad: Fills batches.
+        eos: Ids that end an answer.
+        frame, fast_start, fast_end: Marks in a video's text; None for 8B-Preview.
+    """
+
+    image: int
+    video: int
+    pad: int
+    eos: tuple[int, ...]
+    frame: int | None = None
+    fast_start: int | None = None
+    fast_end: int | None = None
+
+    @classmethod
+    def read(cls, tokenizer: Tokenizer, config: KeyeConfig, directory: Path) -> TokenIds:
+        """Look the ids up by string, and hold them against those that `config.json` names.
+
+        Raises:
+            ValueError: The tokenizer lacks a token or disagrees with the configuration, or no file
+                names the padding and end ids.
+        """
+        named = {
+            "<|image_pad|>": config.image_token_id,
+            "<|video_pad|>": config.video_token_id,
+            "<|vision_start|>": config.vision_start_token_id,
+            "<|vision_end|>": config.vision_end_token_id,
+        }
+        for token, expected in named.items():
+            if tokenizer.token_to_id(token) != expected:
+                raise ValueError(
+                    f"tokenizer.json must give {token!r} the id {expected} of config.json, got "
+                    f"{tokenizer.token_to_id(token)}"
+                )
+        marks = {}
+        if config.variant == V1_5:
+            marks = {name: f"<|{name}|>" for name in ("frame", "fast_start", "fast_end")}
+        generation = read_json(directory, "generation_config.json", required=False) or {}
+        words = read_json(directory, "tokenizer_config.json", required=False) or {}
+        pad = generation.get("pad_token_id")
+        eos = generation.get("eos_token_id")
+        return cls(
+            image=config.image_token_id,
+            video=config.video_token_id,
+            pad=_known(tokenizer, words, "pad_token") if pad is None else pad,
+            eos=_as_ids(_known(tokenizer, words, "eos_token") if eos is None else eos),
+            **{name: _id(tokenizer, token) for name, token in marks.items()},
+        )
+
+
+def reserved_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Strings that a message's text may not hold: special tokens, and the marks of a video."""
+    marks = ("<|frame|>", "<|fast_start|>", "<|fast_end|>", "<|fast_video_pad|>")
+    added = tokenizer.get_added_tokens_decoder().values()
+    return tuple(token.content for token in added if token.special or token.content in marks)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of ``text``, special tokens in it included.
+
+    Raises:
+        ValueError: ``text`` holds half of a surrogate pair, which no UTF-8 has.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text must be valid Unicode, got {error}") from error
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def decode(
+    tokenizer: Tokenizer,
+    ids: int | Iterable[int] | torch.Tensor,
+    *,
+    skip_special_tokens: bool,
+    clean_up: bool,
+) -> str:
+    """Text of ``ids``; ids without a string (rows that only fill the embedding up) are left out.
+
+    Raises:
+        ValueError: An id is negative.
+    """
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    ids = [ids] if isinstance(ids, int) else [int(one) for one in ids]
+    if ids and min(ids) < 0:
+        raise ValueError(f"ids must not be negative, got {min(ids)}")
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    if clean_up:
+        text = text.replace(" ' ", "'")
+        for piece in _CLEAN_UP:
+            text = text.replace(piece, piece[1:])
+    return text
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"tokenizer.json must contain the token {token!r}, it does not")
+    return found
+
+
+def _known(tokenizer: Tokenizer, words: dict[str, Any], key: str) -> int:
+    token = words.get(key)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        raise ValueError(
+            f"generation_config.json must name {key}_id, or tokenizer_config.json {key}"
+        )
+    return _id(tokenizer, token)
+
+
+def _as_ids(ids: int | list[int]) -> tuple[int, ...]:
+    return (ids,) if isinstance(ids, int) else tuple(ids)
