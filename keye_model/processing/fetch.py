@@ -50,7 +50,7 @@ def describe(source: Any) -> str:
         return text if len(text) <= 120 else f"{text[:80]}…{text[-20:]}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
-    return f"a {type(source).__name__}"
+    return f"{type(source).__name__} object"
 
 
 def file_url_path(url: str) -> str:
