@@ -34,6 +34,7 @@ def check_tensor(
         want is not None and have != want for have, want in zip(sizes, shape, strict=True)
     ):
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        wanted += "," if len(shape) == 1 else ""
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
     if tensor.dtype != dtype and (isinstance(dtype, torch.dtype) or tensor.dtype not in dtype):
         wanted = dtype if isinstance(dtype, torch.dtype) else " or ".join(map(str, dtype))

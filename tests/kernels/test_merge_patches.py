@@ -1,0 +1,99 @@
+"""merge_patches against one patch at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import keye_kernels as kk
+from tests.compare import assert_close
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = 1e-5
+GRIDS = {
+    2: [[(1, 2, 2)], [(1, 4, 6), (3, 2, 4), (1, 2, 2)]],
+    1: [[(2, 3, 5)]],
+    3: [[(2, 3, 6), (1, 6, 3)]],
+}
+CASES = [(merge, grid) for merge, grids in GRIDS.items() for grid in grids]
+
+
+def make(grid, merge, norm_first, dtype, device, hidden=24):
+    num_patches = sum(t * h * w for t, h, w in grid)
+    norm_size = hidden if norm_first else merge * merge * hidden
+    x = torch.randn(num_patches, hidden, device=device).mul_(2).add_(1).to(dtype)
+    weight, bias = (torch.randn(norm_size, device=device).to(dtype) for _ in range(2))
+    return x, weight, bias
+
+
+def one_by_one(x, weight, bias, grid, merge, norm_first):
+    """Walk over merged tokens and pick their patches by the address of the raster order."""
+
+    def norm(row):
+        return F.layer_norm(row, row.shape, weight, bias, EPS)
+
+    tokens, base = [], 0
+    for t, h, w in grid:
+        for f in range(t):
+            for row in range(0, h, merge):
+                for column in range(0, w, merge):
+                    patches = [
+                        x[base + (f * h + row + a) * w + column + b]
+                        for a in range(merge)
+                        for b in range(merge)
+                    ]
+                    if norm_first:
+                        tokens.append(torch.cat([norm(patch) for patch in patches]))
+                    else:
+                        tokens.append(norm(torch.cat(patches)))
+        base += t * h * w
+    return torch.stack(tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norm first", "merge first"])
+@pytest.mark.parametrize(("merge", "grid"), CASES, ids=str)
+def test_matches_one_by_one(merge, grid, norm_first, dtype, device):
+    x, weight, bias = make(grid, merge, norm_first, dtype, device)
+    got = kk.merge_patches(x, weight, bias, EPS, grid, merge_size=merge, norm_first=norm_first)
+    plain = one_by_one(x, weight, bias, grid, merge, norm_first)
+    doubles = (tensor.double() for tensor in (x, weight, bias))
+    assert_close(got, plain, one_by_one(*doubles, grid, merge, norm_first))
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norm first", "merge first"])
+def test_strided_rows_out_and_tensor_grid(norm_first, device):
+    grid = [(1, 2, 4), (2, 2, 2)]
+    x, weight, bias = make(grid, 2, norm_first, torch.bfloat16, device)
+    expected = kk.merge_patches(x, weight, bias, EPS, grid, norm_first=norm_first)
+    wide = torch.randn(16, 40, device=device).bfloat16()
+    wide[:, 8:32] = x
+    target = torch.full((4, 128), 7.0, device=device).bfloat16()
+    out = target[:, 16:112]
+    got = kk.merge_patches(
+        wide[:, 8:32], weight, bias, EPS, torch.tensor(grid), norm_first=norm_first, out=out
+    )
+    assert got is out
+    assert torch.equal(out, expected)
+    assert (target[:, :16] == 7).all()
+    assert (target[:, 112:] == 7).all()
+
+
+def test_no_patches(device):
+    x = torch.empty(0, 8, device=device)
+    weight = torch.ones(8, device=device)
+    assert kk.merge_patches(x, weight, weight, EPS, [], norm_first=True).shape == (0, 32)
+
+
+def test_errors(device):
+    x, weight, bias = make([(1, 2, 4)], 2, True, torch.float32, device)
+    run = kk.merge_patches
+    with pytest.raises(ValueError, match="merge_size must be positive, got 0"):
+        run(x, weight, bias, EPS, [(1, 2, 4)], merge_size=0, norm_first=True)
+    with pytest.raises(ValueError, match=r"weight must have shape \(96,\), got \(24,\)"):
+        run(x, weight, bias, EPS, [(1, 2, 4)], norm_first=False)
+    with pytest.raises(ValueError, match=r"h and w that divide by merge_size 2, got \(1, 1, 8\)"):
+        run(x, weight, bias, EPS, [(1, 1, 8)], norm_first=True)
+    with pytest.raises(ValueError, match="grid_thw must add up to the 8 patches given, got 4"):
+        run(x, weight, bias, EPS, [(1, 2, 2)], norm_first=True)
+    with pytest.raises(ValueError, match=r"out must have shape \(2, 96\), got \(8, 24\)"):
+        run(x, weight, bias, EPS, [(1, 2, 4)], norm_first=True, out=x)

@@ -1,0 +1,186 @@
+"""patch_embed against conv2d and interpolate."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import keye_kernels as kk
+from tests.compare import assert_close
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+def make(num_patches, dtype, device, hidden=40, patch=14, side=27):
+    pixels = torch.randint(0, 256, (num_patches, 3, patch, patch), dtype=torch.uint8, device=device)
+    weight = torch.randn(hidden, 3, patch, patch, device=device).div_(24).to(dtype)
+    bias = torch.randn(hidden, device=device).to(dtype)
+    table = torch.randn(side * side, hidden, device=device).to(dtype)
+    return pixels, weight, bias, table
+
+
+def published_pixels(pixels, image_mean=HALF["image_mean"], image_std=HALF["image_std"]):
+    """The image processor's arithmetic: rescale in fp64, normalise in fp32."""
+    scaled = (pixels.double() * (1 / 255)).float()
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None]
+        for v in (image_mean, image_std)
+    )
+    return (scaled - mean) / std
+
+
+def interpolated(table, h, w):
+    side = round(table.shape[0] ** 0.5)
+    image = table.T.reshape(1, -1, side, side)
+    return F.interpolate(image, (h, w), mode="bilinear", align_corners=False)[0].flatten(1).T
+
+
+def conv_and_interpolate(pixels, weight, bias, table, grid):
+    """pixels: normalised, in the dtype to compute in."""
+    y = F.conv2d(pixels, weight, bias).flatten(1)
+    positions = [interpolated(table, h, w).repeat(t, 1) for t, h, w in grid]
+    return y + torch.cat(positions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [[(1, 1, 1)], [(1, 4, 6)], [(1, 2, 34), (3, 4, 2), (1, 27, 1)]],
+    ids=["one patch", "image", "image video image"],
+)
+def test_matches_conv_and_interpolate(grid, dtype, device):
+    num_patches = sum(t * h * w for t, h, w in grid)
+    pixels, weight, bias, table = make(num_patches, dtype, device)
+    normalised = published_pixels(pixels).to(dtype)
+    doubles = [x.double() for x in (normalised, weight, bias, table)]
+    got = kk.patch_embed(pixels, weight, bias, table, grid, **HALF)
+    assert_close(
+        got,
+        conv_and_interpolate(normalised, weight, bias, table, grid),
+        conv_and_interpolate(*doubles, grid),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float_pixels_give_the_same(dtype, device):
+    pixels, weight, bias, table = make(24, dtype, device)
+    clip = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.27, 0.26, 0.28]}
+    from_bytes = kk.patch_embed(pixels, weight, bias, table, [(1, 4, 6)], **clip)
+    floats = published_pixels(pixels, **clip)
+    for given in (floats, floats.to(dtype)):
+        got = kk.patch_embed(given, weight, bias, table, [(1, 4, 6)], **clip)
+        assert torch.equal(got, from_bytes)
+
+
+def test_every_byte_is_normalised_as_published(device):
+    pixels = torch.arange(256, dtype=torch.uint8, device=device)[:, None, None, None]
+    pixels = pixels.expand(256, 3, 1, 1).contiguous()
+    eye = torch.eye(3, device=device)[:, :, None, None].contiguous()
+    zero = torch.zeros(4, 3, device=device)
+    got = kk.patch_embed(pixels, eye, zero[0], zero, [(1, 16, 16)], **HALF)
+    assert torch.equal(got, published_pixels(pixels)[:, :, 0, 0])
+
+
+def only_positions(table, h, w):
+    pixels = torch.zeros(h * w, 3, 1, 1, device=table.device)
+    hidden = table.shape[1]
+    weight = torch.zeros(hidden, 3, 1, 1, device=table.device)
+    bias = torch.zeros(hidden, device=table.device)
+    return kk.patch_embed(pixels, weight, bias, table, [(1, h, w)], **HALF)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (27, 27), (40, 10), (52, 94)], ids=str)
+def test_position_map_equals_interpolate(size, device):
+    table = torch.randn(27 * 27, 8, device=device)
+    difference = only_positions(table, *size) - interpolated(table, *size)
+    assert difference.abs().max() < 5e-6 * table.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("size", "coordinates"),
+    [
+        (2, {0: 6.25, 1: 19.75}),
+        (4, {0: 2.875, 1: 9.625, 2: 16.375, 3: 23.125}),
+        (6, {0: 1.75, 1: 6.25, 5: 24.25}),
+        (26, {0: 0.0192, 1: 1.0577, 25: 25.9808}),
+        (27, {i: float(i) for i in range(27)}),
+        (34, {0: 0.0, 1: 0.6912, 2: 1.4853, 33: 26.0}),  # 26.1029 lies past the last row
+        (94, {0: 0.0, 1: 0.0, 2: 0.2181, 3: 0.5053, 93: 26.0}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_source_coordinates(size, coordinates, device):
+    """A table that holds its own coordinates shows where each patch samples it."""
+    rows = torch.arange(27.0, device=device)
+    table = torch.stack((rows.repeat_interleave(27), rows.repeat(27)), dim=1)
+    got = only_positions(table, size, size).view(size, size, 2)
+    for i, value in coordinates.items():
+        assert got[i, 0, 0].item() == pytest.approx(value, abs=6e-5)
+        assert got[0, i, 1].item() == pytest.approx(value, abs=6e-5)
+
+
+def test_frames_share_their_map_and_images_are_independent(device):
+    pixels, weight, bias, table = make(44, torch.float32, device)
+    pixels[12:24] = pixels[:12]
+    grid = [(2, 3, 4), (1, 4, 5)]
+    got = kk.patch_embed(pixels, weight, bias, table, grid, **HALF)
+    torch.testing.assert_close(got[:12], got[12:24], rtol=1e-6, atol=1e-6)
+    second = kk.patch_embed(pixels[24:], weight, bias, table, [(1, 4, 5)], **HALF)
+    torch.testing.assert_close(got[24:], second, rtol=1e-6, atol=1e-6)
+    as_tensor = kk.patch_embed(pixels, weight, bias, table, torch.tensor(grid), **HALF)
+    assert torch.equal(as_tensor, got)
+
+
+def test_out_and_empty(device):
+    pixels, weight, bias, table = make(4, torch.bfloat16, device)
+    wide = torch.full((4, 56), 7.0, device=device).bfloat16()
+    out = wide[:, 8:48]
+    assert kk.patch_embed(pixels, weight, bias, table, [(1, 2, 2)], **HALF, out=out) is out
+    assert torch.equal(out, kk.patch_embed(pixels, weight, bias, table, [(1, 2, 2)], **HALF))
+    assert (wide[:, :8] == 7).all()
+    assert (wide[:, 48:] == 7).all()
+    assert kk.patch_embed(pixels[:0], weight, bias, table, [], **HALF).shape == (0, 40)
+
+
+def test_errors(device):
+    pixels, weight, bias, table = make(4, torch.float32, device)
+    good = [pixels, weight, bias, table, [(1, 2, 2)]]
+
+    def run(index=None, value=None, **keywords):
+        args = list(good)
+        if index is not None:
+            args[index] = value
+        return kk.patch_embed(*args, **{**HALF, **keywords})
+
+    with pytest.raises(ValueError, match=r"pixels must have shape \(\*, 3, \*, \*\), got \(4, 1,"):
+        run(0, pixels[:, :1])
+    with pytest.raises(ValueError, match=r"pixels must have dtype torch.uint8 or .*, got .*int32"):
+        run(0, pixels.int())
+    with pytest.raises(ValueError, match="pixels must be contiguous, got strides"):
+        run(0, pixels.transpose(2, 3))
+    with pytest.raises(ValueError, match=r"weight must have shape \(\*, 3, 14, 14\), got"):
+        run(1, weight[:, :, :7, :7].contiguous())
+    with pytest.raises(ValueError, match=r"bias must have shape \(40,\), got \(39,\)"):
+        run(2, bias[:39])
+    with pytest.raises(
+        ValueError, match="position_table must have a square number of rows, got 72"
+    ):
+        run(3, table[:728])
+    with pytest.raises(ValueError, match="grid_thw must add up to the 4 patches given, got 6"):
+        run(4, [(1, 2, 3)])
+    with pytest.raises(
+        ValueError, match=r"grid_thw must hold rows of positive ints .*, got \(2, 2\)"
+    ):
+        run(4, [(2, 2)])
+    with pytest.raises(ValueError, match=r"grid_thw must hold rows of positive ints .*, got \(0,"):
+        run(4, [(0, 2, 2), (1, 2, 2)])
+    with pytest.raises(
+        ValueError, match="grid_thw must be a list or a CPU tensor, got a tensor on"
+    ):
+        run(4, torch.empty(1, 3, device="meta"))
+    with pytest.raises(ValueError, match="image_mean must hold 3 values, got 1"):
+        run(image_mean=[0.5])
+    with pytest.raises(ValueError, match=r"image_std must be positive, got \(0.5, 0.0, 0.5\)"):
+        run(image_std=[0.5, 0.0, 0.5])
+    with pytest.raises(ValueError, match=r"out must have shape \(4, 40\), got \(4, 8\)"):
+        run(out=torch.empty(4, 8, device=device))
