@@ -82,8 +82,9 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
 def _opener() -> urllib.request.OpenerDirector:
     """An opener that knows https alone: no http, ftp, file or data handlers to be redirected to."""
     opener = urllib.request.OpenerDirector()
+    proxies = {key: url for key, url in urllib.request.getproxies().items() if key == "https"}
     for handler in (
-        urllib.request.ProxyHandler(),
+        urllib.request.ProxyHandler(proxies),
         urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),

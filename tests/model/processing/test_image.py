@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from keye_model.processing.image import (
     processor_size,
     unpatchify,
 )
-from keye_model.processing.image_processor import KeyeImageProcessor
 
 # original, after the helper of 1.0.0, after the processor with min_pixels 102400, tokens of that,
 # tokens with min_pixels 3136, tokens after the helper of 1.5.x alone
@@ -55,405 +53,328 @@ def _tokens(size):
     return size[0] * size[1] // 784
 
 
-class TestSizes:
-    @pytest.mark.parametrize(
-        ("original", "helper", "final", "few", "many", "new"), SIZES, ids=SIZE_IDS
-    )
-    def test_published_path(self, original, helper, final, few, many, new):
-        first = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.0"])
-        assert first == helper
-        second = processor_size(*first, min_pixels=102400, max_pixels=1003520)
-        assert (second, _tokens(second)) == (final, few)
-        assert _tokens(processor_size(*first, min_pixels=3136, max_pixels=1003520)) == many
-        alone = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.5"])
-        assert _tokens(alone) == new
+@pytest.mark.parametrize(("original", "helper", "final", "few", "many", "new"), SIZES, ids=SIZE_IDS)
+def test_size_published_path(original, helper, final, few, many, new):
+    first = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.0"])
+    assert first == helper
+    second = processor_size(*first, min_pixels=102400, max_pixels=1003520)
+    assert (second, _tokens(second)) == (final, few)
+    assert _tokens(processor_size(*first, min_pixels=3136, max_pixels=1003520)) == many
+    alone = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.5"])
+    assert _tokens(alone) == new
 
-    @pytest.mark.parametrize("row", SIZES, ids=SIZE_IDS)
-    @pytest.mark.parametrize("min_pixels", [102400, 3136])
-    def test_processor_without_helper(self, row, min_pixels):
-        """Skipping the helper changes only the picture with a side below 28."""
-        size = processor_size(*row[0], min_pixels=min_pixels, max_pixels=1003520)
-        small = {102400: (168, 728), 3136: (28, 140)}[min_pixels]
-        helped = processor_size(*row[1], min_pixels=min_pixels, max_pixels=1003520)
-        assert size == (small if row[0] == (20, 100) else helped)
 
-    def test_small_side_is_not_enlarged_by_1_5(self):
-        bounds = {"min_pixels": 3136, "max_pixels": 1003520}
-        assert processor_size(20, 100, **bounds, version="1.0") == (28, 140)
-        assert processor_size(20, 100, **bounds, version="1.5") == (28, 112)
-        assert processor_size(100, 20, **bounds, version="1.0") == (140, 28)
+@pytest.mark.parametrize("row", SIZES, ids=SIZE_IDS)
+@pytest.mark.parametrize("min_pixels", [102400, 3136])
+def test_size_processor_without_helper(row, min_pixels):
+    """Skipping the helper changes only the picture with a side below 28."""
+    size = processor_size(*row[0], min_pixels=min_pixels, max_pixels=1003520)
+    small = {102400: (168, 728), 3136: (28, 140)}[min_pixels]
+    helped = processor_size(*row[1], min_pixels=min_pixels, max_pixels=1003520)
+    assert size == (small if row[0] == (20, 100) else helped)
 
-    @pytest.mark.parametrize(("pixels", "expected"), [(42, 56), (70, 56), (98, 112)])
-    def test_ties_round_to_even(self, pixels, expected):
-        assert helper_size(pixels, pixels, min_pixels=1, max_pixels=10**6)[0] == expected
 
-    @pytest.mark.parametrize("rule", [helper_size, processor_size])
-    @pytest.mark.parametrize("size", [(27, 5401), (5401, 27)])
-    def test_ratio(self, rule, size):
-        with pytest.raises(ValueError, match=r"at most 200 times the shorter one, got \d+x\d+"):
-            rule(*size, min_pixels=3136, max_pixels=1003520)
+def test_size_small_side_is_not_enlarged_by_1_5():
+    bounds = {"min_pixels": 3136, "max_pixels": 1003520}
+    assert processor_size(20, 100, **bounds, version="1.0") == (28, 140)
+    assert processor_size(20, 100, **bounds, version="1.5") == (28, 112)
+    assert processor_size(100, 20, **bounds, version="1.0") == (140, 28)
 
-    @pytest.mark.parametrize("rule", [helper_size, processor_size])
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"height": 0}, "height must be a positive number, got 0"),
-            ({"max_pixels": -1}, "max_pixels must be a positive number, got -1"),
-            ({"min_pixels": "many"}, "min_pixels must be a positive number, got 'many'"),
-            ({"min_pixels": 10**7}, "min_pixels must be at most max_pixels"),
-        ],
-    )
-    def test_bad_values(self, rule, change, message):
-        values = {"height": 50, "width": 50, "min_pixels": 3136, "max_pixels": 10**6, **change}
-        with pytest.raises(ValueError, match=message):
-            rule(**values)
 
-    def test_processor_refuses_to_lose_a_side(self):
-        with pytest.raises(ValueError, match="max_pixels must leave both sides"):
-            processor_size(28, 2800, min_pixels=1, max_pixels=784)
-        assert helper_size(28, 2800, min_pixels=1, max_pixels=784) == (28, 280)  # clamped instead
+@pytest.mark.parametrize(("pixels", "expected"), [(42, 56), (70, 56), (98, 112)])
+def test_size_ties_round_to_even(pixels, expected):
+    assert helper_size(pixels, pixels, min_pixels=1, max_pixels=10**6)[0] == expected
 
-    @given(st.integers(1, 9000), st.integers(1, 9000), st.sampled_from(["1.0", "1.5"]))
-    def test_bounds_and_multiples(self, height, width, version):
-        if max(height, width) > 200 * min(height, width):
-            return
-        bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS[version]}
-        high, wide = helper_size(height, width, **bounds)
+
+@pytest.mark.parametrize("rule", [helper_size, processor_size])
+@pytest.mark.parametrize("size", [(27, 5401), (5401, 27)])
+def test_size_ratio(rule, size):
+    with pytest.raises(ValueError, match=r"at most 200 times the shorter one, got \d+x\d+"):
+        rule(*size, min_pixels=3136, max_pixels=1003520)
+
+
+@pytest.mark.parametrize("rule", [helper_size, processor_size])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 0}, "height must be a positive number, got 0"),
+        ({"max_pixels": -1}, "max_pixels must be a positive number, got -1"),
+        ({"min_pixels": "many"}, "min_pixels must be a positive number, got 'many'"),
+        ({"min_pixels": 10**7}, "min_pixels must be at most max_pixels"),
+    ],
+)
+def test_size_bad_values(rule, change, message):
+    values = {"height": 50, "width": 50, "min_pixels": 3136, "max_pixels": 10**6, **change}
+    with pytest.raises(ValueError, match=message):
+        rule(**values)
+
+
+def test_size_processor_refuses_to_lose_a_side():
+    with pytest.raises(ValueError, match="max_pixels must leave both sides"):
+        processor_size(28, 2800, min_pixels=1, max_pixels=784)
+    assert helper_size(28, 2800, min_pixels=1, max_pixels=784) == (28, 280)  # clamped instead
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000), st.sampled_from(["1.0", "1.5"]))
+def test_size_bounds_and_multiples(height, width, version):
+    if max(height, width) > 200 * min(height, width):
+        return
+    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS[version]}
+    high, wide = helper_size(height, width, **bounds)
+    assert high % 28 == wide % 28 == 0
+    assert MIN_PIXELS <= high * wide <= MAX_PIXELS[version] or min(high, wide) == 28
+    if max(high, wide) <= 200 * min(high, wide):
+        assert helper_size(high, wide, **bounds) == (high, wide)
+    bounds = {"min_pixels": 102400, "max_pixels": 1003520}
+    if min(height, width) >= 28:
+        high, wide = processor_size(height, width, **bounds, version=version)
         assert high % 28 == wide % 28 == 0
-        assert MIN_PIXELS <= high * wide <= MAX_PIXELS[version] or min(high, wide) == 28
-        if max(high, wide) <= 200 * min(high, wide):
-            assert helper_size(high, wide, **bounds) == (high, wide)
-        bounds = {"min_pixels": 102400, "max_pixels": 1003520}
-        if min(height, width) >= 28:
-            high, wide = processor_size(height, width, **bounds, version=version)
-            assert high % 28 == wide % 28 == 0
-            assert min(high, wide) >= 28
-            assert high * wide <= 1003520
+        assert min(high, wide) >= 28
+        assert high * wide <= 1003520
 
 
-class TestPatches:
-    @pytest.mark.parametrize("grid", [(1, 2, 2), (3, 2, 4), (2, 6, 2)], ids=str)
-    def test_round_trip(self, grid):
-        t, h, w = grid
-        frames = torch.randint(0, 256, (t, 3, 14 * h, 14 * w), dtype=torch.uint8)
-        patches = patchify(frames, 14)
-        assert patches.shape == (t * h * w, 3, 14, 14)
-        assert patches.is_contiguous()
-        assert torch.equal(unpatchify(patches, grid), frames)
-
-    def test_raster_order(self):
-        t, h, w, size = 2, 4, 6, 14
-        frames = torch.arange(t * 3 * h * size * w * size).reshape(t, 3, h * size, w * size)
-        patches = patchify(frames, size)
-        for f, r, q, c, i, j in [(0, 0, 0, 0, 0, 0), (1, 3, 5, 2, 13, 13), (1, 2, 1, 1, 7, 3)]:
-            expected = frames[f, c, size * r + i, size * q + j]
-            assert patches[(f * h + r) * w + q, c, i, j] == expected
-
-    def test_sides_must_divide(self):
-        with pytest.raises(ValueError, match="sides that divide by 14, got"):
-            patchify(torch.zeros(1, 3, 28, 30), 14)
-
-    def test_table_is_exact(self):
-        """All 256 bytes against the definition, in the two published spellings."""
-        values = np.arange(256)
-        pixels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-        table = normalize(pixels, (0.5,) * 3, (0.5,) * 3)
-        for level in (values / 255, values * (1 / 255)):
-            expected = (level.astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
-            for channel in range(3):
-                assert np.array_equal(table[channel, 0].numpy(), expected)
-        # Corners of the transformers port's integration test of 1.5.
-        for byte, value in [(120, -0.0588), (115, -0.0980), (91, -0.2863)]:
-            assert table[0, 0, byte].item() == pytest.approx(value, abs=5e-5)
-
-    def test_statistics_differ_by_channel(self):
-        pixels = torch.full((2, 3, 1, 1), 255, dtype=torch.uint8)
-        out = normalize(pixels, (0.0, 0.5, 1.0), (1.0, 0.5, 2.0))
-        assert out[:, :, 0, 0].tolist() == [[1.0, 1.0, 0.0]] * 2
+@pytest.mark.parametrize("grid", [(1, 2, 2), (3, 2, 4), (2, 6, 2)], ids=str)
+def test_patches_round_trip(grid):
+    t, h, w = grid
+    frames = torch.randint(0, 256, (t, 3, 14 * h, 14 * w), dtype=torch.uint8)
+    patches = patchify(frames, 14)
+    assert patches.shape == (t * h * w, 3, 14, 14)
+    assert patches.is_contiguous()
+    assert torch.equal(unpatchify(patches, grid), frames)
 
 
-class TestLoad:
-    @pytest.fixture
-    def pixels(self):
-        return _noise(9, 7)
+def test_patches_raster_order():
+    t, h, w, size = 2, 4, 6, 14
+    frames = torch.arange(t * 3 * h * size * w * size).reshape(t, 3, h * size, w * size)
+    patches = patchify(frames, size)
+    for f, r, q, c, i, j in [(0, 0, 0, 0, 0, 0), (1, 3, 5, 2, 13, 13), (1, 2, 1, 1, 7, 3)]:
+        expected = frames[f, c, size * r + i, size * q + j]
+        assert patches[(f * h + r) * w + q, c, i, j] == expected
 
-    @pytest.fixture
-    def file(self, tmp_path, pixels):
-        path = tmp_path / "a picture.png"
-        Image.fromarray(pixels).save(path)
-        return path
 
-    @pytest.mark.parametrize(
-        "source",
-        [
-            lambda p: p,
-            lambda p: str(p),
-            lambda p: f"file://{p}",
-            lambda p: p.as_uri(),  # the blank is %20
-            lambda p: p.read_bytes(),
-            lambda p: memoryview(p.read_bytes()),
-            lambda p: io.BytesIO(p.read_bytes()),
-            lambda p: "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(),
-            lambda p: base64.b64encode(p.read_bytes()).decode(),
-            lambda p: Image.open(p),
-            lambda p: np.array(Image.open(p)),
-            lambda p: np.array(Image.open(p)).transpose(2, 0, 1),
-            lambda p: torch.from_numpy(np.array(Image.open(p))),
-            lambda p: torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1),
-        ],
-        ids=[
-            *("path", "str", "file_url", "escaped_url", "bytes", "memoryview", "open_file"),
-            *("data_url", "base64", "pil", "array", "array_chw", "tensor", "tensor_chw"),
-        ],
-    )
-    def test_sources(self, file, pixels, source):
-        image = load_image(source(file))
-        assert image.mode == "RGB"
+def test_patches_sides_must_divide():
+    with pytest.raises(ValueError, match="sides that divide by 14, got"):
+        patchify(torch.zeros(1, 3, 28, 30), 14)
+
+
+def test_patches_table_is_exact():
+    """All 256 bytes against the definition, in the two published spellings."""
+    values = np.arange(256)
+    pixels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    table = normalize(pixels, (0.5,) * 3, (0.5,) * 3)
+    for level in (values / 255, values * (1 / 255)):
+        expected = (level.astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+        for channel in range(3):
+            assert np.array_equal(table[channel, 0].numpy(), expected)
+    # Corners of the transformers port's integration test of 1.5.
+    for byte, value in [(120, -0.0588), (115, -0.0980), (91, -0.2863)]:
+        assert table[0, 0, byte].item() == pytest.approx(value, abs=5e-5)
+
+
+def test_patches_statistics_differ_by_channel():
+    pixels = torch.full((2, 3, 1, 1), 255, dtype=torch.uint8)
+    out = normalize(pixels, (0.0, 0.5, 1.0), (1.0, 0.5, 2.0))
+    assert out[:, :, 0, 0].tolist() == [[1.0, 1.0, 0.0]] * 2
+
+
+@pytest.fixture
+def pixels():
+    return _noise(9, 7)
+
+
+@pytest.fixture
+def file(tmp_path, pixels):
+    path = tmp_path / "a picture.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda p: p,
+        lambda p: str(p),
+        lambda p: f"file://{p}",
+        lambda p: p.as_uri(),  # the blank is %20
+        lambda p: p.read_bytes(),
+        lambda p: memoryview(p.read_bytes()),
+        lambda p: io.BytesIO(p.read_bytes()),
+        lambda p: "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(),
+        lambda p: base64.b64encode(p.read_bytes()).decode(),
+        lambda p: Image.open(p),
+        lambda p: np.array(Image.open(p)),
+        lambda p: np.array(Image.open(p)).transpose(2, 0, 1),
+        lambda p: torch.from_numpy(np.array(Image.open(p))),
+        lambda p: torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1),
+    ],
+    ids=[
+        *("path", "str", "file_url", "escaped_url", "bytes", "memoryview", "open_file"),
+        *("data_url", "base64", "pil", "array", "array_chw", "tensor", "tensor_chw"),
+    ],
+)
+def test_load_sources(file, pixels, source):
+    image = load_image(source(file))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.array(image), pixels)
+
+
+@pytest.mark.parametrize("channels", [0, 1])
+def test_load_grey_arrays(channels):
+    grey = _noise(5, 6, channels)
+    expected = grey.reshape(5, 6, 1).repeat(3, axis=2)
+    assert np.array_equal(np.array(load_image(grey)), expected)
+
+
+def test_load_alpha():
+    rgba = _noise(4, 5, 4)
+    alpha = rgba[..., 3:] / 255
+    white = rgba[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(np.array(load_image(rgba), float) - white).max() <= 1
+    assert np.array_equal(np.array(load_image(rgba, alpha="drop")), rgba[..., :3])
+    with pytest.raises(ValueError, match="alpha must be 'white' or 'drop', got 'keep'"):
+        load_image(rgba, alpha="keep")
+
+
+def test_load_exif_orientation_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    path = tmp_path / "turned.jpg"
+    Image.fromarray(_noise(20, 30)).save(path, exif=exif)
+    assert load_image(path).size == (30, 20)
+
+
+def test_load_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"existing file, got '.*/nothing\.png'"):
+        load_image(tmp_path / "nothing.png")
+    with pytest.raises(FileNotFoundError, match="existing file, got 'test'"):
+        load_image("test")  # four characters of valid base64
+
+
+def test_load_empty_file(tmp_path):
+    path = tmp_path / "empty.jpg"
+    path.touch()
+    with pytest.raises(ValueError, match=r"zero bytes from '.*/empty\.jpg'"):
+        load_image(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_load_truncated_file(tmp_path, kind):
+    data = _encoded(Image.fromarray(_noise(40, 50)), kind)
+    path = tmp_path / "half"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"complete image file, got '.*/half'"):
+        load_image(path)
+    with pytest.raises(ValueError, match="image must be"):
+        load_image(data[:12])
+
+
+def test_load_truncated_picture_opened_by_the_caller():
+    data = _encoded(Image.fromarray(_noise(40, 50)), "JPEG")
+    with pytest.raises(ValueError, match="complete image file, got JpegImageFile object"):
+        load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+
+
+@pytest.mark.parametrize("source", [b"not a picture", "data:image/png;base64,aGVsbG8="])
+def test_load_not_an_image(source):
+    with pytest.raises(ValueError, match="image file that Pillow can read, got"):
+        load_image(source)
+
+
+@pytest.mark.parametrize("url", ["data:image/png,abc", "data:image/png;base64,###", "data:"])
+def test_load_bad_data_url(url):
+    with pytest.raises(ValueError, match="data URL must be"):
+        load_image(url)
+
+
+# Of 2000 pixels: Pillow raises at a limit below 1000 and only warns up to 2000.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [600, 1000])
+def test_load_decompression_bomb(monkeypatch, limit):
+    data = _encoded(Image.fromarray(_noise(40, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match=f"at most {limit} pixels, got .*{len(data)} bytes"):
+        load_image(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(data).size == (50, 40)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 4, 3), np.float32), torch.zeros(3, 4, 4), np.zeros((4, 4), bool)],
+    ids=["float_array", "float_tensor", "bool"],
+)
+def test_load_arrays_must_be_bytes(array):
+    with pytest.raises(TypeError, match=r"must be uint8 \(0 to 255\), got"):
+        load_image(array)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 2, 2), (1, 3, 4, 4), (0, 4, 3)], ids=str)
+def test_load_array_shapes(shape):
+    with pytest.raises(ValueError, match=r"1, 3 or 4 channels, got \("):
+        load_image(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("source", [None, 3, ["a.png"]], ids=str)
+def test_load_other_kinds(source):
+    with pytest.raises(TypeError, match="image must be a path, URL, base64 string"):
+        load_image(source)
+
+
+def test_load_text_file_object():
+    with pytest.raises(TypeError, match="opened in binary mode"):
+        load_image(io.StringIO("text"))
+
+
+def test_load_long_sources_are_shortened():
+    with pytest.raises(FileNotFoundError) as caught:
+        load_image("/nowhere/" + "x" * 5000)
+    assert len(str(caught.value)) < 200
+
+
+def test_fetch_image_published_sizes_and_filter():
+    image = Image.fromarray(_noise(98, 60))
+    got = fetch_image({"image": image}, version="1.0")
+    assert np.array_equal(np.array(got), np.array(image.resize((56, 112), Image.BICUBIC)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "size"),
+    [
+        ({"min_pixels": 40000}, (224, 224)),
+        ({"max_pixels": 3136}, (56, 56)),
+        ({"resized_height": 60, "resized_width": 90, "max_pixels": 784}, (56, 84)),
+        ({"resized_height": 60}, (112, 112)),  # counts only with its partner
+    ],
+    ids=["min", "max", "resized", "half_resized"],
+)
+def test_fetch_image_item_keys(keys, size):
+    image = fetch_image({"image": _noise(98, 98), **keys}, version="1.5")
+    assert (image.height, image.width) == size
+
+
+@pytest.mark.parametrize("key", ["image", "image_url"])
+def test_fetch_image_where_the_source_stands(key):
+    pixels = _noise(56, 56)
+    for source in (pixels, {"url": pixels}):
+        image = fetch_image({"type": "image", key: source}, version="1.0")
         assert np.array_equal(np.array(image), pixels)
 
-    @pytest.mark.parametrize("channels", [0, 1])
-    def test_grey_arrays(self, channels):
-        grey = _noise(5, 6, channels)
-        expected = grey.reshape(5, 6, 1).repeat(3, axis=2)
-        assert np.array_equal(np.array(load_image(grey)), expected)
 
-    def test_alpha(self):
-        rgba = _noise(4, 5, 4)
-        alpha = rgba[..., 3:] / 255
-        white = rgba[..., :3] * alpha + 255 * (1 - alpha)
-        assert np.abs(np.array(load_image(rgba), float) - white).max() <= 1
-        assert np.array_equal(np.array(load_image(rgba, alpha="drop")), rgba[..., :3])
-        with pytest.raises(ValueError, match="alpha must be 'white' or 'drop', got 'keep'"):
-            load_image(rgba, alpha="keep")
-
-    def test_exif_orientation_is_not_applied(self, tmp_path):
-        exif = Image.Exif()
-        exif[0x0112] = 6  # rotate by 90 degrees
-        path = tmp_path / "turned.jpg"
-        Image.fromarray(_noise(20, 30)).save(path, exif=exif)
-        assert load_image(path).size == (30, 20)
-
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"existing file, got '.*/nothing\.png'"):
-            load_image(tmp_path / "nothing.png")
-        with pytest.raises(FileNotFoundError, match="existing file, got 'test'"):
-            load_image("test")  # four characters of valid base64
-
-    def test_empty_file(self, tmp_path):
-        path = tmp_path / "empty.jpg"
-        path.touch()
-        with pytest.raises(ValueError, match=r"zero bytes from '.*/empty\.jpg'"):
-            load_image(path)
-
-    @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")
-    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-    def test_truncated_file(self, tmp_path, kind):
-        data = _encoded(Image.fromarray(_noise(40, 50)), kind)
-        path = tmp_path / "half"
-        path.write_bytes(data[: len(data) // 2])
-        with pytest.raises(ValueError, match=r"complete image file, got '.*/half'"):
-            load_image(path)
-        with pytest.raises(ValueError, match="image must be"):
-            load_image(data[:12])
-
-    def test_truncated_picture_opened_by_the_caller(self):
-        data = _encoded(Image.fromarray(_noise(40, 50)), "JPEG")
-        with pytest.raises(ValueError, match="complete image file, got JpegImageFile object"):
-            load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
-
-    @pytest.mark.parametrize("source", [b"not a picture", "data:image/png;base64,aGVsbG8="])
-    def test_not_an_image(self, source):
-        with pytest.raises(ValueError, match="image file that Pillow can read, got"):
-            load_image(source)
-
-    @pytest.mark.parametrize("url", ["data:image/png,abc", "data:image/png;base64,###", "data:"])
-    def test_bad_data_url(self, url):
-        with pytest.raises(ValueError, match="data URL must be"):
-            load_image(url)
-
-    @pytest.mark.parametrize(
-        "limit", [600, 1000]
-    )  # Pillow raises from 2 * limit, and only warns here
-    def test_decompression_bomb(self, monkeypatch, limit):
-        data = _encoded(Image.fromarray(_noise(40, 50)))
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(ValueError, match=f"at most {limit} pixels, got .*{len(data)} bytes"):
-            load_image(data)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-        assert load_image(data).size == (50, 40)
-
-    @pytest.mark.parametrize(
-        "array",
-        [np.zeros((4, 4, 3), np.float32), torch.zeros(3, 4, 4), np.zeros((4, 4), bool)],
-        ids=["float_array", "float_tensor", "bool"],
-    )
-    def test_arrays_must_be_bytes(self, array):
-        with pytest.raises(TypeError, match=r"must be uint8 \(0 to 255\), got"):
-            load_image(array)
-
-    @pytest.mark.parametrize("shape", [(5,), (2, 2, 2), (1, 3, 4, 4), (0, 4, 3)], ids=str)
-    def test_array_shapes(self, shape):
-        with pytest.raises(ValueError, match=r"1, 3 or 4 channels, got \("):
-            load_image(np.zeros(shape, np.uint8))
-
-    @pytest.mark.parametrize("source", [None, 3, ["a.png"]], ids=str)
-    def test_other_kinds(self, source):
-        with pytest.raises(TypeError, match="image must be a path, URL, base64 string"):
-            load_image(source)
-
-    def test_text_file_object(self):
-        with pytest.raises(TypeError, match="opened in binary mode"):
-            load_image(io.StringIO("text"))
-
-    def test_long_sources_are_shortened(self):
-        with pytest.raises(FileNotFoundError) as caught:
-            load_image("/nowhere/" + "x" * 5000)
-        assert len(str(caught.value)) < 200
+@pytest.mark.parametrize(("version", "value"), [("1.0", 255), ("1.5", 7)])
+def test_fetch_image_alpha_by_release(version, value):
+    rgba = np.full((56, 56, 4), 7, np.uint8)
+    rgba[..., 3] = 0
+    assert np.array(fetch_image({"image": rgba}, version=version))[0, 0].tolist() == [value] * 3
 
 
-class TestFetchImage:
-    def test_published_sizes_and_filter(self):
-        image = Image.fromarray(_noise(98, 60))
-        got = fetch_image({"image": image}, version="1.0")
-        assert np.array_equal(np.array(got), np.array(image.resize((56, 112), Image.BICUBIC)))
-
-    @pytest.mark.parametrize(
-        ("keys", "size"),
-        [
-            ({"min_pixels": 40000}, (224, 224)),
-            ({"max_pixels": 3136}, (56, 56)),
-            ({"resized_height": 60, "resized_width": 90, "max_pixels": 784}, (56, 84)),
-            ({"resized_height": 60}, (112, 112)),  # counts only with its partner
-        ],
-        ids=["min", "max", "resized", "half_resized"],
-    )
-    def test_item_keys(self, keys, size):
-        image = fetch_image({"image": _noise(98, 98), **keys}, version="1.5")
-        assert (image.height, image.width) == size
-
-    @pytest.mark.parametrize("key", ["image", "image_url"])
-    def test_where_the_source_stands(self, key):
-        pixels = _noise(56, 56)
-        for source in (pixels, {"url": pixels}):
-            image = fetch_image({"type": "image", key: source}, version="1.0")
-            assert np.array_equal(np.array(image), pixels)
-
-    @pytest.mark.parametrize(("version", "value"), [("1.0", 255), ("1.5", 7)])
-    def test_alpha_by_release(self, version, value):
-        rgba = np.full((56, 56, 4), 7, np.uint8)
-        rgba[..., 3] = 0
-        assert np.array(fetch_image({"image": rgba}, version=version))[0, 0].tolist() == [value] * 3
-
-    def test_ratio_names_the_source(self, tmp_path):
-        path = tmp_path / "line.png"
-        Image.fromarray(_noise(1, 201)).save(path)
-        with pytest.raises(ValueError, match=r"image '.*/line\.png': .* 200 times .* got 1x201"):
-            fetch_image({"image": str(path)}, version="1.0")
-
-    def test_no_source(self):
-        with pytest.raises(ValueError, match=r"must have 'image' or 'image_url', got \['type'\]"):
-            fetch_image({"type": "image"}, version="1.0")
+def test_fetch_image_ratio_names_the_source(tmp_path):
+    path = tmp_path / "line.png"
+    Image.fromarray(_noise(1, 201)).save(path)
+    with pytest.raises(ValueError, match=r"image '.*/line\.png': .* 200 times .* got 1x201"):
+        fetch_image({"image": str(path)}, version="1.0")
 
 
-class TestImageProcessor:
-    @pytest.fixture
-    def directory(self, tmp_path):
-        def write(**values):
-            (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-            return tmp_path
-
-        return write
-
-    @pytest.mark.parametrize("resample", [Image.BICUBIC, Image.BILINEAR])
-    def test_pipeline(self, resample):
-        """Pillow's resize, then layout and normalisation written as plain index arithmetic."""
-        pixels = _noise(50, 90)
-        processor = KeyeImageProcessor(min_pixels=3136, resample=resample)
-        batch = processor(pixels)
-        height, width = processor_size(50, 90, min_pixels=3136, max_pixels=1003520)
-        h, w = height // 14, width // 14
-        resized = np.array(Image.fromarray(pixels).resize((width, height), resample))
-        n, c, i, j = np.ogrid[: h * w, :3, :14, :14]
-        raw = resized[14 * (n // w) + i, 14 * (n % w) + j, c]
-        expected = ((raw / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
-        assert batch.image_grid_thw.tolist() == [[1, h, w]]
-        assert batch.image_grid_thw.dtype == torch.int64
-        assert batch.pixel_values.dtype == torch.float32
-        assert np.array_equal(batch.pixel_values.numpy(), expected)
-        assert np.array_equal(processor.patches(pixels).pixels.numpy(), raw)
-
-    def test_several_pictures_are_concatenated(self):
-        processor = KeyeImageProcessor(min_pixels=3136)
-        pictures = [_noise(56, 84), _noise(112, 56)]
-        batch = processor.preprocess(pictures)
-        alone = [processor(picture) for picture in pictures]
-        assert batch.image_grid_thw.tolist() == [[1, 4, 6], [1, 8, 4]]
-        assert torch.equal(batch.pixel_values, torch.cat([one.pixel_values for one in alone]))
-
-    def test_defaults(self, directory):
-        processor = KeyeImageProcessor.from_pretrained(directory())
-        assert (processor.min_pixels, processor.max_pixels) == (102400, 1003520)
-        assert (processor.patch_size, processor.merge_size, processor.resample) == (14, 2, 3)
-        assert processor.image_mean == processor.image_std == (0.5, 0.5, 0.5)
-        assert processor.patches(_noise(224, 224)).grid_thw == (1, 24, 24)
-
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"min_pixels": 3136, "max_pixels": 6272},
-            {"size": {"shortest_edge": 3136, "longest_edge": 6272}},
-        ],
-        ids=["published", "converted"],
-    )
-    def test_file_and_overrides(self, directory, values):
-        path = directory(**values, resample=2, image_mean=[0.1, 0.2, 0.3])
-        processor = KeyeImageProcessor.from_pretrained(path)
-        assert (processor.min_pixels, processor.max_pixels) == (3136, 6272)
-        assert (processor.resample, processor.image_mean) == (2, [0.1, 0.2, 0.3])
-        asked = KeyeImageProcessor.from_pretrained(path, min_pixels=784, max_pixels=784)
-        assert asked.patches(_noise(56, 56)).grid_thw == (1, 2, 2)
-
-    def test_attributes_hold_from_the_next_picture_on(self):
-        processor = KeyeImageProcessor()
-        processor.min_pixels = 3136
-        assert processor.patches(_noise(56, 56)).grid_thw == (1, 4, 4)
-        processor.max_pixels = 100
-        with pytest.raises(ValueError, match="min_pixels must be at most max_pixels, got 3136"):
-            processor.patches(_noise(56, 56))
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            ({"min_pixels": 0}, "min_pixels must be a positive integer, got 0"),
-            ({"patch_size": 14.0}, "patch_size must be a positive integer, got 14.0"),
-            ({"image_mean": [0.5]}, r"image_mean must hold three numbers, got \[0.5\]"),
-            ({"image_std": [0.5, 0.5, 0]}, "image_std must be positive"),
-            ({"resample": 9}, "resample must be 0 to 5, got 9"),
-        ],
-    )
-    def test_bad_file(self, directory, values, message):
-        with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {message}"):
-            KeyeImageProcessor.from_pretrained(directory(**values))
-
-    def test_temporal_patches(self, directory):
-        with pytest.raises(NotImplementedError, match="temporal_patch_size 1, got 2"):
-            KeyeImageProcessor.from_pretrained(directory(temporal_patch_size=2))
-
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"must contain preprocessor_config\.json"):
-            KeyeImageProcessor.from_pretrained(tmp_path)
-
-    def test_version_from_the_file(self, directory):
-        read = KeyeImageProcessor.from_pretrained
-        assert read(directory(processor_class="KeyeProcessor")).version == "1.0"
-        assert read(directory(processor_class="KeyeVL1_5Processor")).version == "1.5"
-        with pytest.raises(ValueError, match=r"version must be '1\.0' or '1\.5', got '2'"):
-            read(directory(), version="2")
-
-    def test_nothing_to_do(self):
-        with pytest.raises(ValueError, match="images must hold at least one picture"):
-            KeyeImageProcessor()([])
-        with pytest.raises(ValueError, match="return_tensors must be 'pt', got 'np'"):
-            KeyeImageProcessor()(_noise(56, 56), return_tensors="np")
-        with pytest.raises(ValueError, match=r"image ndarray object: .* got 1x300"):
-            KeyeImageProcessor(version="1.5")(_noise(1, 300))
+def test_fetch_image_no_source():
+    with pytest.raises(ValueError, match=r"must have 'image' or 'image_url', got \['type'\]"):
+        fetch_image({"type": "image"}, version="1.0")
