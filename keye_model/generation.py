@@ -16,13 +16,11 @@ import torch
 from torch import nn
 
 from keye_kernels import sample
-from keye_model.cache import PagedCache
+from keye_model.cache import PAGE_SIZE, PagedCache
 from keye_model.inputs import Request
-from keye_model.model import KeyeModel
+from keye_model.model import MAX_PATCHES_PER_CALL, KeyeModel
 from keye_model.positions import pack
 from keye_model.sampling import SamplingParams
-
-PAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Limits:
     """
 
     max_prefill_tokens: int = 8192
-    max_patches_per_call: int = 65536
+    max_patches_per_call: int = MAX_PATCHES_PER_CALL
     max_cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,8 +84,8 @@ class Generation:
         eos_token_ids: A request ends after any of these.
 
     Raises:
-        ValueError: A prompt is longer than the context, or one request needs more cache than there
-            may be. Raised before anything runs.
+        ValueError: There is no request, a prompt is longer than the context, or one request needs
+            more cache than there may be. Raised before anything runs.
     """
 
     def __init__(
@@ -100,6 +98,8 @@ class Generation:
         eos_token_ids: Collection[int],
         limits: Limits | None = None,
     ) -> None:
+        if not requests:
+            raise ValueError("requests must hold at least one prompt, got none")
         self.timings = Timings()
         self._model, self._lm_head = model, lm_head
         self._requests, self._params = list(requests), list(params)
@@ -112,7 +112,7 @@ class Generation:
         self._stopped: set[int] = set()
         pages = [self._num_pages(index) for index in self._waiting]
         self._free_pages = min(sum(pages), self._max_pages())
-        if pages and max(pages) > self._free_pages:
+        if max(pages) > self._free_pages:
             index = pages.index(max(pages))
             raise ValueError(
                 f"request {index} must fit into the cache with its prompt and max_new_tokens: it "
@@ -122,7 +122,6 @@ class Generation:
         self._cache = PagedCache(
             model.config.text_config,
             self._free_pages,
-            page_size=PAGE_SIZE,
             dtype=lm_head.weight.dtype,
             device=self._device,
         )
@@ -162,7 +161,7 @@ class Generation:
     def _prefill(self, admitted: list[_Running]) -> list[Token]:
         packed = pack([self._requests[state.request] for state in admitted], self._model.config)
         started = self._mark()
-        hidden = self._model.embed(packed, self._limits.max_patches_per_call)
+        hidden = self._model.embed(packed, max_patches_per_call=self._limits.max_patches_per_call)
         positions = packed.positions.to(self._device, non_blocking=True)
         embedded = self._mark()
         last = []

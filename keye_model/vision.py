@@ -180,7 +180,7 @@ def split_grid(grid: Grid, joint_video_attention: bool, max_patches: int) -> lis
     for t, h, w in grid:
         unit = t if joint_video_attention else 1  # frames that must stay together
         while t:
-            fitting = min(room // (unit * h * w) * unit, t)
+            fitting = min(max(room, 0) // (unit * h * w) * unit, t)
             if fitting == 0 and not parts[-1]:
                 fitting = unit
             if fitting == 0:

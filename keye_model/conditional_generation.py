@@ -1,0 +1,321 @@
+"""The Hugging Face shaped door: padded batches in, logits or token ids out.
+
+Padding is taken off here and put back here; everything between is packed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from keye_model.cache import PagedCache
+from keye_model.config import KeyeConfig
+from keye_model.detokenizer import Detokenizer
+from keye_model.generation import Generation, Limits
+from keye_model.hub import locate
+from keye_model.inputs import Request, host_grid
+from keye_model.model import KeyeModel
+from keye_model.positions import BatchRow, pack, split_batch
+from keye_model.sampling import GenerationDefaults
+from keye_model.weights import load_model
+
+
+@dataclass
+class KeyeOutput:
+    """What `KeyeForConditionalGeneration` returns.
+
+    Attributes:
+        logits: [batch_size, padded_length, vocab_size], dtype of the model; 0 at padding.
+    """
+
+    logits: torch.Tensor
+
+
+class KeyeForConditionalGeneration(nn.Module):
+    """Keye-VL with its language-model head.
+
+    Build one with `from_pretrained`. Forward only: parameters do not require gradients.
+    """
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = KeyeModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.generation_config: GenerationDefaults | None = None
+        self._directory: Path | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike,
+        *,
+        dtype: torch.dtype | str = "auto",
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | dict | None = None,
+        local_files_only: bool = False,
+    ) -> KeyeForConditionalGeneration:
+        """Load a checkpoint: `config.json`, `generation_config.json` and safetensors.
+
+        Args:
+            path_or_id: A directory or a Hub id. No code of it is ever run.
+            dtype: Of the parameters; "auto" is the checkpoint's. ``torch_dtype`` is its old name.
+            device_map: "auto" (a GPU if there is one), a device, or ``{"": device}``. None is the
+                CPU. Several devices are not served.
+            local_files_only: Never touch the network.
+
+        Raises:
+            FileNotFoundError: The checkpoint or one of its files is missing.
+            ValueError: The configuration or a tensor is not what it should be.
+            NotImplementedError: The device map names several devices.
+        """
+        directory = locate(path_or_id, weights=True, local_files_only=local_files_only)
+        config = KeyeConfig.from_pretrained(directory)
+        defaults = GenerationDefaults.from_directory(directory)
+        dtype = _dtype(torch_dtype if torch_dtype is not None else dtype, config)
+        model = load_model(cls, config, directory, device=_device(device_map), dtype=dtype)
+        model.generation_config = defaults
+        model._directory = directory
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | Sequence | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | Sequence | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence | None = None,
+        num_frames: torch.Tensor | Sequence | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> KeyeOutput:
+        """Logits of every token of a padded batch.
+
+        Args:
+            input_ids: [batch_size, padded_length], int64, placeholders expanded.
+            attention_mask: [batch_size, padded_length], 0 at padding (left or right); None means
+                no padding.
+            pixel_values: [num_image_patches, 3, patch, patch], uint8 or normalised float.
+            image_grid_thw: [num_images, 3], in patches; images in reading order of the batch.
+            pixel_values_videos, video_grid_thw: The same for videos.
+            second_per_grid_ts: [num_video_rows], seconds between frames (8B-Preview).
+            num_frames: Rows of ``video_grid_thw`` of each video (1.5).
+            position_ids: [3, batch_size, padded_length], int64; None computes them.
+
+        Raises:
+            ValueError: A shape, a grid or the number of placeholders is wrong.
+        """
+        grids = (image_grid_thw, video_grid_thw, second_per_grid_ts, num_frames)
+        rows = self._split(input_ids, attention_mask, *grids)
+        requests = _requests(rows, pixel_values, pixel_values_videos)
+        packed = pack(requests, self.config)
+        positions = packed.positions
+        if position_ids is not None:
+            if position_ids.shape != (3, *input_ids.shape):
+                raise ValueError(
+                    f"position_ids must have shape {(3, *input_ids.shape)}, got "
+                    f"{tuple(position_ids.shape)}"
+                )
+            host = position_ids.cpu()
+            positions = torch.cat([host[:, i, row.kept] for i, row in enumerate(rows)], dim=1)
+        cache, step = PagedCache.for_single_pass(
+            self.config.text_config, packed.seqlens, dtype=self.dtype, device=self.device
+        )
+        hidden = self.model.embed(packed)
+        hidden = self.model(hidden, positions.to(self.device), cache, step)
+        logits = self.lm_head(hidden)
+        padded = logits.new_zeros((*input_ids.shape, logits.shape[1]))
+        batch_rows = [torch.full_like(row.kept, i) for i, row in enumerate(rows)]
+        columns = torch.cat([row.kept for row in rows])
+        padded[torch.cat(batch_rows).to(self.device), columns.to(self.device)] = logits
+        return KeyeOutput(padded)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | Sequence | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | Sequence | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence | None = None,
+        num_frames: torch.Tensor | Sequence | None = None,
+        *,
+        max_new_tokens: int = 512,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        limits: Limits | None = None,
+    ) -> torch.Tensor:
+        """Generate from a padded batch; inputs as in `forward`.
+
+        Args:
+            max_new_tokens: At most this many tokens for each row, less where the context ends.
+            do_sample: False is greedy; None follows the checkpoint's `generation_config.json`.
+            temperature, top_k, top_p, repetition_penalty: None follows the checkpoint.
+            seed: One for all rows or one for each; None draws from torch's global generator.
+            stop_strings: A row ends when its text contains one of these.
+            limits: Bounds of memory.
+
+        Returns:
+            [batch_size, padded_length + new], int64: the input, then the generated ids with the
+            stop id, then padding.
+
+        Raises:
+            ValueError: An input or a parameter is wrong, or a prompt leaves no room in the context.
+        """
+        defaults = self._defaults()
+        rows = self._split(
+            input_ids,
+            attention_mask,
+            image_grid_thw,
+            video_grid_thw,
+            second_per_grid_ts,
+            num_frames,
+        )
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(rows)
+        if len(seeds) != len(rows):
+            raise ValueError(f"seed must be one value or {len(rows)} values, got {len(seeds)}")
+        params = [
+            defaults.params(
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                seed=value,
+            )
+            for value in seeds
+        ]
+        requests = _requests(rows, pixel_values, pixel_values_videos)
+        watchers = [Detokenizer(self._tokenizer(), stop_strings) for _ in rows if stop_strings]
+        generation = Generation(
+            self.model,
+            self.lm_head,
+            requests,
+            params,
+            eos_token_ids=defaults.eos_token_ids,
+            limits=limits,
+        )
+        answers: list[list[int]] = [[] for _ in rows]
+        for token in generation:
+            answers[token.request].append(token.token_id)
+            if watchers:
+                watchers[token.request].add(token.token_id)
+                if watchers[token.request].stopped:
+                    generation.stop(token.request)
+        longest = max(map(len, answers))
+        padded = [ids + [defaults.pad_token_id] * (longest - len(ids)) for ids in answers]
+        new = torch.tensor(padded, dtype=torch.int64, device=input_ids.device)
+        return torch.cat([input_ids, new], dim=1)
+
+    def _split(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_grid_thw: torch.Tensor | Sequence | None,
+        video_grid_thw: torch.Tensor | Sequence | None,
+        second_per_grid_ts: torch.Tensor | Sequence | None,
+        num_frames: torch.Tensor | Sequence | None,
+    ) -> list[BatchRow]:
+        return split_batch(
+            self.config,
+            input_ids,
+            host_grid("image_grid_thw", image_grid_thw),
+            host_grid("video_grid_thw", video_grid_thw),
+            second_per_grid_ts,
+            num_frames,
+            attention_mask,
+        )
+
+    def _defaults(self) -> GenerationDefaults:
+        if self.generation_config is None:
+            raise RuntimeError(
+                "generation_config must be set before generate(); from_pretrained does it"
+            )
+        return self.generation_config
+
+    def _tokenizer(self) -> Tokenizer:
+        path = self._directory and self._directory / "tokenizer.json"
+        if path is None or not path.is_file():
+            raise FileNotFoundError(
+                f"stop_strings need the checkpoint's tokenizer.json, got {path}"
+            )
+        return Tokenizer.from_file(str(path))
+
+
+def _requests(
+    rows: list[BatchRow], images: torch.Tensor | None, videos: torch.Tensor | None
+) -> list[Request]:
+    """Deal the patches out to the rows that own them."""
+    requests, taken = [], [0, 0]
+
+    def take(pixels: torch.Tensor | None, kind: int, grid: tuple) -> torch.Tensor | None:
+        start = taken[kind]
+        taken[kind] += sum(t * h * w for t, h, w in grid)
+        return pixels[start : taken[kind]] if grid and pixels is not None else None
+
+    for row in rows:
+        requests.append(
+            Request(
+                row.input_ids,
+                take(images, 0, row.image_grid_thw),
+                row.image_grid_thw,
+                take(videos, 1, row.video_grid_thw),
+                row.video_grid_thw,
+                row.second_per_grid_ts,
+            )
+        )
+    for name, pixels, used in zip(
+        ("pixel_values", "pixel_values_videos"), (images, videos), taken, strict=True
+    ):
+        if pixels is not None and len(pixels) != used:
+            raise ValueError(f"{name} must hold the {used} patches of its grids, got {len(pixels)}")
+    return requests
+
+
+def _dtype(dtype: torch.dtype | str, config: KeyeConfig) -> torch.dtype:
+    if dtype == "auto":
+        return config.dtype
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be 'auto', float32, float16 or bfloat16, got {dtype!r}")
+    return named
+
+
+def _device(device_map: torch.device | str | dict | None) -> torch.device:
+    if isinstance(device_map, dict):
+        if len(set(device_map.values())) != 1:
+            raise NotImplementedError(f"device_map must name one device, got {device_map}")
+        device_map = next(iter(device_map.values()))
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device("cpu" if device_map is None else device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map must be 'auto' or a device, got {device_map!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device_map must name a device of this machine, got {device_map!r}")
+    return device

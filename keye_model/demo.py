@@ -1,0 +1,100 @@
+"""The demo: a picture, a video and a mixed batch through the whole stack."""
+
+from __future__ import annotations
+
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from keye_kernels import backends
+from keye_model.config import PREVIEW
+from keye_model.demo_checkpoint import build
+from keye_model.keye import Answer, Keye
+
+
+def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
+    """Show the stack at work, with a checkpoint or, without one, with random weights."""
+    with tempfile.TemporaryDirectory(prefix="keye-demo-") as name:
+        folder = Path(name)
+        if model is None:
+            print("No model named: making a tiny checkpoint with random weights.")
+            print("Its words mean nothing; pass MODEL=<directory or Hub id> for a real one.\n")
+            model = build(folder / "checkpoint", PREVIEW)
+        keye = Keye.from_pretrained(model)
+        config, device = keye.model.config, keye.model.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        print(f"{config.variant.name}, {keye.model.dtype}, on {where}".replace("torch.", ""))
+
+        picture = draw_picture(folder / "picture.png")
+        video = draw_video(folder / "video.mp4")
+        look = _turn({"type": "image", "image": str(picture)}, "Describe this image.")
+        watch = _turn({"type": "video", "video": str(video)}, "What happened in the video?")
+        both = _turn({"type": "image", "image": str(picture)}, "Which colours do you see?")
+        both[0]["content"].insert(1, {"type": "video", "video": str(video)})
+
+        for title, messages in (("A picture", look), ("A video", watch)):
+            print(f"\n{title}: {messages[0]['content'][-1]['text']}\n> ", end="", flush=True)
+            stream = keye.stream(messages, max_new_tokens=max_new_tokens, seed=0)
+            for piece in stream:
+                print(piece, end="", flush=True)
+            print()
+            _print_costs([stream.answer])
+
+        print("\nA mixed batch: a picture, a video, both at once, and words alone")
+        words = [{"role": "user", "content": "How many objects are there?"}]
+        answers = keye.generate([look, watch, both, words], max_new_tokens=max_new_tokens, seed=0)
+        for answer in answers:
+            print(f"> {answer.text}")
+        _print_costs(answers)
+
+    print("\nbackend of each op")
+    for op, served in backends().items():
+        print(f"  {op:24} {served}")
+
+
+def draw_picture(path: Path) -> Path:
+    """A red square and a yellow disc on blue."""
+    image = Image.new("RGB", (168, 112), (30, 60, 160))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((20, 30, 70, 80), fill=(200, 30, 30))
+    draw.ellipse((95, 25, 150, 80), fill=(240, 210, 40))
+    image.save(path)
+    return path
+
+
+def draw_video(path: Path, *, seconds: int = 2, fps: int = 4) -> Path:
+    """A white square that moves from left to right over grey."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        stream.time_base = Fraction(1, fps)
+        for number in range(seconds * fps):
+            frame = np.full((96, 128, 3), 90, np.uint8)
+            left = number * 100 // (seconds * fps)
+            frame[36:60, left : left + 24] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def _turn(item: dict, question: str) -> list[dict]:
+    return [{"role": "user", "content": [item, {"type": "text", "text": question}]}]
+
+
+def _print_costs(answers: list[Answer]) -> None:
+    usage, t = [answer.usage for answer in answers], answers[0].timings
+    prompt, new = sum(u.prompt_tokens for u in usage), sum(u.new_tokens for u in usage)
+    images, videos = sum(u.image_tokens for u in usage), sum(u.video_tokens for u in usage)
+    print(f"  {prompt} prompt tokens ({images} image, {videos} video), {new} new tokens")
+    stages = {
+        "processing": t.processing,
+        "vision": t.vision,
+        "prefill": t.prefill,
+        "decode": t.decode,
+    }
+    print("  " + ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in stages.items()))

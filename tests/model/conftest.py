@@ -1,0 +1,31 @@
+"""Tiny checkpoints of both lines, made once for the whole run."""
+
+import pytest
+import torch
+
+from keye_model.config import PREVIEW, V1_5
+from keye_model.demo_checkpoint import build
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Directory of a tiny fp32 checkpoint by name of its line."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {v.name: build(folder / v.name, v, dtype=torch.float32) for v in (PREVIEW, V1_5)}
+
+
+@pytest.fixture(scope="session")
+def preview_checkpoint(checkpoints):
+    return checkpoints[PREVIEW.name]
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory):
+    """A small picture and a small video on disk."""
+    from keye_model.demo import draw_picture, draw_video
+
+    folder = tmp_path_factory.mktemp("media")
+    return {
+        "picture": draw_picture(folder / "picture.png"),
+        "video": draw_video(folder / "video.mp4"),
+    }

@@ -1,0 +1,95 @@
+"""The cost model against the published checkpoint's own numbers, worked out from its shapes."""
+
+import math
+
+import pytest
+import torch
+
+from keye_model.config import PREVIEW, V1_5, KeyeConfig, KeyeTextConfig, KeyeVisionConfig
+from keye_model.inputs import Request
+from keye_model.plan import Costs, plan
+
+TEXT = KeyeTextConfig(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    mrope_section=(16, 24, 24),
+    max_position_embeddings=40960,
+)
+VISION = KeyeVisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    spatial_merge_size=2,
+    tokens_per_second=2,
+)
+
+
+def config(variant=PREVIEW):
+    return KeyeConfig(TEXT, VISION, variant, 151655, 151656, 151652, 151653)
+
+
+def request(num_tokens, images=(), videos=()):
+    def pixels(grid):
+        return torch.empty((sum(map(math.prod, grid)), 3, 14, 14), dtype=torch.uint8)
+
+    ids = torch.zeros(num_tokens, dtype=torch.int64)
+    return Request(
+        ids,
+        pixels(images) if images else None,
+        images,
+        pixels(videos) if videos else None,
+        videos,
+    )
+
+
+def test_costs_of_the_8b_checkpoint():
+    costs = Costs.of(config())
+    assert costs.vision_linear == 823_495_680
+    assert costs.vision_attention == 124_416
+    assert costs.projector == 80_216_064
+    assert costs.text_linear == 13_891_534_848
+    assert costs.text_attention == 589_824
+    assert costs.lm_head == 1_244_659_712
+    assert costs.weight_bytes == 2 * 8_643_841_648
+    assert costs.decode_bytes == 15_136_194_560
+    assert costs.cache_bytes == 147_456
+
+
+def test_plan_image_of_1280_tokens():
+    counts = plan(config(), [request(1310, images=((1, 64, 80),))], 1)
+    assert (counts.patches, counts.image_tokens, counts.longest_segment) == (5120, 1280, 5120)
+    assert counts.vision_flops == pytest.approx(7.580e12, rel=1e-3)
+    assert counts.prefill_flops == pytest.approx(18.7e12, rel=1e-2)
+    assert counts.floor_seconds(790e12, 4.3e12)["vision"] == pytest.approx(9.60e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("variant", "teraflops", "segment"), [(PREVIEW, 161.2, 32768), (V1_5, 29.73, 512)], ids=str
+)
+def test_plan_video_segments_follow_the_variant(variant, teraflops, segment):
+    counts = plan(config(variant), [request(8200, videos=((64, 16, 32),))], 1)
+    assert counts.video_tokens == 64 * 128
+    assert counts.longest_segment == segment
+    assert counts.vision_flops == pytest.approx(teraflops * 1e12, rel=1e-3)
+
+
+def test_plan_decode_step_is_bound_by_bytes():
+    counts = plan(config(), [request(8191)] * 32, 1)
+    assert counts.decode_step_bytes == pytest.approx(53.79e9, rel=1e-3)
+    step = counts.floor_seconds(790e12, 4.3e12)["decode_step"]
+    assert step == pytest.approx(12.51e-3, rel=1e-3)
+
+
+def test_plan_refuses_no_new_tokens():
+    with pytest.raises(ValueError, match="max_new_tokens must be a positive integer, got 0"):
+        plan(config(), [request(4)], 0)
