@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from keye_model.config import PREVIEW, V1_5, KeyeConfig, Variant
+from keye_model.processing.chat import DEFAULT_TEMPLATE
 from keye_model.weights import tensor_shapes
 
 # In the order of their ids. The first list is dropped when decoding without special tokens.
@@ -47,29 +48,6 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CHAT_TEMPLATE = """\
-{%- set images = namespace(count=0) -%}{%- set videos = namespace(count=0) -%}
-{%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}{{- message['content'] -}}
-{%- else -%}{%- for item in message['content'] -%}
-{%- if item['type'] == 'image' or 'image' in item or 'image_url' in item -%}
-{%- set images.count = images.count + 1 -%}
-{%- if add_vision_id -%}{{- 'Picture ' ~ images.count ~ ': ' -}}{%- endif -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- elif item['type'] == 'video' or 'video' in item -%}
-{%- set videos.count = videos.count + 1 -%}
-{%- if add_vision_id -%}{{- 'Video ' ~ videos.count ~ ': ' -}}{%- endif -%}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-{%- elif 'text' in item -%}{{- item['text'] -}}{%- endif -%}
-{%- endfor -%}{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
 
 
 def build(
@@ -118,7 +96,7 @@ def build(
         directory / "tokenizer_config.json",
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 4096},
     )
-    _write_json(directory / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
+    _write_json(directory / "chat_template.json", {"chat_template": DEFAULT_TEMPLATE})
     _write_weights(directory, KeyeConfig.from_dict(config), seed)
     return directory
 
