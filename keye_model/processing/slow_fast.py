@@ -1,0 +1,217 @@
+"""Slow and fast frames of Keye-VL-1.5: which frame is which, and how large each kind becomes.
+
+A frame much like the last slow one is fast and gets about 0.3 of its tokens. Both rules are those
+of keye-vl-utils 1.5.x, whose HSV conversion is OpenCV's for 8-bit RGB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from keye_model.processing.image import helper_size
+from keye_model.processing.video_sampling import (
+    FACTOR,
+    TOKEN_PIXELS,
+    V1_5_MAX_PIXELS,
+    V1_5_MIN_PIXELS,
+    V1_5_TOTAL_PIXELS,
+    bounded_size,
+)
+
+MIN_FRAME_SIMILARITY = 0.9
+FAST_TOKEN_RATIO = 0.3
+_COMPARE_MAX_PIXELS = 256 * TOKEN_PIXELS
+_SAME_PATCH = 0.7  # cosine above which two patches count as alike
+_BLACK = 0.01  # norm below which a patch is black
+_THREADS = 2
+
+
+class FrameSizes(NamedTuple):
+    """Pixels of slow and of fast frames, each side a multiple of 28."""
+
+    height: int
+    width: int
+    fast_height: int
+    fast_width: int
+
+
+def classify_frames(
+    frames: Iterable[torch.Tensor], min_similarity: float = MIN_FRAME_SIMILARITY
+) -> list[bool]:
+    """Tell for each frame whether it is fast; the first is slow.
+
+    Each frame is compared with the last slow one. Below ``min_similarity`` (the share of 28x28
+    patches that look alike) it is slow and takes that one's place. Two black frames have nothing to
+    compare, and the second is fast.
+
+    Args:
+        frames: [3, height, width], uint8 RGB. Read once; only a few are held at a time.
+    """
+    fast: list[bool] = []
+    reference = None
+    for look in _looks(frames):
+        alike = reference is not None and not frame_similarity(reference, look) < min_similarity
+        fast.append(alike)
+        if not alike:
+            reference = look
+    return fast
+
+
+class FrameLook(NamedTuple):
+    """What a frame is compared by.
+
+    Attributes:
+        hsv: [rows, 3, columns, 784], fp32 holding OpenCV's bytes: hue 0 to 179, then 0 to 255; the
+            784 pixels of each patch together.
+        norms: [rows, columns], fp32, length of each patch as a vector of 2352 values.
+    """
+
+    hsv: np.ndarray
+    norms: np.ndarray
+
+
+def look_at(frame: torch.Tensor) -> FrameLook:
+    """Shrink a frame ([3, height, width] uint8) to 48 to 256 tokens and describe it."""
+    height, width = helper_size(
+        *frame.shape[1:], min_pixels=V1_5_MIN_PIXELS, max_pixels=_COMPARE_MAX_PIXELS
+    )
+    small = resize_bilinear(frame, height, width).permute(1, 2, 0).numpy()
+    rows, columns = height // FACTOR, width // FACTOR
+    cut = small.reshape(rows, FACTOR, columns, FACTOR, 3)
+    hsv = np.empty((rows, 3, columns, TOKEN_PIXELS), dtype=np.float32)
+    for row in range(rows):  # a row of patches at a time stays in the processor's cache
+        rgb = np.ascontiguousarray(cut[row].transpose(3, 1, 0, 2))
+        hsv[row] = rgb_to_hsv(rgb.reshape(3, columns, TOKEN_PIXELS))
+    return FrameLook(hsv, np.sqrt(_patch_products(hsv, hsv)) + np.float32(1e-8))
+
+
+def frame_similarity(a: FrameLook, b: FrameLook) -> float:
+    """Share of patches with a cosine above 0.7, black pairs left out; NaN if all are black.
+
+    The share is an fp32 number as published, which decides at the limit: 9 of 10 patches are
+    0.89999998, less than 0.9.
+    """
+    cosines = _patch_products(a.hsv, b.hsv) / (a.norms * b.norms)
+    seen = (a.norms >= _BLACK) | (b.norms >= _BLACK)
+    if not seen.any():
+        return math.nan
+    alike = (cosines > _SAME_PATCH) & seen
+    return float(np.float32(alike.sum()) / np.float32(seen.sum()))
+
+
+def rgb_to_hsv(rgb: np.ndarray) -> np.ndarray:
+    """OpenCV's 8-bit RGB to HSV: [3, ...] uint8 → the same shape in fp32, whole numbers.
+
+    OpenCV multiplies by tabled 12-bit fixed-point reciprocals and rounds by adding half. Every
+    number involved is an integer below 2^24, which fp32 holds exactly.
+    """
+    red8, green8, blue8 = rgb
+    value8 = np.maximum(np.maximum(red8, green8), blue8)
+    span8 = value8 - np.minimum(np.minimum(red8, green8), blue8)
+    red, green, blue = rgb.astype(np.int16)
+    span = span8.astype(np.int16)
+    # Way round the hue circle from red, in units of span / 60 degrees. The largest channel chooses
+    # among three, red before green before blue; bit masks, as np.where is many times slower.
+    turn = red - green + 4 * span
+    for largest, other in ((green8, blue - red + 2 * span), (red8, green - blue)):
+        turn ^= (turn ^ other) & -(value8 == largest).astype(np.int16)
+
+    value, span = value8.astype(np.float32), span8.astype(np.float32)
+    hue = _fixed_point_quotient(turn.astype(np.float32), span, 30)
+    hue += (hue < 0) * np.float32(180)
+    return np.stack((hue, _fixed_point_quotient(span, value, 255), value))
+
+
+def resize_bilinear(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize [3, h, w] uint8 to [3, height, width] uint8, bilinear with antialiasing.
+
+    PyTorch's own 8-bit resampler, as keye-vl-utils 1.5.x and the 1.5 processor call it.
+    """
+    if frame.shape[1:] == (height, width):
+        return frame
+    # Strides that say channels-last outright (a batch of one leaves it open) save a repack.
+    batch = frame.permute(1, 2, 0).contiguous()[None]
+    batch = batch.as_strided(batch.shape, (batch.numel(), *batch.stride()[1:])).permute(0, 3, 1, 2)
+    return interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def frame_sizes(
+    height: int,
+    width: int,
+    num_slow: int,
+    num_fast: int,
+    *,
+    min_pixels: float = V1_5_MIN_PIXELS,
+    max_pixels: float = V1_5_MAX_PIXELS,
+    total_pixels: float = V1_5_TOTAL_PIXELS,
+) -> FrameSizes:
+    """Sizes of slow and fast frames so that a video of both meets its token budget.
+
+    As published, the budget can be overshot by a little (`_slow_tokens`), and rounding down to
+    multiples of 28 may leave a frame with fewer than 48 tokens.
+
+    Args:
+        height, width: Of the original frames.
+        min_pixels, max_pixels: Bounds of a slow frame; below 48 tokens the minimum is 48 tokens.
+        total_pixels: Budget of the whole video.
+    """
+    min_pixels = max(int(min_pixels), V1_5_MIN_PIXELS)
+    tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, total_pixels)
+    slow = bounded_size(height, width, min_pixels, tokens * TOKEN_PIXELS)
+    slow_tokens = slow[0] * slow[1] // TOKEN_PIXELS
+    fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, V1_5_MIN_PIXELS)
+    return FrameSizes(*slow, *bounded_size(height, width, min_pixels, fast_pixels))
+
+
+def _slow_tokens(
+    num_slow: int, num_fast: int, min_pixels: int, max_pixels: float, total_pixels: float
+) -> float:
+    """Most tokens of a slow frame: the first count past the budget, or what ``max_pixels`` holds.
+
+    The published search returns the first count that overshoots, not the last that fits.
+    """
+    least_fast = min_pixels // TOKEN_PIXELS
+    low, high = min_pixels / TOKEN_PIXELS, max_pixels / TOKEN_PIXELS
+    while low < high:
+        middle = int(low + high) // 2
+        fast = max(int(FAST_TOKEN_RATIO * middle), least_fast)
+        if (num_slow * middle + num_fast * fast) * TOKEN_PIXELS > total_pixels:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _looks(frames: Iterable[torch.Tensor]) -> Iterator[FrameLook]:
+    """`look_at` each frame, a few ahead on other threads (NumPy and PyTorch free the interpreter
+    meanwhile, and so does the decoder that `frames` may draw on)."""
+    ahead: deque[Future[FrameLook]] = deque()
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        for frame in frames:
+            ahead.append(pool.submit(look_at, frame))
+            if len(ahead) > _THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _fixed_point_quotient(number: np.ndarray, divisor: np.ndarray, scale: int) -> np.ndarray:
+    """``number * scale / divisor``, the reciprocal rounded to 12 binary places; 0 for 0 / 0."""
+    quotient = np.rint(np.float32(scale * 4096) / np.maximum(divisor, 1))
+    quotient *= number
+    quotient += 2048
+    quotient *= 1 / 4096
+    return np.floor(quotient, out=quotient)
+
+
+def _patch_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dot product of each patch of a with that of b: [rows, columns]."""
+    return np.einsum("rcpk,rcpk->rp", a, b)
