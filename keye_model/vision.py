@@ -175,19 +175,17 @@ def split_grid(grid: Grid, joint_video_attention: bool, max_patches: int) -> lis
 
     A segment that is longer by itself, such as a whole video of 8B-Preview, is a part of its own.
     """
-    parts: list[list[GridTHW]] = [[]]
-    room = max_patches
+    parts: list[list[GridTHW]] = []
+    room = 0
     for t, h, w in grid:
         unit = t if joint_video_attention else 1  # frames that must stay together
         while t:
-            fitting = min(max(room, 0) // (unit * h * w) * unit, t)
-            if fitting == 0 and not parts[-1]:
-                fitting = unit
+            fitting = min(room // (unit * h * w) * unit, t)
             if fitting == 0:
                 parts.append([])
-                room = max_patches
+                room = max(max_patches, unit * h * w)
                 continue
             parts[-1].append((fitting, h, w))
             room -= fitting * h * w
             t -= fitting
-    return [tuple(part) for part in parts if part]
+    return [tuple(part) for part in parts]
