@@ -105,6 +105,11 @@ def fetch_image(
         min_pixels = item.get("min_pixels", min_pixels)
         max_pixels = item.get("max_pixels", max_pixels)
     try:
+        # A lone max_pixels may stand below the default min_pixels, as published.
+        if "min_pixels" in item and "max_pixels" in item and min_pixels > max_pixels:
+            raise ValueError(
+                f"min_pixels must be at most max_pixels, got {min_pixels} and {max_pixels}"
+            )
         height, width = helper_size(
             height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
         )
@@ -257,10 +262,6 @@ def _check_sizes(height: int, width: int, factor: int, min_pixels: int, max_pixe
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
-    if min_pixels > max_pixels:
-        raise ValueError(
-            f"min_pixels must be at most max_pixels, got {min_pixels} and {max_pixels}"
-        )
 
 
 def _check_ratio(height: int, width: int) -> None:

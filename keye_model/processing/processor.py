@@ -31,12 +31,6 @@ from keye_model.processing.video import KeyeVideoProcessor
 
 Messages = Sequence[dict[str, Any]]
 
-# What process_vision_info returns beside the videos, by release of keye-vl-utils.
-_VIDEO_KEYWORDS = {
-    "1.0": ("fps",),
-    "1.5": ("height", "width", "fast_height", "fast_width", "timestamps", "frame_types"),
-}
-
 
 class KeyeProcessor:
     """Prepares requests for either line; reads no weights.
@@ -216,7 +210,7 @@ class KeyeProcessor:
         """
         texts = [text] if isinstance(text, str) else list(text)
         cut = [self.image_processor.patches(image) for image in _flat(images)]
-        films = self._films(_videos(videos), video_kwargs)
+        films = self.video_processor.patches_of_each(videos, **video_kwargs)
         rows = self._placeholders.expand(texts, cut, films)
         return self._batch(rows, cut, films, padding, padding_side, return_tensors)
 
@@ -338,34 +332,6 @@ class KeyeProcessor:
         videos = [self.video_processor.patches(item) for item in vision_items(checked, "video")]
         return text, images, videos
 
-    def _films(self, videos: list[Any], keywords: dict[str, Any]) -> list[VideoPatches]:
-        """Cut videos that were loaded elsewhere, each with its share of the keywords."""
-        known = _VIDEO_KEYWORDS[self.config.variant.video_version]
-        if unknown := sorted(set(keywords) - set(known)):
-            raise TypeError(
-                f"keywords for {self.config.variant.name} must be among {', '.join(known)}, got "
-                f"{', '.join(unknown)}"
-            )
-        shares: list[dict[str, Any]] = [{} for _ in videos]
-        for name, value in keywords.items():
-            if value is None:
-                continue
-            values = list(value) if isinstance(value, (list, tuple, torch.Tensor)) else None
-            if values is None:
-                values = [value] * len(videos)  # one value for all videos
-            if len(values) != len(videos):
-                raise ValueError(
-                    f"{name} must have one value for each of {len(videos)} videos, got "
-                    f"{len(values)}"
-                )
-            for share, one in zip(shares, values, strict=True):
-                if one is not None:
-                    share[name] = one
-        return [
-            self.video_processor.patches_from_frames(video, **share)
-            for video, share in zip(videos, shares, strict=True)
-        ]
-
     def _batch(
         self,
         rows: list[list[int]],
@@ -405,13 +371,3 @@ def _flat(images: Any) -> list[Any]:
     if not isinstance(images, (list, tuple)):
         return [images]
     return [one for entry in images for one in _flat(entry)]
-
-
-def _videos(videos: Any) -> list[Any]:
-    """Videos as a list; a lone tensor or a lone list of pictures is one video."""
-    if videos is None:
-        return []
-    if not isinstance(videos, (list, tuple)):
-        return [videos]
-    is_video = [isinstance(one, (list, tuple)) or getattr(one, "ndim", 0) == 4 for one in videos]
-    return list(videos) if all(is_video) else [videos]

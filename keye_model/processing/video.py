@@ -109,23 +109,38 @@ class KeyeVideoProcessor:
             TypeError: An option of the other line.
             ValueError: No frames, other values, or as many times or types as there are no frames.
         """
-        if unknown := sorted(set(options) - _KEYWORDS[self.version]):
-            raise TypeError(
-                f"video keywords for release {self.version} must be among "
-                f"{', '.join(sorted(_KEYWORDS[self.version]))}, got {', '.join(unknown)}"
-            )
+        self._check_keywords(options)
         if len(frames) == 0:
             raise ValueError("videos must have at least one frame, got none")
         if self.version == "1.0":
             return self._preview_patches(frames, float(options.get("fps", DEFAULT_FPS)))
         return self._patches_1_5([frame_bytes(frame) for frame in frames], **options)
 
+    def patches_of_each(self, videos: Any, **options: Any) -> list[VideoPatches]:
+        """`patches_from_frames` of one video or of each in a list; of None, an empty list.
+
+        Args:
+            options: As there; one value for all videos, or a list with one for each.
+
+        Raises:
+            ValueError: A list of another length; else as there.
+        """
+        self._check_keywords(options)
+        videos = [] if videos is None else videos
+        several = isinstance(videos, (list, tuple)) and all(map(_is_video, videos))
+        videos = list(videos) if several else [videos]
+        shares = _shares(options, len(videos))
+        return [
+            self.patches_from_frames(video, **share)
+            for video, share in zip(videos, shares, strict=True)
+        ]
+
     def __call__(self, videos: Any, return_tensors: str = "pt", **options: Any) -> BatchFeature:
         """Patches of one sampled video or a list of them, as the model's forward takes them.
 
         Args:
             videos: Frames of one video, or a list of videos, each as in `patches_from_frames`.
-            options: As there; one value for all videos, or a list with one for each.
+            options: As in `patches_of_each`.
 
         Returns:
             pixel_values_videos: [num_patches, 3, patch, patch], fp32, normalised.
@@ -135,14 +150,9 @@ class KeyeVideoProcessor:
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        several = isinstance(videos, (list, tuple)) and all(map(_is_video, videos))
-        videos = list(videos) if several else [videos]
-        if not videos:
+        cut = self.patches_of_each(videos, **options)
+        if not cut:
             raise ValueError("videos must hold at least one video, got none")
-        cut = [
-            self.patches_from_frames(video, **share)
-            for video, share in zip(videos, _shares(options, len(videos)), strict=True)
-        ]
         rows = [row for video in cut for row in video.grid_thw]
         batch = BatchFeature(
             pixel_values_videos=self.normalize(torch.cat([video.pixels for video in cut])),
@@ -160,6 +170,13 @@ class KeyeVideoProcessor:
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Raw bytes [N, 3, patch, patch] → fp32, by the image processor's mean and std."""
         return normalize(pixels, self.image_processor.image_mean, self.image_processor.image_std)
+
+    def _check_keywords(self, options: Mapping[str, Any]) -> None:
+        if unknown := sorted(set(options) - _KEYWORDS[self.version]):
+            raise TypeError(
+                f"video keywords for release {self.version} must be among "
+                f"{', '.join(sorted(_KEYWORDS[self.version]))}, got {', '.join(unknown)}"
+            )
 
     def _preview_patches(self, frames: Sequence[Any], fps: float) -> VideoPatches:
         """All frames to the size that the image processor's rule gives the first."""
