@@ -1,0 +1,140 @@
+"""The tower against transformers' PaddleOCR-VL tower, a descended implementation, and its rules."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from keye_model.config import PREVIEW, V1_5
+from keye_model.vision import plan_step, split_grid
+from tests.model import tiny
+
+GRIDS = {
+    "one image": [[1, 4, 6]],
+    "two images": [[1, 4, 4], [1, 2, 10]],
+    "larger than the table": [[1, 30, 28]],
+    "frames": [[3, 4, 4], [1, 2, 2], [2, 4, 4]],
+}
+
+
+def random_pixels(grid: list[list[int]]) -> torch.Tensor:
+    return tiny.pixels("pixel_values", sum(t * h * w for t, h, w in grid))
+
+
+@torch.inference_mode()
+def encode(model: tiny.TinyKeye, pixels: torch.Tensor, grid: list) -> torch.Tensor:
+    return model.model.visual(pixels.to(model.model.device), grid).cpu()
+
+
+def paddle_config(config):
+    """transformers' configuration of the same tower, or a skip."""
+    paddle = pytest.importorskip("transformers.models.paddleocr_vl")
+    vision = config.vision_config
+    return paddle.PaddleOCRVisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=vision.num_hidden_layers,
+        num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        layer_norm_eps=vision.layer_norm_eps,
+        attn_implementation="eager",
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_tower_equals_transformers_paddleocr(grid):
+    # Frames are separate there, as in 1.5; joint video attention is what the goldens check.
+    model = tiny.tiny_keye(V1_5)
+    from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionModel
+
+    reference = PaddleOCRVisionModel(paddle_config(model.config)).eval()
+    weights = {
+        name.removeprefix("visual."): tensor
+        for name, tensor in tiny.state_dict(model.config).items()
+        if name.startswith("visual.")
+    }
+    reference.load_state_dict(weights, strict=True)
+    pixels = random_pixels(grid)
+    with torch.no_grad():
+        expected = reference(pixels[None], grid_thw=torch.tensor(grid)).last_hidden_state
+    actual = encode(model, pixels, grid)
+    torch.testing.assert_close(actual, expected.view_as(actual), atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [PREVIEW, V1_5], ids=lambda v: v.name)
+def test_two_images_equal_two_calls(variant):
+    model = tiny.tiny_keye(variant)
+    pixels = random_pixels(GRIDS["two images"])
+    together = encode(model, pixels, GRIDS["two images"])
+    alone = [encode(model, pixels[:16], [[1, 4, 4]]), encode(model, pixels[16:], [[1, 2, 10]])]
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=0)
+
+
+def test_video_segments():
+    pixels = random_pixels([[3, 4, 4]])
+    frames = [encode(tiny.tiny_keye(V1_5), p, [[1, 4, 4]]) for p in pixels.split(16)]
+    per_frame = encode(tiny.tiny_keye(V1_5), pixels, [[3, 4, 4]])
+    torch.testing.assert_close(per_frame, torch.cat(frames), atol=2e-5, rtol=0)
+    joint = encode(tiny.tiny_keye(PREVIEW), pixels, [[3, 4, 4]])
+    assert (joint - per_frame).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("variant", [PREVIEW, V1_5], ids=lambda v: v.name)
+def test_a_video_of_one_frame_is_an_image(variant):
+    model = tiny.tiny_keye(variant)
+    pixels = random_pixels([[1, 4, 6]])
+    with torch.inference_mode():
+        image = model.model.get_image_features(pixels, [[1, 4, 6]])
+        video = model.model.get_video_features(pixels, [[1, 4, 6]])
+    assert torch.equal(image, video)
+
+
+def test_patches_may_be_reordered_inside_a_segment():
+    # Only positions tell patches apart: a kernel may visit them in any order.
+    tower = tiny.tiny_keye().model.visual
+    step = plan_step(((2, 4, 4),), True, torch.device("cpu"))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(32))
+    hidden = tiny.filler("hidden", (32, 144))
+
+    def run(x, step):
+        residual = None
+        for layer in tower.layers:
+            x, residual = layer(x, residual, step)
+        return tower.post_layernorm(x, residual)[0]
+
+    with torch.inference_mode():
+        tower = tower.to("cpu")
+        expected = run(hidden, step)
+        shuffled = run(hidden[order], dataclasses.replace(step, positions=step.positions[order]))
+    torch.testing.assert_close(shuffled, expected[order], atol=1e-5, rtol=0)
+
+
+def test_plan_positions_and_segments():
+    grid = ((2, 2, 2), (1, 2, 4))
+    joint = plan_step(grid, True, torch.device("cpu"))
+    frames = plan_step(grid, False, torch.device("cpu"))
+    square = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    wide = [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3]]
+    assert joint.positions.tolist() == frames.positions.tolist() == square + square + wide
+    assert (joint.cu_seqlens.tolist(), joint.max_seqlen) == ([0, 8, 16], 8)
+    assert (frames.cu_seqlens.tolist(), frames.max_seqlen) == ([0, 4, 8, 16], 8)
+    assert joint.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("grid", "joint", "max_patches", "expected"),
+    [
+        (((1, 4, 4), (1, 2, 2)), True, 20, [((1, 4, 4), (1, 2, 2))]),
+        (((1, 4, 4), (1, 2, 2)), True, 19, [((1, 4, 4),), ((1, 2, 2),)]),
+        (((3, 4, 4),), True, 16, [((3, 4, 4),)]),  # one segment stays whole
+        (((3, 4, 4),), False, 16, [((1, 4, 4),)] * 3),
+        (((5, 4, 4),), False, 40, [((2, 4, 4),), ((2, 4, 4),), ((1, 4, 4),)]),
+        (((1, 2, 2), (3, 4, 4)), False, 36, [((1, 2, 2), (2, 4, 4)), ((1, 4, 4),)]),
+        (((2, 4, 4), (1, 2, 2)), False, 1, [((1, 4, 4),), ((1, 4, 4),), ((1, 2, 2),)]),
+        ((), False, 1, []),
+    ],
+)
+def test_split_grid(grid, joint, max_patches, expected):
+    assert split_grid(grid, joint, max_patches) == expected
