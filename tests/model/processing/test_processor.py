@@ -595,7 +595,8 @@ def test_published_ids():
         *(151652, *[151655] * 144, 151653, 74785, 419, 2168, 13, 151645, 198),
         *(151644, 77091, 198),
     ]
-    assert processor(text="0123456789.\n\n").input_ids.tolist() == [[*range(15, 25), 13, 271]]
+    texts = processor(text=["0123456789.", "\n\n", "\n"], return_tensors=None)
+    assert texts.input_ids == [[*range(15, 25), 13], [271], [198]]
     assert processor.token_ids.eos == (151645, 151643)
     assert processor.token_ids.pad == 151643
     assert processor.decode([151643, 151644, 151652, 151656, 151667, 151668, 151900], True) == (
