@@ -69,10 +69,11 @@ def test_gelu_rounds_once(approximate, device):
     assert (got == twice).double().mean() < 0.9
 
 
-def test_infinities(device):
-    x = torch.tensor([[float("-inf"), -70.0, 0.0, 70.0, float("inf")]], device=device)
-    # gelu(-inf) is -inf * 0, NaN, in PyTorch too
-    assert kk.gelu(x[:, 1:], approximate="none").tolist() == [[0.0, 0.0, 70.0, float("inf")]]
+@by_kind
+def test_large_values(approximate, device):
+    x = torch.tensor([[-1e30, -70.0, 0.0, 70.0, 1e30]], device=device)
+    expected = torch.tensor([[0.0, 0.0, 0.0, 70.0, 1e30]], device=device)
+    assert torch.equal(kk.gelu(x, approximate=approximate), expected)
     gate_up = torch.tensor([[-1e4, 0.0, 1e4, 2.0, 1.0, 3.0]], device=device)
     assert kk.silu_mul(gate_up).tolist() == [[0.0, 0.0, 3e4]]
 

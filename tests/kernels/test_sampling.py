@@ -1,0 +1,322 @@
+"""sample: its filters against transformers, its noise against published vectors and statistics."""
+
+import math
+
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import keye_kernels as kk
+from keye_kernels import reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def run(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, step=0, **keywords):
+    """Numbers stand for every row, lists for one row each."""
+    batch, device = len(logits), logits.device
+
+    def column(value, dtype):
+        values = value if isinstance(value, list) else [value] * batch
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    if "repetition_penalty" in keywords:
+        penalty = column(keywords["repetition_penalty"], torch.float32)
+        keywords["repetition_penalty"] = penalty
+    return kk.sample(
+        logits,
+        column(temperature, torch.float32),
+        column(top_k, torch.int64),
+        column(top_p, torch.float32),
+        column(seed, torch.int64),
+        column(step, torch.int64),
+        **keywords,
+    )
+
+
+def support(row, draws=400, **options):
+    """Tokens that come up in many draws from one row of logits."""
+    tokens = run(row.expand(draws, -1), seed=list(range(draws)), **options)
+    return set(tokens.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 101), (2, 5000)], ids=str)
+def test_temperature_zero_is_argmax(shape, dtype, device):
+    logits = torch.randn(shape, device=device).to(dtype)
+    tokens = run(logits, temperature=0.0, top_k=3, top_p=0.1, seed=9)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, logits.argmax(dim=1))
+
+
+def test_greedy_takes_the_lowest_token_on_ties(device):
+    logits = torch.zeros(3, 1000, device=device)
+    logits[1, [700, 31, 999]] = 2.5
+    logits[2, 999] = 1
+    assert run(logits, temperature=0.0).tolist() == [0, 31, 999]
+
+
+def expected_probabilities(row, temperature, top_k, top_p, seen=None, penalty=1.0):
+    """Distribution left by the logits processors of transformers."""
+    processors = LogitsProcessorList()
+    if penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    if temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    prompt = torch.tensor([seen if seen is not None else [0]], device=row.device)
+    return processors(prompt, row[None].float())[0].softmax(0)
+
+
+SETTINGS = {
+    "softmax": (1.0, 0, 1.0),
+    "temperature": (0.6, 0, 1.0),
+    "hot": (2.5, 0, 1.0),
+    "top-k": (1.0, 4, 1.0),
+    "top-p": (1.0, 0, 0.7),
+    "all": (0.6, 6, 0.95),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_frequencies_follow_the_probabilities(setting, device):
+    """Chi-square at fixed seeds: deterministic, and far below the 1e-4 quantile when right."""
+    temperature, top_k, top_p = SETTINGS[setting]
+    row = torch.tensor([2.0, 1.5, 0.1, -1.0, 0.7, 1.9, -0.4, 0.3, -2.0, 1.1], device=device)
+    probs = expected_probabilities(row, temperature, top_k, top_p).double().cpu()
+    draws = 3000
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    by_seed = run(row.expand(draws, -1), seed=list(range(draws)), **options)
+    by_step = run(row.expand(draws, -1), seed=12345, step=list(range(draws)), **options)
+    for tokens in (by_seed, by_step):
+        counts = torch.bincount(tokens.cpu(), minlength=len(row)).double()
+        kept = probs > 0
+        assert counts[~kept].sum() == 0
+        chi_square = ((counts - draws * probs)[kept].square() / (draws * probs[kept])).sum()
+        freedom = int(kept.sum()) - 1
+        # Wilson-Hilferty: the 1e-4 quantile of chi-square
+        quantile = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+        assert chi_square < quantile
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 1, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.5), (0.9, 20, 0.8), (1.0, 0, 0.05)],
+    ids=str,
+)
+def test_kept_tokens_are_those_of_transformers(temperature, top_k, top_p, device):
+    row = torch.randn(200, device=device)
+    probs = expected_probabilities(row, temperature, top_k, top_p)
+    allowed = set(probs.nonzero().squeeze(1).tolist())
+    drawn = support(row, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert drawn <= allowed
+    likely = set((probs > 0.05).nonzero().squeeze(1).tolist())
+    assert likely <= drawn
+
+
+def test_ties_stay(device):
+    row = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 2.0], device=device)
+    assert support(row, top_k=2) == {1, 2, 3, 5}
+    even = torch.zeros(6, device=device)
+    assert support(even, top_p=0.01) == set(range(6))
+    assert support(row, top_k=1) == {1}
+    assert support(row, top_p=0.0) == {1}
+
+
+@pytest.mark.parametrize("top_k", [0, 6, 100])
+def test_top_k_off(top_k, device):
+    row = torch.tensor([0.3, 0.0, 0.1, -0.2, 0.2, -0.1], device=device)
+    assert support(row, top_k=top_k) == set(range(6))
+
+
+def test_top_p_acts_on_what_top_k_left_and_after_temperature(device):
+    probs = torch.tensor([0.4, 0.3, 0.2, 0.1], device=device)
+    # Of the two left by top-k the first has 4/7 > 0.5; of all four it would need the second.
+    assert support(probs.log(), top_k=2, top_p=0.5) == {0}
+    assert support(probs.log(), top_p=0.5) == {0, 1}
+    # At temperature 1/4 the first alone has 0.72.
+    assert support(probs.log(), temperature=0.25, top_p=0.7) == {0}
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.6])
+def test_repetition_penalty_equals_transformers(penalty, device):
+    logits = torch.randn(4, 60, device=device).mul_(3)
+    seen = torch.rand(4, 60, device=device) < 0.5
+    penalties = [penalty, 1.0, penalty, 2.0]
+    processed = torch.stack(
+        [
+            RepetitionPenaltyLogitsProcessor(value)(row_seen.nonzero().T, row[None])[0]
+            for row, row_seen, value in zip(logits, seen, penalties, strict=True)
+        ]
+    )
+    greedy = run(logits, temperature=0.0, repetition_penalty=penalties, seen=seen)
+    assert torch.equal(greedy, processed.argmax(dim=1))
+    drawn = run(logits, seed=[1, 2, 3, 4], repetition_penalty=penalties, seen=seen)
+    assert torch.equal(drawn, run(processed, seed=[1, 2, 3, 4]))
+
+
+def test_philox_known_answers():
+    """Vectors of the Random123 distribution, philox4x32 with 10 rounds."""
+    words = reference._philox(torch.zeros(1, dtype=torch.int64), step=0, seed=0)
+    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D]
+
+
+def test_noise_is_the_documented_function(device):
+    """Philox in Python integers, and the formula of the docstring."""
+
+    def philox(counter, key):
+        c, k = list(counter), list(key)
+        for _ in range(10):
+            high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+            high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+            c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+            k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+        return c
+
+    assert philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    ]
+    assert philox(
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
+    ) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+    logits = torch.randn(6, 50, device=device)
+    seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789012345]
+    steps = [0, 7, 2**31, 2**33 + 5, 1, 99]
+    tokens = run(logits, temperature=0.8, seed=seeds, step=steps)
+    for row, seed, step, token in zip(logits.tolist(), seeds, steps, tokens.tolist(), strict=True):
+        scores = []
+        for i, logit in enumerate(row):
+            w0, w1, _, _ = philox(
+                [i, step % 2**32, step >> 32, 0], [seed % 2**32, (seed >> 32) % 2**32]
+            )
+            u = (w0 * 2**20 + w1 // 2**12 + 0.5) / 2**52
+            temperature = torch.tensor(0.8).item()
+            scores.append(logit / temperature - math.log(-math.log(u)))
+        assert token == max(range(50), key=scores.__getitem__)
+
+
+def test_neighbours_and_order_do_not_matter(device):
+    logits = torch.randn(5, 300, device=device)
+    options = {
+        "temperature": [1.0, 0.0, 0.7, 1.5, 1.0],
+        "top_k": [0, 0, 40, 5, 0],
+        "top_p": [1.0, 1.0, 0.9, 1.0, 0.8],
+        "seed": [5, 6, 7, 8, 5],
+        "step": [0, 1, 2, 3, 4],
+    }
+    together = run(logits, **options)
+    assert torch.equal(run(logits, **options), together)
+    for i in range(5):
+        one = {name: values[i : i + 1] for name, values in options.items()}
+        assert run(logits[i : i + 1], **one).item() == together[i].item()
+    order = [3, 0, 4, 2, 1]
+    shuffled = {name: [values[i] for i in order] for name, values in options.items()}
+    assert torch.equal(run(logits[order], **shuffled), together[order])
+
+
+def test_seed_and_step_matter(device):
+    logits = torch.zeros(64, 1000, device=device)
+    same = run(logits, seed=3, step=4)
+    assert same.unique().numel() == 1
+    assert run(logits, seed=list(range(64))).unique().numel() > 55
+    assert run(logits, seed=3, step=list(range(64))).unique().numel() > 55
+
+
+def test_logits_that_are_not_finite(device):
+    inf, nan = math.inf, math.nan
+    logits = torch.tensor(
+        [
+            [nan, 1.0, -inf, 0.5],
+            [-inf, -inf, 2.0, -inf],
+            [0.0, inf, 1.0, nan],
+            [nan, -inf, nan, nan],
+            [-inf, -inf, -inf, -inf],
+        ],
+        device=device,
+    )
+    assert run(logits, temperature=0.0).tolist() == [1, 2, 1, -1, -1]
+    assert run(logits, top_k=2, top_p=0.9).tolist()[1:] == [2, 1, -1, -1]
+    assert support(logits[0]) == {1, 3}
+    both = torch.tensor([inf, 0.0, inf], device=device)
+    assert support(both) == {0, 2}
+    assert support(both, temperature=0.5, top_p=0.9) == {0, 2}
+
+
+def test_small_temperatures_do_not_overflow(device):
+    row = torch.tensor([60000.0, 59999.0, -60000.0], device=device).half()
+    assert support(row, temperature=1e-6, top_p=0.99) == {0}
+    assert support(row.float() * 1e33, temperature=1e-30) == {0}
+
+
+def test_strided_rows_out_and_no_rows(device):
+    wide = torch.randn(4, 120, device=device)
+    logits, seen = wide[:, 10:110], (wide > 0)[:, 5:105]
+    expected = run(logits.contiguous(), repetition_penalty=1.2, seen=seen.contiguous())
+    out = torch.empty(4, dtype=torch.int64, device=device)
+    assert run(logits, repetition_penalty=1.2, seen=seen, out=out) is out
+    assert torch.equal(out, expected)
+    assert run(logits[:0]).shape == (0,)
+
+
+def test_errors(device):
+    logits = torch.randn(2, 10, device=device)
+    good = {
+        "logits": logits,
+        "temperature": torch.ones(2, device=device),
+        "top_k": torch.zeros(2, dtype=torch.int64, device=device),
+        "top_p": torch.ones(2, device=device),
+        "seed": torch.zeros(2, dtype=torch.int64, device=device),
+        "step": torch.zeros(2, dtype=torch.int64, device=device),
+    }
+    seen = torch.zeros(2, 10, dtype=torch.bool, device=device)
+
+    def check(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            kk.sample(**{**good, **changes})
+
+    check(r"logits must have shape \(\*, \*\), got \(10,\)", logits=logits[0])
+    check("logits must have at least one column, got 0", logits=logits[:, :0])
+    for name in ("temperature", "top_k", "top_p", "seed", "step"):
+        check(rf"{name} must have shape \(2,\), got \(1,\)", **{name: good[name][:1]})
+        check(f"{name} must have dtype .*, got torch.int16", **{name: good[name].short()})
+    check("repetition_penalty and seen must come together, got no seen", repetition_penalty=seen)
+    check("repetition_penalty and seen must .* got no repetition_penalty", seen=seen)
+    ones = torch.ones(2, device=device)
+    check(r"seen must have shape \(2, 10\)", repetition_penalty=ones, seen=seen[:, :9])
+    check(r"seen must have dtype torch.bool", repetition_penalty=ones, seen=seen.long())
+    check(r"repetition_penalty must have shape \(2,\)", repetition_penalty=ones[:1], seen=seen)
+    check(r"out must have dtype torch.int64, got torch.int32", out=torch.zeros(2).to(logits).int())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
+        ({"temperature": math.nan}, "temperature must be finite and at least 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be finite and at least 0, got inf"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"top_p": 1.5}, "top_p must lie between 0 and 1, got 1.5"),
+        ({"top_p": math.nan}, "top_p must lie between 0 and 1, got nan"),
+        ({"step": -1}, "step must be at least 0, got -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and positive, got 0.0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_values_are_checked_on_a_cpu(options, message):
+    if "repetition_penalty" in options:
+        options = {**options, "seen": torch.ones(1, 4, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=message):
+        run(torch.randn(1, 4), **options)
