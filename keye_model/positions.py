@@ -321,8 +321,8 @@ def _blocks(
     broken = np.flatnonzero(index[ends - 1] - starts != counts - 1)
     if broken.size:
         raise ValueError(
-            f"input_ids must hold the {counts[broken[0]]} placeholders of a {kind} block together, "
-            f"got other tokens among those of block {broken[0]}"
+            f"input_ids must hold the {counts[broken[0]]} placeholders of {kind} block {broken[0]} "
+            "together, got other tokens among them"
         )
     return blocks, starts
 
