@@ -7,7 +7,6 @@ of keye-vl-utils 1.5.x, whose HSV conversion is OpenCV's for 8-bit RGB.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -30,8 +29,8 @@ MIN_FRAME_SIMILARITY = 0.9
 FAST_TOKEN_RATIO = 0.3
 _COMPARE_MAX_PIXELS = 256 * TOKEN_PIXELS
 _SAME_PATCH = 0.7  # cosine above which two patches count as alike
+_CACHED_PATCHES = 42  # converted at a time, so that all temporaries stay in the cache
 _BLACK = 0.01  # norm below which a patch is black
-_THREADS = 2
 
 
 class FrameSizes(NamedTuple):
@@ -53,11 +52,12 @@ def classify_frames(
     compare, and the second is fast.
 
     Args:
-        frames: [3, height, width], uint8 RGB. Read once; only a few are held at a time.
+        frames: [3, height, width], uint8 RGB. Read once; none is kept.
     """
     fast: list[bool] = []
     reference = None
-    for look in _looks(frames):
+    for small in _shrunk_ahead(frames):
+        look = look_at(small)
         alike = reference is not None and not frame_similarity(reference, look) < min_similarity
         fast.append(alike)
         if not alike:
@@ -69,27 +69,27 @@ class FrameLook(NamedTuple):
     """What a frame is compared by.
 
     Attributes:
-        hsv: [rows, 3, columns, 784], fp32 holding OpenCV's bytes: hue 0 to 179, then 0 to 255; the
-            784 pixels of each patch together.
-        norms: [rows, columns], fp32, length of each patch as a vector of 2352 values.
+        hsv: [3, num_patches, 784], fp32 holding OpenCV's bytes: hue 0 to 179, then 0 to 255.
+        norms: [num_patches], fp32, length of each patch as a vector of 2352 values.
     """
 
     hsv: np.ndarray
     norms: np.ndarray
 
 
-def look_at(frame: torch.Tensor) -> FrameLook:
-    """Shrink a frame ([3, height, width] uint8) to 48 to 256 tokens and describe it."""
-    height, width = helper_size(
-        *frame.shape[1:], min_pixels=V1_5_MIN_PIXELS, max_pixels=_COMPARE_MAX_PIXELS
-    )
-    small = resize_bilinear(frame, height, width).permute(1, 2, 0).numpy()
-    rows, columns = height // FACTOR, width // FACTOR
-    cut = small.reshape(rows, FACTOR, columns, FACTOR, 3)
-    hsv = np.empty((rows, 3, columns, TOKEN_PIXELS), dtype=np.float32)
-    for row in range(rows):  # a row of patches at a time stays in the processor's cache
-        rgb = np.ascontiguousarray(cut[row].transpose(3, 1, 0, 2))
-        hsv[row] = rgb_to_hsv(rgb.reshape(3, columns, TOKEN_PIXELS))
+def look_at(small: torch.Tensor) -> FrameLook:
+    """Describe a frame for comparison: [3, height, width] uint8, sides multiples of 28.
+
+    NumPy, one thread: threads for pieces this small lose more than they gain on busy cores.
+    """
+    pixels = small.permute(1, 2, 0).numpy()
+    rows, columns = small.shape[1] // FACTOR, small.shape[2] // FACTOR
+    cut = pixels.reshape(rows, FACTOR, columns, FACTOR, 3)
+    patches = np.ascontiguousarray(cut.transpose(4, 0, 2, 1, 3)).reshape(3, -1, TOKEN_PIXELS)
+    hsv = np.empty(patches.shape, dtype=np.float32)
+    for start in range(0, len(patches[0]), _CACHED_PATCHES):
+        part = slice(start, start + _CACHED_PATCHES)
+        rgb_to_hsv(patches[:, part], out=hsv[:, part])
     return FrameLook(hsv, np.sqrt(_patch_products(hsv, hsv)) + np.float32(1e-8))
 
 
@@ -107,12 +107,13 @@ def frame_similarity(a: FrameLook, b: FrameLook) -> float:
     return float(np.float32(alike.sum()) / np.float32(seen.sum()))
 
 
-def rgb_to_hsv(rgb: np.ndarray) -> np.ndarray:
+def rgb_to_hsv(rgb: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
     """OpenCV's 8-bit RGB to HSV: [3, ...] uint8 → the same shape in fp32, whole numbers.
 
     OpenCV multiplies by tabled 12-bit fixed-point reciprocals and rounds by adding half. Every
     number involved is an integer below 2^24, which fp32 holds exactly.
     """
+    out = np.empty(rgb.shape, dtype=np.float32) if out is None else out
     red8, green8, blue8 = rgb
     value8 = np.maximum(np.maximum(red8, green8), blue8)
     span8 = value8 - np.minimum(np.minimum(red8, green8), blue8)
@@ -124,10 +125,11 @@ def rgb_to_hsv(rgb: np.ndarray) -> np.ndarray:
     for largest, other in ((green8, blue - red + 2 * span), (red8, green - blue)):
         turn ^= (turn ^ other) & -(value8 == largest).astype(np.int16)
 
-    value, span = value8.astype(np.float32), span8.astype(np.float32)
-    hue = _fixed_point_quotient(turn.astype(np.float32), span, 30)
+    hue = _fixed_point_quotient(turn, span8, 30, out=out[0])
     hue += (hue < 0) * np.float32(180)
-    return np.stack((hue, _fixed_point_quotient(span, value, 255), value))
+    _fixed_point_quotient(span8, value8, 255, out=out[1])
+    out[2] = value8
+    return out
 
 
 def resize_bilinear(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -190,28 +192,37 @@ def _slow_tokens(
     return low
 
 
-def _looks(frames: Iterable[torch.Tensor]) -> Iterator[FrameLook]:
-    """`look_at` each frame, a few ahead on other threads (NumPy and PyTorch free the interpreter
-    meanwhile, and so does the decoder that `frames` may draw on)."""
-    ahead: deque[Future[FrameLook]] = deque()
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+def _shrunk_ahead(frames: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Frames at 48 to 256 tokens, the next one resized while the caller looks at this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ready: Future[torch.Tensor] | None = None
         for frame in frames:
-            ahead.append(pool.submit(look_at, frame))
-            if len(ahead) > _THREADS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            following = pool.submit(_shrink, frame)
+            if ready is not None:
+                yield ready.result()
+            ready = following
+        if ready is not None:
+            yield ready.result()
 
 
-def _fixed_point_quotient(number: np.ndarray, divisor: np.ndarray, scale: int) -> np.ndarray:
+def _shrink(frame: torch.Tensor) -> torch.Tensor:
+    size = helper_size(*frame.shape[1:], min_pixels=V1_5_MIN_PIXELS, max_pixels=_COMPARE_MAX_PIXELS)
+    return resize_bilinear(frame, *size)
+
+
+def _fixed_point_quotient(
+    number: np.ndarray, divisor: np.ndarray, scale: int, *, out: np.ndarray
+) -> np.ndarray:
     """``number * scale / divisor``, the reciprocal rounded to 12 binary places; 0 for 0 / 0."""
-    quotient = np.rint(np.float32(scale * 4096) / np.maximum(divisor, 1))
-    quotient *= number
-    quotient += 2048
-    quotient *= 1 / 4096
-    return np.floor(quotient, out=quotient)
+    out[...] = np.maximum(divisor, 1)
+    np.divide(np.float32(scale * 4096), out, out=out)
+    np.rint(out, out=out)
+    out *= number.astype(np.float32)
+    out += 2048
+    out *= 1 / 4096
+    return np.floor(out, out=out)
 
 
 def _patch_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dot product of each patch of a with that of b: [rows, columns]."""
-    return np.einsum("rcpk,rcpk->rp", a, b)
+    """Dot product of each patch of a with that of b: [num_patches]."""
+    return np.einsum("cpk,cpk->p", a, b)
