@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Any
@@ -38,9 +38,12 @@ def fetch(url: str, *, max_bytes: int, timeout: float, local_files_only: bool = 
             declared = response.headers.get("Content-Length") or ""
             if declared.isdecimal() and int(declared) > max_bytes:
                 raise ValueError(f"URL {name} must hold at most {max_bytes} bytes, got {declared}")
-            return _read(response, name, max_bytes, timeout, deadline)
-    except (OSError, urllib.error.URLError) as error:  # HTTPError and TimeoutError are OSErrors
+            body = _read(response, name, max_bytes, timeout, deadline)
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError, as is a timeout
         raise RuntimeError(f"URL {name} could not be fetched: {error}") from error
+    if declared.isdecimal() and len(body) != int(declared):
+        raise RuntimeError(f"URL {name} must hold {declared} bytes as it said, got {len(body)}")
+    return body
 
 
 def describe(source: Any) -> str:

@@ -12,6 +12,7 @@ import base64
 import binascii
 import io
 import math
+import numbers
 import os
 import struct
 import zlib
@@ -260,7 +261,7 @@ def _check_sizes(height: int, width: int, factor: int, min_pixels: int, max_pixe
         "max_pixels": max_pixels,
     }
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 

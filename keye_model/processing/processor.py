@@ -240,7 +240,11 @@ class KeyeProcessor:
         Returns:
             The prompt (a list of them for a list of conversations), or the batch, or its ids.
         """
-        several = bool(messages) and isinstance(messages[0], (list, tuple))
+        several = (
+            isinstance(messages, (list, tuple))
+            and len(messages) > 0
+            and isinstance(messages[0], (list, tuple))
+        )
         conversations = list(messages) if several else [messages]
         if not tokenize:
             prompts = [

@@ -1,5 +1,6 @@
 """Downloads: https only, bounded, refused while offline. No test touches the network."""
 
+import http.client
 import io
 import urllib.error
 import urllib.request
@@ -51,6 +52,12 @@ def test_fetch_caps_the_size(serve, headers):
         fetch(URL, max_bytes=100, timeout=5)
 
 
+def test_fetch_notices_a_lost_tail(serve):
+    serve(b"x" * 99, {"Content-Length": "100"})
+    with pytest.raises(RuntimeError, match="must hold 100 bytes as it said, got 99"):
+        fetch(URL, max_bytes=100, timeout=5)
+
+
 def test_fetch_caps_the_time(serve, monkeypatch):
     serve(b"x" * 200_000)
     clock = iter([0.0, 1.0, 6.0])
@@ -66,8 +73,9 @@ def test_fetch_caps_the_time(serve, monkeypatch):
         urllib.error.URLError("no route"),
         TimeoutError("timed out"),
         ConnectionResetError("reset"),
+        http.client.BadStatusLine("?"),
     ],
-    ids=["http", "url", "timeout", "reset"],
+    ids=["http", "url", "timeout", "reset", "protocol"],
 )
 def test_fetch_names_the_url_that_failed(serve, error):
     serve(error=error)

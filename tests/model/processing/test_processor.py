@@ -237,6 +237,13 @@ def test_template_that_loses_a_picture(preview, monkeypatch):
         preview.request(_user(_image()))
 
 
+@pytest.mark.parametrize("messages", [{"role": "user", "content": "Hi"}, "Hi", None], ids=str)
+def test_messages_must_be_a_list(preview, messages):
+    for work in (preview.request, preview.apply_chat_template):
+        with pytest.raises(TypeError, match="messages must be a list of dicts, got"):
+            work(messages)
+
+
 # Batches
 
 
@@ -550,7 +557,9 @@ def _as_item(entry, same_size):
     return {"type": "video", "video": _film(*entry)}
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(conversation=_MESSAGES)
 def test_any_conversation(with_films, line, conversation):
     """Placeholders, features, grids and positions agree, whatever the messages hold."""
