@@ -1,0 +1,133 @@
+"""The command line, called as a user calls it."""
+
+import json
+
+import pytest
+
+from keye_model.cli import main
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_generate_prints_text(capsys, preview_checkpoint, media):
+    options = ("--model", preview_checkpoint, "--image", media["picture"], "--max-new-tokens", 4)
+    status, out, err = run(capsys, "generate", *options, "--seed", 1, "Describe this image.")
+    assert (status, err) == (0, "")
+    assert out.strip()
+
+
+def test_generate_json(capsys, preview_checkpoint, media):
+    options = ("--model", preview_checkpoint, "--video", media["video"], "--max-frames", 2)
+    more = ("--greedy", "--json", "--max-new-tokens", 3, "--system", "Be brief.")
+    status, out, _ = run(capsys, "generate", *options, *more, "What happened?")
+    answer = json.loads(out)
+    assert status == 0
+    assert len(answer["token_ids"]) == answer["usage"]["new_tokens"] == 3
+    assert answer["usage"]["video_tokens"] > 0
+
+
+def test_chat_keeps_the_conversation(capsys, monkeypatch, preview_checkpoint, media):
+    lines = iter([f"/image {media['picture']}", "What is it?", "/nonsense", "And now?", "/reset",
+                  "/image nowhere.png", "Look.", "/quit"])  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    seen = []
+    from keye_model.keye import Keye
+
+    real = Keye.stream
+
+    def stream(self, messages, **options):
+        seen.append(messages)
+        return real(self, messages, **options)
+
+    monkeypatch.setattr(Keye, "stream", stream)
+    status, out, err = run(
+        capsys, "chat", "--model", preview_checkpoint, "--max-new-tokens", 3, "--seed", 0
+    )
+    assert status == 0
+    assert [len(messages) for messages in seen] == [1, 3, 1]
+    assert [item["type"] for item in seen[0][0]["content"]] == ["image", "text"]
+    assert [item["type"] for item in seen[1][2]["content"]] == ["text"]
+    assert seen[1][1]["role"] == "assistant"
+    assert out.startswith(seen[1][1]["content"])
+    assert "unknown command /nonsense" in err
+    assert "nowhere.png" in err
+
+
+def test_chat_ends_with_the_input(capsys, monkeypatch, preview_checkpoint):
+    def end(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert run(capsys, "chat", "--model", preview_checkpoint)[0] == 0
+
+
+def test_info(capsys, preview_checkpoint):
+    status, out, _ = run(capsys, "info", "--model", preview_checkpoint)
+    assert status == 0
+    for line in ("keye-kernels", "varlen_attention", "Keye-VL-8B-Preview", "4,096 tokens"):
+        assert line in out
+
+
+def test_plan(capsys, preview_checkpoint, media):
+    options = ("--model", preview_checkpoint, "--image", media["picture"], "--batch", 3)
+    status, out, _ = run(capsys, "plan", *options, "Describe this image.")
+    assert status == 0
+    assert "72 image tokens" in out
+    assert "3 x 58 tokens each" in out
+    assert "not a measurement" in out
+
+
+def test_demo(capsys):
+    status, out, _ = run(capsys, "demo", "--max-new-tokens", 3)
+    assert status == 0
+    for line in ("Its words mean nothing", "A picture", "A video", "A mixed batch", "decode"):
+        assert line in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image", "nowhere.png"), "nowhere.png"),
+        (("--max-new-tokens", "0"), "max_new_tokens must be a positive integer, got 0"),
+        (("--greedy", "--temperature", "0.5"), "temperature must be left out"),
+        (("--backend", "triton"), "backend 'triton' cannot serve"),
+        (("--device", "toaster"), "device_map must be"),
+        (("--dtype", "int4"), "dtype must be"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, preview_checkpoint, arguments, message):
+    status, out, err = run(
+        capsys, "generate", "--model", preview_checkpoint, *arguments, "Describe this image."
+    )
+    assert (status, out) == (1, "")
+    assert err.startswith("keye: error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_missing_checkpoint(capsys):
+    status, _, err = run(capsys, "generate", "--model", "./nowhere", "Hello")
+    assert status == 1
+    assert "'./nowhere'" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [("--batch", 0, "--batch must be"), ("--matmul", 0, "--matmul and --copy must be positive")],
+)
+def test_plan_refuses(capsys, preview_checkpoint, option, value, match):
+    status, _, err = run(capsys, "plan", "--model", preview_checkpoint, option, value, "Hello")
+    assert status == 1
+    assert match in err
+
+
+def test_interrupt(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("keye_model.cli._info", interrupted)
+    assert main(["info"]) == 130

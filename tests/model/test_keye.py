@@ -1,0 +1,275 @@
+"""The façade on tiny checkpoints: batches, streams, stop strings, and what goes wrong."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from keye_model import Answer, Keye
+from keye_model.config import PREVIEW, V1_5
+from keye_model.generation import Limits
+from keye_model.positions import pack
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])
+def keye(request, checkpoints):
+    return Keye.from_pretrained(checkpoints[request.param], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def conversations(media):
+    picture = {"type": "image", "image": str(media["picture"])}
+    small = {"type": "image", "image": Image.new("RGB", (60, 40), (9, 120, 30))}
+    video = {"type": "video", "video": str(media["video"])}
+
+    def user(*items):
+        return {"role": "user", "content": list(items)}
+
+    def text(words):
+        return {"type": "text", "text": words}
+
+    return [
+        [user(picture, text("Describe this image."))],
+        [user(video, text("What happened in the video?"))],
+        [
+            {"role": "system", "content": "Be brief."},
+            user(small, text("first"), picture, video, text("then?")),
+            {"role": "assistant", "content": "A square."},
+            {"role": "user", "content": "And its colour?"},
+        ],
+        [{"role": "user", "content": "Words alone."}],
+    ]
+
+
+def test_mixed_batch_equals_one_by_one(keye, conversations):
+    batch = keye.generate(conversations, **GREEDY)
+    alone = [keye.generate(messages, **GREEDY) for messages in conversations]
+    assert [answer.token_ids for answer in batch] == [answer.token_ids for answer in alone]
+    assert [answer.usage for answer in batch] == [answer.usage for answer in alone]
+    assert len({answer.token_ids for answer in batch}) > 2
+
+
+def test_pictures_and_videos_reach_the_answer(keye, conversations):
+    look = conversations[0]
+    other = Image.new("RGB", (168, 112), (250, 250, 0))
+    changed = [
+        {"role": "user", "content": [{"type": "image", "image": other}, look[0]["content"][1]]}
+    ]
+    logits = []
+    for messages in (look, changed):
+        request = keye.processor.request(messages)
+        logits.append(
+            keye.model(
+                request.input_ids[None],
+                pixel_values=request.pixel_values,
+                image_grid_thw=request.image_grid_thw,
+            ).logits[0, -1]
+        )
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+def test_answer_counts(keye, conversations):
+    answer = keye.generate(conversations[2], **GREEDY)
+    assert isinstance(answer, Answer)
+    assert answer.finish_reason in ("stop", "length")
+    assert answer.usage.new_tokens == len(answer.token_ids) <= 6
+    assert answer.usage.image_tokens == 24 + 6
+    assert 0 < answer.usage.video_tokens < answer.usage.prompt_tokens
+    timings = answer.timings
+    assert min(timings.processing, timings.vision, timings.prefill, timings.decode) > 0
+    assert timings.first_token >= timings.processing
+
+
+def test_stream_is_the_whole_answer_in_pieces(keye, conversations):
+    options = {"max_new_tokens": 12, "seed": 7, "temperature": 1.2}
+    whole = keye.generate(conversations[0], **options)
+    stream = keye.stream(conversations[0], **options)
+    assert stream.answer is None
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert stream.answer.token_ids == whole.token_ids
+    tokenizer = keye.processor.tokenizer
+    assert "".join(pieces) == tokenizer.decode(list(whole.token_ids), skip_special_tokens=True)
+
+
+def test_stream_can_be_left(keye, conversations):
+    stream = keye.stream(conversations[3], max_new_tokens=50, seed=0)
+    assert next(iter(stream))
+    assert stream.answer is None
+
+
+def test_stop_string_cuts_the_text(keye, conversations):
+    options = {"max_new_tokens": 12, "seed": 7, "temperature": 1.2}
+    raw = "".join(keye.stream(conversations[3], **options))
+    stop = raw[len(raw) // 2 : len(raw) // 2 + 2]
+    stream = keye.stream(conversations[3], stop_strings=[stop], **options)
+    assert "".join(stream) == raw[: raw.index(stop)]
+    assert stream.answer.finish_reason == "stop"
+    assert len(stream.answer.token_ids) < 12
+
+
+@pytest.mark.parametrize(
+    ("thinking", "suffix"), [("auto", ""), (True, "/think"), (False, "/no_think")]
+)
+def test_thinking_changes_the_prompt(keye, conversations, thinking, suffix):
+    request = keye.processor.request(conversations[3], thinking=thinking)
+    prompt = keye.processor.tokenizer.decode(request.input_ids.tolist(), skip_special_tokens=False)
+    assert f"Words alone.{suffix}<|im_end|>" in prompt
+    tokens = keye.generate(conversations[3], thinking=thinking, **GREEDY).usage.prompt_tokens
+    assert tokens == len(request.input_ids)
+
+
+def test_limits_do_not_change_answers(keye, conversations):
+    small = Limits(max_prefill_tokens=50, max_patches_per_call=100, max_cache_tokens=1024)
+    bounded = Keye(keye.model, keye.processor, limits=small)
+    expected = [answer.token_ids for answer in keye.generate(conversations, **GREEDY)]
+    assert [answer.token_ids for answer in bounded.generate(conversations, **GREEDY)] == expected
+
+
+def test_the_parts_of_an_answer_come_back_parsed(keye, conversations, monkeypatch):
+    said = "<analysis>easy</analysis><think>so</think><answer>done</answer>"
+    ids = keye.processor.tokenizer.encode(said).ids
+    tokens = iter(ids)
+
+    def scripted(logits, *_, **__):
+        return torch.full((logits.shape[0],), next(tokens))
+
+    monkeypatch.setattr("keye_model.generation.sample", scripted)
+    answer = keye.generate(conversations[3], max_new_tokens=len(ids))
+    assert (answer.analysis, answer.thinking, answer.text) == ("easy", "so", "done")
+
+
+CONTENT = st.lists(
+    st.one_of(
+        st.tuples(st.just("text"), st.sampled_from(["a", "see 12.5", "世界", ""])),
+        st.tuples(st.just("image"), st.tuples(st.integers(1, 90), st.integers(1, 90))),
+        st.tuples(st.just("video"), st.integers(2, 4)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+TURNS = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), CONTENT), max_size=3)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(turns=TURNS.filter(bool))
+def test_placeholders_features_and_positions_agree(keye, turns):
+    """Any order of text, images, videos and turns packs: ids, grids, patches, positions."""
+
+    def item(kind, value):
+        if kind == "text":
+            return {"type": "text", "text": value}
+        if kind == "image":
+            return {"type": "image", "image": Image.new("RGB", value)}
+        frames = [Image.new("RGB", (40, 30), (60 * k, 0, 0)) for k in range(value)]
+        return {"type": "video", "video": frames, "fps": 1.0}
+
+    messages = [
+        {"role": role, "content": [item(kind, value) for kind, value in content]}
+        for role, content in turns
+    ]
+    request, config = keye.processor.request(messages), keye.model.config
+    packed = pack([request, request], config)
+    counts = {
+        name: sum(t * h * w for t, h, w in grid) // 4
+        for name, grid in (("image", request.image_grid_thw), ("video", request.video_grid_thw))
+    }
+    kinds = [kind for _, content in turns for kind, _ in content]
+    assert len(request.image_grid_thw) == kinds.count("image")
+    assert (counts["video"] > 0) == ("video" in kinds)
+    ids = request.input_ids
+    assert int((ids == config.image_token_id).sum()) == counts["image"]
+    assert int((ids == config.video_token_id).sum()) == counts["video"]
+    assert packed.positions.shape == (3, 2 * len(ids))
+    assert packed.next_positions[0] == int(packed.positions[:, : len(ids)].max()) + 1
+    features = keye.model.model.embed(packed)
+    assert features.shape == (2 * len(ids), config.text_config.hidden_size)
+    assert torch.isfinite(features).all()
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_max_new_tokens_must_be_positive(keye, conversations, value):
+    with pytest.raises(ValueError, match=f"max_new_tokens must be a positive integer, got {value}"):
+        keye.generate(conversations[3], max_new_tokens=value)
+
+
+def test_unknown_option(keye, conversations):
+    with pytest.raises(TypeError, match="num_beams"):
+        keye.generate(conversations[3], num_beams=4)
+
+
+@pytest.mark.parametrize("messages", [[], [[]]], ids=["none", "an empty conversation"])
+def test_empty_messages(keye, messages):
+    with pytest.raises(ValueError, match="messages must hold at least one message"):
+        keye.generate(messages)
+
+
+def test_missing_picture_is_named(keye):
+    item = {"type": "image", "image": "no/such/file.png"}
+    with pytest.raises(FileNotFoundError, match=r"no/such/file\.png"):
+        keye.generate([{"role": "user", "content": [item]}])
+
+
+def test_prompt_longer_than_the_context(keye):
+    words = [{"role": "user", "content": "never " * 5000}]
+    with pytest.raises(ValueError, match="must be shorter than the context of 4096 tokens"):
+        keye.generate(words)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backend_that_cannot_serve(preview_checkpoint, backend):
+    with pytest.raises(
+        RuntimeError, match=f"backend '{backend}' cannot serve .*no {backend} kernel"
+    ):
+        Keye.from_pretrained(preview_checkpoint, backend=backend)
+
+
+def test_unknown_backend(preview_checkpoint):
+    with pytest.raises(ValueError, match="must be one of auto, cuda, triton, reference, got 'gpu'"):
+        Keye.from_pretrained(preview_checkpoint, backend="gpu")
+
+
+def test_named_backend_holds_for_this_object_only(keye, conversations, monkeypatch):
+    chosen = []
+    real = keye.model.model.language_model.forward
+
+    def forward(*arguments):
+        from keye_kernels import backends
+
+        chosen.append(backends()["rms_norm"].why_not["triton"])
+        return real(*arguments)
+
+    monkeypatch.setattr(keye.model.model.language_model, "forward", forward)
+    named = Keye(keye.model, keye.processor, backend="reference")
+    assert named.generate(conversations[3], **GREEDY).token_ids == (
+        keye.generate(conversations[3], **GREEDY).token_ids
+    )
+    assert chosen[0] == "backend 'reference' was asked for"
+    assert chosen[-1] != chosen[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("config.json", FileNotFoundError),
+        ("tokenizer.json", FileNotFoundError),
+        ("model-00002-of-00002.safetensors", FileNotFoundError),
+    ],
+)
+def test_missing_file_is_named(checkpoints, tmp_path, name, error):
+    directory = shutil.copytree(checkpoints[PREVIEW.name], tmp_path / "checkpoint")
+    (directory / name).unlink()
+    with pytest.raises(error, match=name):
+        Keye.from_pretrained(directory)
+
+
+def test_bfloat16_runs(preview_checkpoint, conversations):
+    keye = Keye.from_pretrained(preview_checkpoint, dtype="bfloat16")
+    assert keye.generate(conversations[:1], **GREEDY)[0].usage.new_tokens == 6
