@@ -76,13 +76,14 @@ def filler(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy((x / 2.0**32 - 0.5).astype(np.float32)).view(shape)
 
 
+@functools.cache
 def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     u = 0.28 * filler(name, shape)
     return 1 + u if len(shape) == 1 and name.endswith(".weight") else u
 
 
 def state_dict(config: KeyeConfig) -> dict[str, torch.Tensor]:
-    """All used tensors under their published names."""
+    """All used tensors under their published names; a new dict of shared tensors."""
     return {name: weight(name, shape) for name, shape in tensor_shapes(config).items()}
 
 
