@@ -287,7 +287,7 @@ def _read(source: Any, name: str, local_files_only: bool) -> bytes:
             "image must be a path, URL, base64 string, bytes, open file, PIL image, array or "
             f"tensor, got {name}"
         )
-    text = os.fspath(source)
+    text = os.fsdecode(source)
     scheme = text[:8].lower()
     if scheme.startswith(("http://", "https://")):
         return fetch(

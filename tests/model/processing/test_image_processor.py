@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from keye_model.processing.image import processor_size
+from keye_model.processing.image import processor_size, unpatchify
 from keye_model.processing.image_processor import KeyeImageProcessor
 
 
@@ -41,6 +41,54 @@ def test_image_processor_pipeline(resample):
     assert batch.pixel_values.dtype == torch.float32
     assert np.array_equal(batch.pixel_values.numpy(), expected)
     assert np.array_equal(processor.patches(pixels).pixels.numpy(), raw)
+
+
+def _cubic(x):
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _linear(x):
+    return np.maximum(0.0, 1 - x)
+
+
+def _filter(n_in, n_out, kernel, support):
+    """[n_out, n_in]: weights of an antialiased resize along one axis."""
+    scale = n_in / n_out
+    width = max(scale, 1.0)
+    centers, taps = (np.arange(n_out)[:, None] + 0.5) * scale, np.arange(n_in)
+    first = np.maximum((centers - support * width + 0.5).astype(int), 0)
+    last = np.minimum((centers + support * width + 0.5).astype(int), n_in)
+    weights = kernel(np.abs((taps - centers + 0.5) / width)) * (taps >= first) * (taps < last)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (60, 40), (100, 400)], ids=["shrink", "grow", "wide"])
+@pytest.mark.parametrize(
+    ("resample", "kernel", "support"),
+    [(Image.BICUBIC, _cubic, 2), (Image.BILINEAR, _linear, 1)],
+    ids=["bicubic", "bilinear"],
+)
+def test_image_processor_filter(size, resample, kernel, support):
+    """Pillow's filter written out: two passes with bytes between them, to one level of 255.
+
+    Which axis goes first is Pillow's choice, and differs between its releases.
+    """
+    pixels = _noise(*size)
+    processor = KeyeImageProcessor(min_pixels=12544, max_pixels=25088, resample=resample)
+    cut = processor.patches(pixels)
+    resized = unpatchify(cut.pixels, cut.grid_thw)[0].permute(1, 2, 0).numpy().astype(int)
+    down = _filter(size[0], resized.shape[0], kernel, support)
+    across = _filter(size[1], resized.shape[1], kernel, support)
+
+    def rows(image):
+        return np.einsum("oi,ijc->ojc", down, image).round().clip(0, 255)
+
+    def columns(image):
+        return np.einsum("oj,ijc->ioc", across, image).round().clip(0, 255)
+
+    orders = (rows(columns(pixels)), columns(rows(pixels)))
+    assert min(np.abs(expected - resized).max() for expected in orders) <= 1
 
 
 def test_image_processor_several_pictures_are_concatenated():
