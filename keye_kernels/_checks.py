@@ -4,7 +4,7 @@ The functions on tensors look at metadata only. Those on lists look at contents;
 which has the contents on the host, calls them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -112,6 +112,13 @@ def check_range(name: str, values: list[int], low: int, high: int) -> None:
     if values and not (low <= min(values) and max(values) < high):
         worst = min(values) if min(values) < low else max(values)
         raise ValueError(f"{name} must hold values in [{low}, {high}), got {worst}")
+
+
+def check_each(name: str, values: list[float], rule: str, holds: Callable[[float], bool]) -> None:
+    """Check a rule on each value."""
+    for value in values:
+        if not holds(value):
+            raise ValueError(f"{name} must {rule}, got {value}")
 
 
 def check_attention_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from keye_kernels._checks import Grid, check_cu_seqlens, check_range
+from keye_kernels._checks import Grid, check_cu_seqlens, check_each, check_range
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -480,11 +480,10 @@ def paged_decode_attention(
     return out
 
 
-def _philox(counter: torch.Tensor, step: int, seed: int) -> Pair:
-    """First two words of Philox4x32-10 for counters (counter, step, 0), as int64 in [0, 2^32)."""
+def _philox(tokens: torch.Tensor, step: torch.Tensor, seed: torch.Tensor) -> Pair:
+    """First two words of Philox4x32-10, counter (token, step, 0), key seed, each in [0, 2^32)."""
     mask = 0xFFFFFFFF
-    c0 = counter
-    c1, c2, c3 = (torch.full_like(c0, word) for word in (step & mask, step >> 32 & mask, 0))
+    c0, c1, c2, c3 = tokens, step & mask, step >> 32 & mask, torch.zeros_like(tokens)
     k0, k1 = seed & mask, seed >> 32 & mask
 
     def product(factor: int, x: torch.Tensor) -> Pair:
@@ -501,26 +500,29 @@ def _philox(counter: torch.Tensor, step: int, seed: int) -> Pair:
     return c0, c1
 
 
-def _gumbel(tokens: torch.Tensor, step: int, seed: int) -> torch.Tensor:
-    """Noise of each token at one step of one request, fp64."""
+def _gumbel(tokens: torch.Tensor, step: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """Noise of each token at its request's step, fp64."""
     w0, w1 = _philox(tokens, step, seed)
     u = ((w0 << 20 | w1 >> 12).double() + 0.5) * 2.0**-52  # 53 bits: exact, never 0 or 1
     return -torch.log(-torch.log(u))
 
 
-def _kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Tokens of one row that top-k and top-p leave, in rising order."""
+def _kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> Pair:
+    """Tokens of one row that top-k and top-p leave, in rising order, and their scores in fp64."""
     keep = logits > float("-inf")
     if 0 < top_k < logits.shape[0]:
         keep &= logits >= logits.topk(top_k).values[-1]
     tokens = keep.nonzero().squeeze(1)
+    scores = logits[tokens].double()
+    scores = (scores - scores.max()) / temperature
     if top_p < 1:
-        probs = (logits[tokens].double() / temperature).softmax(dim=0)
+        probs = scores.softmax(dim=0)
         ranked = probs.sort(descending=True).values
         before = ranked.cumsum(dim=0) - ranked  # mass of those more probable
         count = max(int((before < top_p).sum()), 1)
-        tokens = tokens[probs >= ranked[count - 1]]
-    return tokens
+        keep = probs >= ranked[count - 1]
+        tokens, scores = tokens[keep], scores[keep]
+    return tokens, scores
 
 
 def sample(
@@ -536,20 +538,32 @@ def sample(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Penalty, then per row: argmax, or top-k, top-p and Gumbel-max over the tokens left."""
-    rows = list(zip(*(x.tolist() for x in (temperature, top_k, top_p, seed, step)), strict=True))
     infinity = float("inf")
+    columns = [x.tolist() for x in (temperature, top_k, top_p, seed, step)]
+    rule = "be finite and at least 0"
+    check_each("temperature", columns[0], rule, lambda value: 0 <= value < infinity)
+    check_each("top_k", columns[1], "be at least 0", lambda value: value >= 0)
+    check_each("top_p", columns[2], "lie between 0 and 1", lambda value: 0 <= value <= 1)
+    check_each("step", columns[4], "be at least 0", lambda value: value >= 0)
+
     logits = logits.float().nan_to_num(nan=-infinity, posinf=infinity, neginf=-infinity)
-    if seen is not None:
+    if repetition_penalty is not None:
+        rule = "be finite and positive"
+        penalties = repetition_penalty.tolist()
+        check_each("repetition_penalty", penalties, rule, lambda value: 0 < value < infinity)
         penalty = repetition_penalty[:, None]
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
     logits = logits.clamp(max=torch.finfo(torch.float32).max)
     best, tokens = logits.max(dim=1)
     tokens.masked_fill_(best == -infinity, -1)
-    for i, (row_temperature, row_top_k, row_top_p, row_seed, row_step) in enumerate(rows):
-        if row_temperature > 0 and best[i] > -infinity:
-            kept = _kept(logits[i], row_temperature, row_top_k, row_top_p)
-            noise = _gumbel(kept, row_step, row_seed)
-            score = logits[i, kept].double() / row_temperature + noise
-            tokens[i] = kept[score.argmax()]
+    drawn = [i for i, value in enumerate(columns[0]) if value > 0 and best[i] > -infinity]
+    if drawn:
+        kept = [_kept(logits[i], *(column[i] for column in columns[:3])) for i in drawn]
+        rows = torch.tensor(drawn, device=logits.device)
+        sizes = [len(ids) for ids, _ in kept]
+        row_of = rows.repeat_interleave(torch.tensor(sizes, device=logits.device))
+        noise = _gumbel(torch.cat([ids for ids, _ in kept]), step[row_of], seed[row_of])
+        for i, (ids, scores), row_noise in zip(drawn, kept, noise.split(sizes), strict=True):
+            tokens[i] = ids[(scores + row_noise).argmax()]
     return tokens if out is None else out.copy_(tokens)

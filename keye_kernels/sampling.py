@@ -33,9 +33,10 @@ def sample(
        positive, multiplied by it where not. +inf becomes the largest fp32.
     2. ``temperature`` 0: the largest logit, the lowest token on ties. Done.
     3. ``top_k``: keep the logits not below the k-th largest, so ties with it stay.
-    4. ``top_p``: with p = softmax(logit / temperature) over those kept, keep the smallest set of
-       most probable tokens that reaches ``top_p``, and ties with its last. At least one stays.
-    5. Take the largest ``logit / temperature + g`` (fp64, lowest token on ties) of those kept,
+    4. ``top_p``: with score = (logit - largest logit) / temperature and p = softmax(score) over
+       those kept, in fp64, keep the smallest set of most probable tokens that reaches ``top_p``,
+       and ties with its last. At least one stays.
+    5. Take the largest ``score + g`` (fp64, lowest token on ties) of those kept,
        g = -log(-log(u)), which draws from their softmax (Gumbel-max). u depends on the request's
        seed, the step and the token, and on nothing else: with Philox4x32-10, key (low, high word
        of seed), counter (token, low word of step, high word of step, 0) and first two words of

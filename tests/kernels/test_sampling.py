@@ -93,7 +93,7 @@ def test_frequencies_follow_the_probabilities(setting, device):
     temperature, top_k, top_p = SETTINGS[setting]
     row = torch.tensor([2.0, 1.5, 0.1, -1.0, 0.7, 1.9, -0.4, 0.3, -2.0, 1.1], device=device)
     probs = expected_probabilities(row, temperature, top_k, top_p).double().cpu()
-    draws = 3000
+    draws = 2000
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     by_seed = run(row.expand(draws, -1), seed=list(range(draws)), **options)
     by_step = run(row.expand(draws, -1), seed=12345, step=list(range(draws)), **options)
@@ -166,8 +166,8 @@ def test_repetition_penalty_equals_transformers(penalty, device):
 
 def test_philox_known_answers():
     """Vectors of the Random123 distribution, philox4x32 with 10 rounds."""
-    words = reference._philox(torch.zeros(1, dtype=torch.int64), step=0, seed=0)
-    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D]
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert [int(word) for word in reference._philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D]
 
 
 def test_noise_is_the_documented_function(device):
@@ -188,9 +188,12 @@ def test_noise_is_the_documented_function(device):
         0xA20BC7C6,
         0x6D5451FD,
     ]
-    assert philox(
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
-    ) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    assert philox([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
+    ]
 
     logits = torch.randn(6, 50, device=device)
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789012345]
@@ -204,7 +207,7 @@ def test_noise_is_the_documented_function(device):
             )
             u = (w0 * 2**20 + w1 // 2**12 + 0.5) / 2**52
             temperature = torch.tensor(0.8).item()
-            scores.append(logit / temperature - math.log(-math.log(u)))
+            scores.append((logit - max(row)) / temperature - math.log(-math.log(u)))
         assert token == max(range(50), key=scores.__getitem__)
 
 
@@ -256,7 +259,7 @@ def test_logits_that_are_not_finite(device):
 
 
 def test_small_temperatures_do_not_overflow(device):
-    row = torch.tensor([60000.0, 59999.0, -60000.0], device=device).half()
+    row = torch.tensor([60000.0, 59000.0, -60000.0], device=device).half()
     assert support(row, temperature=1e-6, top_p=0.99) == {0}
     assert support(row.float() * 1e33, temperature=1e-30) == {0}
 
