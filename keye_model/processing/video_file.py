@@ -246,6 +246,8 @@ def _local(source: Any, name: str, local_files_only: bool) -> str | bytes | Any:
         )
     elif isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
+    elif isinstance(source, io.TextIOBase):
+        raise TypeError(f"{name} must be opened in binary mode")
     elif not hasattr(source, "read"):
         raise TypeError(
             "video must be a path, URL, bytes, open file, list of frames, array or tensor, got "
