@@ -1,0 +1,130 @@
+"""The choice of a backend per op: what is told, what is refused, what falls back."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import keye_kernels as kk
+from keye_kernels import _backends
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A copy of the registry and of the choice, for a test to change."""
+    monkeypatch.setattr(
+        _backends, "_registry", {op: {**b} for op, b in _backends._registry.items()}
+    )
+    monkeypatch.setattr(_backends, "_chosen", {})
+    monkeypatch.setattr(_backends, "_requested", "auto")
+
+
+def negate_gate(gate_up, out):
+    out.copy_(-gate_up[:, : out.shape[1]])
+
+
+@pytest.mark.usefixtures("registry")
+def test_backends_tells_who_serves_and_why_not(monkeypatch):
+    monkeypatch.setattr(_backends, "_registry", {"silu_mul": {}})
+    _backends.register("silu_mul", "reference", negate_gate, device_types=("cpu", "cuda"))
+    served = kk.backends()["silu_mul"]
+    assert served.backend == "reference"
+    assert served.why_not == {
+        "cuda": "no cuda kernel for silu_mul yet",
+        "triton": "no triton kernel for silu_mul yet",
+    }
+    assert str(served).startswith("reference (not cuda: no cuda kernel for silu_mul yet; not tri")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_kernel_serves_at_once(device):
+    x = torch.randn(2, 8, device=device)
+    kk.silu_mul(x)
+    _backends.register("silu_mul", "triton", negate_gate, device_types=("cpu", "cuda"))
+    assert torch.equal(kk.silu_mul(x), -x[:, :4])
+    served = kk.backends()["silu_mul"]
+    assert served.backend == "triton"
+    assert served.why_not["reference"] == "triton comes first"
+    with kk.use_backend("reference"):
+        assert not torch.equal(kk.silu_mul(x), -x[:, :4])
+        assert kk.backends()["silu_mul"].why_not["triton"] == "backend 'reference' was asked for"
+    assert torch.equal(kk.silu_mul(x), -x[:, :4])
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_kernel_for_another_device_does_not_serve():
+    x = torch.randn(2, 8)
+    expected = kk.silu_mul(x)
+    _backends.register("silu_mul", "triton", negate_gate)
+    assert torch.equal(kk.silu_mul(x), expected)
+    with (
+        kk.use_backend("triton"),
+        pytest.raises(RuntimeError, match="triton kernel for silu_mul does not run on cpu tensors"),
+    ):
+        kk.silu_mul(x)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_named_backend_never_falls_back(monkeypatch, device):
+    monkeypatch.delitem(_backends._registry["silu_mul"], "triton", raising=False)
+    x = torch.randn(2, 8, device=device)
+    message = "backend 'triton' cannot serve silu_mul: no triton kernel for silu_mul yet"
+    with kk.use_backend("triton"):
+        assert kk.backends()["silu_mul"].backend is None
+        with pytest.raises(RuntimeError, match=message):
+            kk.silu_mul(x)
+    kk.silu_mul(x)
+
+
+@pytest.mark.usefixtures("registry")
+def test_use_backend_holds_as_a_function_and_nests(device):
+    kk.use_backend("reference")
+    assert _backends._requested == "reference"
+    with kk.use_backend("auto"):
+        with kk.use_backend("cuda"):
+            assert _backends._requested == "cuda"
+        assert _backends._requested == "auto"
+    assert _backends._requested == "reference"
+    with pytest.raises(ZeroDivisionError), kk.use_backend("cuda"):
+        _ = 1 / 0
+    assert _backends._requested == "reference"
+    assert kk.silu_mul(torch.zeros(1, 2, device=device)).item() == 0
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="name must be one of auto, cuda, triton, reference, got"):
+        kk.use_backend("numpy")
+
+
+def load_again():
+    """The module once more, as a process that starts now would get it."""
+    spec = importlib.util.spec_from_file_location("backends_again", _backends.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("KEYE_KERNELS_BACKEND", "triton")
+    assert load_again()._requested == "triton"
+    monkeypatch.setenv("KEYE_KERNELS_BACKEND", "numpy")
+    with pytest.raises(
+        ValueError, match=r"KEYE_KERNELS_BACKEND must be one of auto, .* got 'numpy'"
+    ):
+        load_again()
+    monkeypatch.delenv("KEYE_KERNELS_BACKEND")
+    assert load_again()._requested == "auto"
+
+
+def test_only_torch_and_numpy_are_imported():
+    """The ops are usable without the model and without what only the model needs."""
+    code = (
+        "import sys, keye_kernels; "
+        "print([m for m in ('keye_model', 'transformers', 'PIL', 'av') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
