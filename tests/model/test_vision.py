@@ -27,35 +27,35 @@ def encode(model: tiny.TinyKeye, pixels: torch.Tensor, grid: list) -> torch.Tens
     return model.model.visual(pixels.to(model.model.device), grid).cpu()
 
 
-def paddle_config(config):
-    """transformers' configuration of the same tower, or a skip."""
-    paddle = pytest.importorskip("transformers.models.paddleocr_vl")
+def paddle_tower(config):
+    """transformers' tower with the tiny model's weights, or a skip."""
+    paddle = pytest.importorskip("transformers.models.paddleocr_vl.modeling_paddleocr_vl")
     vision = config.vision_config
-    return paddle.PaddleOCRVisionConfig(
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_hidden_layers=vision.num_hidden_layers,
-        num_attention_heads=vision.num_attention_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        layer_norm_eps=vision.layer_norm_eps,
-        attn_implementation="eager",
+    tower = paddle.PaddleOCRVisionModel(
+        paddle.PaddleOCRVisionConfig(
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_hidden_layers=vision.num_hidden_layers,
+            num_attention_heads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            layer_norm_eps=vision.layer_norm_eps,
+            attn_implementation="eager",
+        )
     )
+    # Some releases (5.17) sample the position table with aligned corners here; Keye never does.
+    tower.vision_model.embeddings.interpolation_align_corners = False
+    tensors = tiny.state_dict(config).items()
+    weights = {n.removeprefix("visual."): t for n, t in tensors if n.startswith("visual.")}
+    tower.load_state_dict(weights, strict=True)
+    return tower.eval()
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_tower_equals_transformers_paddleocr(grid):
     # Frames are separate there, as in 1.5; joint video attention is what the goldens check.
     model = tiny.tiny_keye(V1_5)
-    from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionModel
-
-    reference = PaddleOCRVisionModel(paddle_config(model.config)).eval()
-    weights = {
-        name.removeprefix("visual."): tensor
-        for name, tensor in tiny.state_dict(model.config).items()
-        if name.startswith("visual.")
-    }
-    reference.load_state_dict(weights, strict=True)
+    reference = paddle_tower(model.config)
     pixels = random_pixels(grid)
     with torch.no_grad():
         expected = reference(pixels[None], grid_thw=torch.tensor(grid)).last_hidden_state
