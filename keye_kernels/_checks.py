@@ -14,6 +14,15 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Grid = Sequence[Sequence[int]] | torch.Tensor
 
 
+def _matches(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if len(sizes) != len(shape):
+        return False
+    for have, want in zip(sizes, shape):  # noqa: B905, SIM110 - runs about 40 times per layer
+        if want is not None and have != want:
+            return False
+    return True
+
+
 def check_tensor(
     name: str,
     tensor: torch.Tensor,
@@ -30,9 +39,7 @@ def check_tensor(
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     sizes = tensor.shape
-    if len(sizes) != len(shape) or any(
-        want is not None and have != want for have, want in zip(sizes, shape, strict=True)
-    ):
+    if sizes != shape and not _matches(sizes, shape):
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         wanted += "," if len(shape) == 1 else ""
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
