@@ -1,4 +1,4 @@
-"""Tiny videos whose frames say which one they are."""
+"""Processors of both lines, and tiny videos whose frames say which one they are."""
 
 import tempfile
 from fractions import Fraction
@@ -7,6 +7,36 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+from keye_model.processing.processor import KeyeProcessor
+from tests.model.processing.messages import LINES, Films
+
+
+@pytest.fixture(scope="session")
+def processors(checkpoints):
+    return {key: KeyeProcessor.from_pretrained(checkpoints[v.name]) for key, v in LINES.items()}
+
+
+@pytest.fixture(params=LINES)
+def line(request):
+    return request.param
+
+
+@pytest.fixture
+def processor(processors, line):
+    return processors[line]
+
+
+@pytest.fixture
+def preview(processors):
+    return processors["preview"]
+
+
+@pytest.fixture
+def with_films(monkeypatch, processors):
+    for processor in processors.values():
+        monkeypatch.setattr(processor, "video_processor", Films())
+    return processors
 
 
 @pytest.fixture(scope="session")

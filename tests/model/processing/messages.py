@@ -1,0 +1,50 @@
+"""Messages, pictures and videos for the tests of the processor."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from keye_model.config import PREVIEW, V1_5
+from keye_model.processing.patches import VideoPatches
+
+LINES = {"preview": PREVIEW, "1.5": V1_5}
+
+
+class Films:
+    """Stands for the video processor: a message item holds patches that were made beforehand."""
+
+    def patches(self, item):
+        return item["video"]
+
+
+def film_of(*frames, seconds=0.5, value=0):
+    count = sum(frame.rows * frame.columns for frame in frames)
+    return VideoPatches(torch.full((count, 3, 14, 14), value, dtype=torch.uint8), frames, seconds)
+
+
+def picture(height=56, width=84, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def image(*size, **keys):
+    return {"type": "image", "image": picture(*size), **keys}
+
+
+def text_item(text):
+    return {"type": "text", "text": text}
+
+
+def user(*content):
+    return [{"role": "user", "content": list(content)}]
+
+
+def string(processor, ids):
+    return processor.decode(ids, skip_special_tokens=False)
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name

@@ -1,0 +1,89 @@
+"""The files a processor reads: all it needs, and what is wrong with others."""
+
+import json
+import shutil
+
+import pytest
+
+from keye_model.config import PREVIEW, V1_5
+from keye_model.processing.processor import KeyeProcessor
+from tests.model.processing.messages import (
+    LINES,
+    image,
+    user,
+)
+
+
+@pytest.fixture
+def copied(checkpoints, line, tmp_path):
+    """A checkpoint's files without its weights, to be changed."""
+    for path in checkpoints[LINES[line].name].iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def _edit(directory, file, **changes):
+    values = json.loads((directory / file).read_text()) | changes
+    (directory / file).write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def test_needs_no_weights(copied):
+    processor = KeyeProcessor.from_pretrained(copied, min_pixels=784, max_pixels=784)
+    assert processor.request(user(image(28, 28))).image_grid_thw == ((1, 2, 2),)
+    assert processor.token_ids.eos == (
+        processor.tokenizer.token_to_id("<|im_end|>"),
+        processor.tokenizer.token_to_id("<|endoftext|>"),
+    )
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_missing_file(copied, file):
+    (copied / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"must contain {file}"):
+        KeyeProcessor.from_pretrained(copied)
+
+
+def test_broken_tokenizer(copied):
+    (copied / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer, got an error"):
+        KeyeProcessor.from_pretrained(copied)
+
+
+def test_tokenizer_of_another_model(copied):
+    _edit(copied, "config.json", image_token_id=3)
+    with pytest.raises(ValueError, match=r"must give '<\|image_pad\|>' the id 3 of config.json"):
+        KeyeProcessor.from_pretrained(copied)
+
+
+def test_marks_are_needed_by_1_5_alone(checkpoints, tmp_path):
+    tokenizer = checkpoints[PREVIEW.name] / "tokenizer.json"
+    for path in checkpoints[V1_5.name].glob("*.json"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=r"must contain the token '<\|frame\|>', it does not"):
+        KeyeProcessor.from_pretrained(tmp_path)
+
+
+def test_patch_size_must_agree(copied):
+    _edit(copied, "preprocessor_config.json", patch_size=16)
+    with pytest.raises(ValueError, match=r"have patch_size 14 like config\.json, got 16"):
+        KeyeProcessor.from_pretrained(copied)
+
+
+def test_padding_and_end_from_the_tokenizers_file(copied):
+    (copied / "generation_config.json").unlink()
+    ids = KeyeProcessor.from_pretrained(copied).token_ids
+    assert ids.eos == (KeyeProcessor.from_pretrained(copied).tokenizer.token_to_id("<|im_end|>"),)
+    _edit(copied, "tokenizer_config.json", pad_token={"content": "<|endoftext|>"})
+    assert KeyeProcessor.from_pretrained(copied).token_ids.pad == ids.pad
+    _edit(copied, "tokenizer_config.json", pad_token=None)
+    with pytest.raises(ValueError, match=r"must name pad_token_id, or tokenizer_config\.json"):
+        KeyeProcessor.from_pretrained(copied)
+
+
+def test_url_is_refused_with_local_files_only(copied):
+    processor = KeyeProcessor.from_pretrained(copied, local_files_only=True)
+    message = user({"type": "image", "image": "https://example.org/a.png"})
+    with pytest.raises(RuntimeError, match="must not be fetched while local_files_only is set"):
+        processor.request(message)
