@@ -203,6 +203,11 @@ class Generation:
         batch.sample(self._lm_head(hidden))
         tokens = []
         for state, token_id in zip(states, batch.token_ids.tolist(), strict=True):
+            if token_id < 0:
+                raise RuntimeError(
+                    f"logits of request {state.request} must hold a finite value, got none: the "
+                    f"weights are broken, or {hidden.dtype} is too narrow for them"
+                )
             state.token_ids.append(token_id)
             reason = None
             if token_id in self._eos:

@@ -196,6 +196,14 @@ def test_a_generated_placeholder_is_an_ordinary_token(model, requests):
     assert [token.token_id for token in generation] == [config.image_token_id] * 6
 
 
+def test_broken_logits_are_not_answered(model, requests):
+    head = torch.nn.Linear(model.config.text_config.hidden_size, 8)
+    head.bias.data[:] = float("nan")
+    generation = Generation(model.model, head, requests[:1], [GREEDY], eos_token_ids=())
+    with pytest.raises(RuntimeError, match="logits of request 0 must hold a finite value"):
+        list(generation)
+
+
 def test_the_context_ends_an_answer(model):
     context = model.config.text_config.max_position_embeddings
     prompt = Request(torch.full((context - 2,), 7))

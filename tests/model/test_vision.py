@@ -94,9 +94,9 @@ def test_a_video_of_one_frame_is_an_image(variant):
 def test_patches_may_be_reordered_inside_a_segment():
     # Only positions tell patches apart: a kernel may visit them in any order.
     tower = tiny.tiny_keye().model.visual
-    step = plan_step(((2, 4, 4),), True, torch.device("cpu"))
-    order = torch.from_numpy(np.random.default_rng(0).permutation(32))
-    hidden = tiny.filler("hidden", (32, 144))
+    step = plan_step(((2, 4, 4),), True, tiny.DEVICE)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(32)).to(tiny.DEVICE)
+    hidden = tiny.filler("hidden", (32, 144)).to(tiny.DEVICE)
 
     def run(x, step):
         residual = None
@@ -105,7 +105,6 @@ def test_patches_may_be_reordered_inside_a_segment():
         return tower.post_layernorm(x, residual)[0]
 
     with torch.inference_mode():
-        tower = tower.to("cpu")
         expected = run(hidden, step)
         shuffled = run(hidden[order], dataclasses.replace(step, positions=step.positions[order]))
     torch.testing.assert_close(shuffled, expected[order], atol=1e-5, rtol=0)

@@ -27,6 +27,7 @@ from keye_model.weights import load_model, tensor_shapes
 
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
 FRAME, FAST_START, FAST_END = 80, 81, 82
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def raw_config(variant: Variant, **changes: object) -> dict:
@@ -153,7 +154,7 @@ def tiny_keye(
     config = KeyeConfig.from_dict(raw)
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), raw, state_dict(config))
-        return load_model(TinyKeye, config, Path(directory), device="cpu", dtype=dtype)
+        return load_model(TinyKeye, config, Path(directory), device=DEVICE, dtype=dtype)
 
 
 def with_variant(model: TinyKeye, **changes: bool) -> TinyKeye:
@@ -163,7 +164,7 @@ def with_variant(model: TinyKeye, **changes: bool) -> TinyKeye:
         dataclasses.replace(config, variant=dataclasses.replace(config.variant, **changes))
     )
     changed.load_state_dict(model.state_dict())
-    return changed.requires_grad_(False)
+    return changed.to(DEVICE).requires_grad_(False)
 
 
 def g1() -> Request:
