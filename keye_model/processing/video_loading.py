@@ -205,6 +205,8 @@ def _options_1_5(
 def _listed_frames(item: Mapping[str, Any]) -> tuple[list[Any] | None, list[float] | None]:
     """The frames of a list, array or tensor and their times; None if the video is a file."""
     video, times = item.get("video"), item.get("timestamps")
+    if video is None:
+        raise ValueError(f"a video item must have 'video', got {sorted(item)}")
     if isinstance(video, (np.ndarray, torch.Tensor)):
         if video.ndim != 4:
             raise ValueError(

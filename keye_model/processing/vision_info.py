@@ -82,7 +82,7 @@ def _vision_items(messages: Messages | Sequence[Messages]) -> list[dict[str, Any
         item
         for conversation in conversations
         for message in conversation
-        if isinstance(message["content"], (list, tuple))
+        if isinstance(message.get("content"), (list, tuple))
         for item in message["content"]
         if isinstance(item, dict) and (item.get("type") in keys or any(k in item for k in keys))
     ]

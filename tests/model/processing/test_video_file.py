@@ -5,6 +5,7 @@ import wave
 import weakref
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -83,6 +84,29 @@ def test_video_file_applies_rotation(make_video, rotation, quarters):
     upright = next(VideoFile(make_video(3)).read([2]))
     turned = next(VideoFile(make_video(3, rotation=rotation)).read([2]))
     assert np.array_equal(turned, np.rot90(upright, quarters))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "red_share", "blue_share"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114)]
+)
+def test_video_file_follows_the_colour_matrix(matrix, red_share, blue_share):
+    """BT.709 and BT.601 give other colours for the same bytes; the file says which it means."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("libx264", rate=10, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.colorspace = matrix
+        frame = av.VideoFrame(64, 48, "yuv420p")
+        for plane, level in zip(frame.planes, (100, 90, 200), strict=True):
+            plane.update(bytes([level]) * plane.buffer_size)
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    luma = (100 - 16) * 255 / 219
+    red = luma + 2 * (1 - red_share) * (200 - 128) * 255 / 224
+    blue = luma + 2 * (1 - blue_share) * (90 - 128) * 255 / 224
+    green = (luma - red_share * red - blue_share * blue) / (1 - red_share - blue_share)
+    found = next(VideoFile(file.getvalue()).read([0]))[24, 32]
+    assert found == pytest.approx([red, green, blue], abs=2.5)  # the converter's fixed point
 
 
 def test_video_file_later_frames_take_the_first_size(make_video, frame_codes):
