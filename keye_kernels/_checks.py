@@ -128,11 +128,15 @@ def check_each(name: str, values: list[float], rule: str, holds: Callable[[float
             raise ValueError(f"{name} must {rule}, got {value}")
 
 
-def check_attention_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Check the head counts and the head size that every attention op accepts."""
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Check that query heads share the key/value heads evenly."""
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads must be a positive multiple of num_kv_heads {num_kv_heads}, got {num_heads}"
         )
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Check the head size that every attention op accepts."""
     if head_dim < 8 or head_dim % 8 or head_dim > 256:
         raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {head_dim}")

@@ -3,7 +3,13 @@
 import torch
 
 from keye_kernels import reference
-from keye_kernels._checks import FLOAT_DTYPES, check_attention_heads, check_divides, check_tensor
+from keye_kernels._checks import (
+    FLOAT_DTYPES,
+    check_divides,
+    check_head_dim,
+    check_heads,
+    check_tensor,
+)
 from keye_kernels._ops import define_op
 
 _paged_prefill_attention_op = define_op(
@@ -32,7 +38,8 @@ def _check_paged(
     _, num_heads, head_dim = q.shape
     check_tensor("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
     check_tensor("v_cache", v_cache, k_cache.shape, q.dtype, q.device)
-    check_attention_heads(num_heads, k_cache.shape[2], head_dim)
+    check_heads(num_heads, k_cache.shape[2])
+    check_head_dim(head_dim)
     page_size = k_cache.shape[1]
     check_divides("page_size", page_size, 16)
     check_tensor("block_table", block_table, (None, None), torch.int32, q.device)

@@ -86,9 +86,9 @@ def gelu(
 ) -> torch.Tensor:
     """gelu(x + bias), fp32 inside, rounded once."""
     out = torch.empty_like(x) if out is None else out
-    bias = torch.zeros((), device=x.device) if bias is None else bias.float()
     for rows in _blocks(x):
-        out[rows] = F.gelu(x[rows].float() + bias, approximate=approximate)
+        total = x[rows] if bias is None else x[rows].float() + bias.float()
+        out[rows] = F.gelu(total, approximate=approximate)
     return out
 
 
@@ -300,7 +300,7 @@ def _attend(
             **mask,
         )
 
-    if not causal or len_q == 1:
+    if not causal or len_q == 1:  # the last query sees all
         attend(slice(None), len_k)
     elif len_q == len_k:
         attend(slice(None), len_k, is_causal=True)
@@ -352,20 +352,16 @@ def _varlen_attention(
         last = first + 1
         while last < batch_size and lengths[last] == lengths[first]:
             last += 1
-        shape = (last - first, -1)
         queries, keys = slice(cu_q[first], cu_q[last]), slice(cu_k[first], cu_k[last])
-        if lengths[first][0] > 0:
-            if lengths[first][1] > 0:
-                _attend(
-                    q[queries].unflatten(0, shape),
-                    k[keys].unflatten(0, shape),
-                    v[keys].unflatten(0, shape),
-                    softmax_scale,
-                    causal,
-                    out[queries].unflatten(0, shape),
-                )
-            else:
-                out[queries] = 0
+        shape_q, shape_k = ((last - first, length) for length in lengths[first])
+        _attend(
+            q[queries].unflatten(0, shape_q),
+            k[keys].unflatten(0, shape_k),
+            v[keys].unflatten(0, shape_k),
+            softmax_scale,
+            causal,
+            out[queries].unflatten(0, shape_q),
+        )
         first = last
     if lse is not None:
         for i in range(batch_size):
@@ -490,7 +486,7 @@ def _philox(tokens: torch.Tensor, step: torch.Tensor, seed: torch.Tensor) -> Pai
         # High and low word. In halves, for int64 is signed and the product has 64 bits.
         low = factor * (x & 0xFFFF)
         middle = factor * (x >> 16) + (low >> 16)
-        return middle >> 16, (middle << 16 | low & 0xFFFF) & mask
+        return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
     for _ in range(10):
         high0, low0 = product(0xD2511F53, c0)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from keye_kernels import reference
-from keye_kernels._checks import FLOAT_DTYPES, check_divides, check_tensor
+from keye_kernels._checks import FLOAT_DTYPES, check_divides, check_heads, check_tensor
 from keye_kernels._ops import define_op
 
 _rope_2d_op = define_op(
@@ -25,8 +25,8 @@ _qk_norm_mrope_store_op = define_op(
 )
 
 
-def _check_heads(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
-    """Check q and k [num_tokens, heads, head_dim], q to be rotated in place together with k."""
+def _check_pair(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
+    """Check q and k [num_tokens, heads, head_dim]; returns num_tokens and head_dim."""
     check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
     num_tokens, _, head_dim = q.shape
     check_tensor("k", k, (num_tokens, None, head_dim), q.dtype, q.device)
@@ -72,7 +72,7 @@ def rope_2d_(
     Source: SigLIPRotaryEmbedding and apply_rotary_pos_emb_flashatt, modeling_keye.py of
     Keye-VL-8B-Preview.
     """
-    num_tokens, head_dim = _check_heads(q, k)
+    num_tokens, head_dim = _check_pair(q, k)
     check_divides("head_dim", head_dim, 4)
     check_tensor("positions", positions, (num_tokens, 2), torch.int64, q.device)
     _check_theta(theta)
@@ -112,7 +112,7 @@ def mrope_(
     Source: apply_multimodal_rotary_pos_emb in modeling_keye.py of Keye-VL-8B-Preview;
     Qwen3VLTextRotaryEmbedding in transformers for the interleaved form.
     """
-    num_tokens, head_dim = _check_heads(q, k)
+    num_tokens, head_dim = _check_pair(q, k)
     section = _check_mrope(mrope_section, theta, head_dim)
     check_tensor("positions", positions, (3, num_tokens), torch.int64, q.device)
     if num_tokens > 0:
@@ -162,10 +162,7 @@ def qk_norm_mrope_store(
     """
     check_tensor("q_weight", q_weight, (None,), FLOAT_DTYPES)
     head_dim, dtype, device = q_weight.shape[0], q_weight.dtype, q_weight.device
-    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_heads must be a positive multiple of num_kv_heads {num_kv_heads}, got {num_heads}"
-        )
+    check_heads(num_heads, num_kv_heads)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     check_tensor("qkv", qkv, (None, width), dtype, device)
     num_tokens = qkv.shape[0]

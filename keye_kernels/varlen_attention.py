@@ -3,7 +3,7 @@
 import torch
 
 from keye_kernels import reference
-from keye_kernels._checks import FLOAT_DTYPES, check_attention_heads, check_tensor
+from keye_kernels._checks import FLOAT_DTYPES, check_head_dim, check_heads, check_tensor
 from keye_kernels._ops import define_op
 
 _varlen_attention_op = define_op(
@@ -59,7 +59,8 @@ def varlen_attention(
     num_tokens, num_heads, head_dim = q.shape
     check_tensor("k", k, (None, None, head_dim), q.dtype, q.device)
     check_tensor("v", v, k.shape, q.dtype, q.device)
-    check_attention_heads(num_heads, k.shape[1], head_dim)
+    check_heads(num_heads, k.shape[1])
+    check_head_dim(head_dim)
     check_tensor("cu_seqlens_q", cu_seqlens_q, (None,), torch.int32, q.device)
     check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, torch.int32, q.device)
     if cu_seqlens_q.shape[0] == 0:

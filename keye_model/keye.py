@@ -147,7 +147,8 @@ class Keye:
         Raises:
             ValueError, TypeError, FileNotFoundError: A message, a file or a parameter is wrong.
         """
-        several = bool(messages) and isinstance(messages[0], (list, tuple))
+        listed = isinstance(messages, (list, tuple)) and len(messages) > 0
+        several = listed and isinstance(messages[0], (list, tuple))
         conversations = list(messages) if several else [messages]
         run = _Run(self, conversations, max_new_tokens, thinking, stop_strings, sampling)
         for _ in run:

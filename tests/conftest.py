@@ -16,6 +16,12 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TF32 in the convolutions that set a bound on a GPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch):
     """Fill torch.empty and its like with NaN, or the largest integer, so unwritten output shows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)

@@ -191,6 +191,14 @@ def test_compiles_in_one_graph(case, device):
         assert torch.equal(got, want)
 
 
+def test_compiles_for_any_number_of_tokens(device):
+    weight = randn(device, 16)
+    compiled = torch.compile(kk.rms_norm, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_tokens in (5, 9):
+        x = randn(device, num_tokens, 16)
+        assert torch.equal(compiled(x, weight, 1e-6), kk.rms_norm(x, weight, 1e-6))
+
+
 def test_a_block_of_ops_compiles_with_inductor(device):
     """A pair as result, in-place ops on views of one buffer, out= that is an input."""
     weight, where = randn(device, 48), positions(device, 6).T[:, :2].contiguous()

@@ -211,6 +211,11 @@ def test_empty_messages(keye, messages):
         keye.generate(messages)
 
 
+def test_messages_of_the_wrong_kind(keye):
+    with pytest.raises(TypeError, match="messages must be a list of dicts, got dict"):
+        keye.generate({"role": "user", "content": "hello"})
+
+
 def test_missing_picture_is_named(keye):
     item = {"type": "image", "image": "no/such/file.png"}
     with pytest.raises(FileNotFoundError, match=r"no/such/file\.png"):
