@@ -17,12 +17,14 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from keye_model.processing.fetch import describe, fetch, file_url_path
 
 MAX_VIDEO_BYTES = 2 << 30  # of a URL, and of an open file that cannot seek
 MAX_FRAME_PIXELS = 1 << 26  # 8192x8192; a header can claim any size
 FETCH_TIMEOUT = 600.0  # seconds
+_COVER = Disposition.attached_pic | Disposition.timed_thumbnails  # pictures, not films
 
 
 class VideoFile:
@@ -184,9 +186,10 @@ class VideoFile:
             with av.open(
                 file, metadata_errors="replace", container_options={"protocol_whitelist": "none"}
             ) as container:
-                if not container.streams.video:
+                films = [s for s in container.streams.video if not s.disposition & _COVER]
+                if not films:
                     raise ValueError(f"{self.name} must have a video stream, got none")
-                stream = container.streams.video[0]
+                stream = films[0]
                 if stream.codec_context is None:
                     raise ValueError(
                         f"{self.name} must use a known video codec, got an unknown one"

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from keye_model.processing import video_file
 from keye_model.processing.video_file import MissingFrames, VideoFile
@@ -204,6 +205,24 @@ def _audio_only():
         output.setframerate(8000)
         output.writeframes(bytes(1600))
     return file.getvalue()
+
+
+def test_video_file_cover_picture_is_no_video(tmp_path):
+    """A song with a cover has a video stream of one picture."""
+    with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as output:
+        sound = output.add_stream("aac", rate=44100)
+        cover = output.add_stream("mjpeg", rate=1, options={"strict": "-1"})
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        silence = np.zeros((2, 1024), np.float32)
+        samples = av.AudioFrame.from_ndarray(silence, format="fltp", layout="stereo")
+        samples.rate, samples.pts = 44100, 0
+        output.mux(sound.encode(samples))
+        output.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
+        output.mux(cover.encode(None))
+        output.mux(sound.encode(None))
+    with pytest.raises(ValueError, match="must have a video stream, got none"):
+        VideoFile(tmp_path / "song.m4a")
 
 
 @pytest.mark.parametrize(
