@@ -15,7 +15,7 @@ from keye_model.processing.patches import Frame
 from keye_model.processing.slow_fast import frame_sizes, resize_bilinear
 from keye_model.processing.video import KeyeVideoProcessor, frame_bytes
 from keye_model.processing.video_file import VideoFile
-from keye_model.processing.video_loading import resize_bicubic, sample_1_5, sample_preview
+from keye_model.processing.video_loading import resize_bicubic, sample_1_5, sample_previewfrom keye_model.processing.video_sampling import frame_indices
 
 # At these bounds the image processor leaves small frames as the helper made them.
 SMALL = KeyeImageProcessor(min_pixels=4 * 784)
@@ -232,6 +232,17 @@ def test_video_that_opens_between_key_frames(make_video, frame_codes, version):
     frames, _ = sample({"video": cut, "nframes": 4})
     assert len(whole) == 60
     assert frame_codes(frames) == [20, 33, 46, 59]
+
+
+@pytest.mark.parametrize("sample", [sample_preview, sample_1_5])
+def test_video_cut_short(make_video, frame_codes, sample):
+    """The index of 60 frames stands in front and the data ends early: what is there is sampled."""
+    whole = make_video(60, options={"g": "10", "bf": "0"}, flags={"movflags": "faststart"})
+    start = whole.index(b"mdat")
+    frames, _ = sample({"video": whole[: start + (len(whole) - start) // 2], "nframes": 10})
+    codes = frame_codes(frames)
+    assert 10 < codes[-1] < 50
+    assert codes == frame_indices(0, codes[-1], 10)
 
 
 def test_processor_call_preview():

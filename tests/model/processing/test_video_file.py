@@ -118,16 +118,6 @@ def test_video_file_later_frames_take_the_first_size(make_video, frame_codes):
     assert frame_codes(frames) == [0, 1, 2, 3] * 2
 
 
-def test_video_file_cut_short(make_video, frame_codes):
-    """The index of 60 frames stands in front, the data ends early: what is there is read."""
-    whole = make_video(60, options={"g": "10", "bf": "0"}, flags={"movflags": "faststart"})
-    start = whole.index(b"mdat")
-    video = VideoFile(whole[: start + (len(whole) - start) // 2])
-    assert 10 < len(video) < 50
-    assert frame_codes(video.read(range(len(video)))) == list(range(len(video)))
-    assert video.rate == pytest.approx(30)
-
-
 def test_video_file_header_claims_more_frames(make_video, frame_codes):
     data = bytearray(make_video(10, container="avi", codec="mpeg4"))
     data[data.index(b"avih") + 24 : data.index(b"avih") + 28] = (5000).to_bytes(4, "little")
