@@ -10,10 +10,9 @@ from tests.model import tiny
 SECTION = [16, 24, 24]
 
 
-def qwen3(theta: float = 1e6):
+def qwen3(model: tiny.TinyKeye):
     """transformers' decoder with the tiny model's weights, or a skip."""
     transformers = pytest.importorskip("transformers")
-    model = tiny.tiny_keye(theta=theta)
     text = model.config.text_config
     config = transformers.Qwen3Config(
         vocab_size=text.vocab_size,
@@ -24,7 +23,7 @@ def qwen3(theta: float = 1e6):
         num_key_value_heads=text.num_key_value_heads,
         head_dim=text.head_dim,
         rms_norm_eps=text.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
         max_position_embeddings=text.max_position_embeddings,
         tie_word_embeddings=False,
         attn_implementation="eager",
@@ -36,15 +35,18 @@ def qwen3(theta: float = 1e6):
     return reference
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 65], ids=lambda n: f"{n} tokens")
-@pytest.mark.parametrize("theta", [1e6, 8e6], ids=lambda t: f"theta={t:g}")
-def test_text_equals_transformers_qwen3(num_tokens, theta):
-    # 65: one past a page.
+@pytest.mark.parametrize(
+    ("num_tokens", "theta", "eps"),
+    [(1, 1e6, 1e-6), (2, 1e6, 1e-6), (65, 1e6, 1e-6), (65, 8e6, 1e-6), (65, 1e6, 1e-2)],
+    ids=["one token", "two tokens", "past a page", "theta=8e6", "eps=1e-2"],
+)
+def test_text_equals_transformers_qwen3(num_tokens, theta, eps):
+    # The large eps shows that every norm uses it: next to these activations 1e-6 is invisible.
+    model = tiny.tiny_keye(theta=theta, eps=eps)
     ids = (torch.arange(num_tokens) * 7 + 3) % 89
     with torch.no_grad():
-        expected = qwen3(theta)(ids[None]).logits[0]
-    actual = tiny.tiny_keye(theta=theta).logits(Request(ids)).cpu()
-    torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
+        expected = qwen3(model)(ids[None]).logits[0]
+    torch.testing.assert_close(model.logits(Request(ids)).cpu(), expected, atol=5e-5, rtol=0)
 
 
 class QwenVLRope(torch.nn.Module):
@@ -74,7 +76,7 @@ class QwenVLRope(torch.nn.Module):
 def test_3d_rope_equals_transformers_qwen2_5_vl(theta):
     model = tiny.tiny_keye(theta=theta)
     packed = pack([tiny.g1()], model.config)
-    reference = qwen3(theta)
+    reference = qwen3(model)
     reference.model.rotary_emb = QwenVLRope(packed.positions, theta)
     with torch.no_grad():
         hidden = model.model.embed(packed).cpu()

@@ -147,10 +147,14 @@ class TinyKeye(nn.Module):
 
 @functools.cache
 def tiny_keye(
-    variant: Variant = PREVIEW, theta: float = 1e6, dtype: torch.dtype = torch.float32
+    variant: Variant = PREVIEW,
+    theta: float = 1e6,
+    dtype: torch.dtype = torch.float32,
+    eps: float = 1e-6,
 ) -> TinyKeye:
     """The tiny model, loaded from a checkpoint that holds fp32; shared, so leave it unchanged."""
-    raw = raw_config(variant, rope_theta=theta)
+    raw = raw_config(variant, rope_theta=theta, rms_norm_eps=eps)
+    raw["vision_config"]["layer_norm_eps"] = eps
     config = KeyeConfig.from_dict(raw)
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), raw, state_dict(config))
