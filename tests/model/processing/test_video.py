@@ -15,7 +15,8 @@ from keye_model.processing.patches import Frame
 from keye_model.processing.slow_fast import frame_sizes, resize_bilinear
 from keye_model.processing.video import KeyeVideoProcessor, frame_bytes
 from keye_model.processing.video_file import VideoFile
-from keye_model.processing.video_loading import resize_bicubic, sample_1_5, sample_previewfrom keye_model.processing.video_sampling import frame_indices
+from keye_model.processing.video_loading import resize_bicubic, sample_1_5, sample_preview
+from keye_model.processing.video_sampling import frame_indices
 
 # At these bounds the image processor leaves small frames as the helper made them.
 SMALL = KeyeImageProcessor(min_pixels=4 * 784)
