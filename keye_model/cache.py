@@ -45,7 +45,7 @@ class CacheStep:
 @dataclass
 class _Sequence:
     num_tokens: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 class PagedCache:
@@ -136,7 +136,7 @@ class PagedCache:
 
     def free(self, handle: int) -> None:
         """Forget a sequence and give its pages back."""
-        self._free += reversed(self._sequence(handle).pages)
+        self._free += self._sequence(handle).pages[::-1].tolist()
         del self._sequences[handle]
 
     def step(self, handles: Sequence[int], new_tokens: Sequence[int]) -> CacheStep:
@@ -167,7 +167,9 @@ class PagedCache:
                 f"{sum(new_tokens)} new tokens, got {len(self._free)} free of {self.num_pages}"
             )
         for sequence, pages, new in zip(sequences, wanted, new_tokens, strict=True):
-            sequence.pages += [self._free.pop() for _ in range(pages)]
+            if pages:
+                taken = [self._free.pop() for _ in range(pages)]
+                sequence.pages = np.append(sequence.pages, np.array(taken, np.int32))
             sequence.num_tokens += new
         return self._describe(sequences, np.array(new_tokens, np.int64))
 
