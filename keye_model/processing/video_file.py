@@ -31,7 +31,8 @@ class VideoFile:
     """One video file and the presentation times of its frames, in the order they are shown.
 
     Frames are turned as the file's display matrix asks (quarter turns; mirroring is not applied),
-    so they look as a player shows them. Later frames of another size are scaled to the first one's.
+    as a player shows them, but pixels that are not square are not stretched, as in the published
+    helpers. Later frames of another size are scaled to the first one's.
 
     Attributes:
         name: How errors call this video.
