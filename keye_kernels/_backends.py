@@ -5,9 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 _ORDER = ("cuda", "triton", "reference")  # "auto" takes the first that serves
 _VARIABLE = "KEYE_KERNELS_BACKEND"
+# TRITON_INTERPRET=1 counts when triton is imported: tl.sum is then no JITFunction.
+_INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class ServedBy:
 
 
 _registry: dict[str, dict[str, _Implementation]] = {}
-_chosen: dict[tuple[str, str], Callable[..., None]] = {}
+# By op, device type and backend asked for, so that a thread that still works with an earlier
+# request never writes where the next one reads.
+_chosen: dict[tuple[str, str, str], Callable[..., None]] = {}
 
 
 def _checked(source: str, name: str) -> str:
@@ -44,28 +50,39 @@ _requested = _checked(_VARIABLE, os.environ.get(_VARIABLE, "auto"))
 def register(
     op: str, backend: str, run: Callable[..., None], *, device_types: tuple[str, ...] = ("cuda",)
 ) -> None:
-    """Let ``backend`` serve ``op`` for tensors on ``device_types``."""
+    """Let ``backend`` serve ``op`` for tensors on ``device_types``.
+
+    ``run`` takes the arguments of the op's schema by position and writes its outputs. Triton
+    kernels serve CPU tensors too, under the interpreter and only by name.
+    """
+    global _chosen
     _registry.setdefault(op, {})[backend] = _Implementation(run, device_types)
-    _chosen.clear()
+    _chosen = {}
 
 
-def _why_not(op: str, backend: str, device_type: str) -> str | None:
+def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | None:
     implementation = _registry[op].get(backend)
     if implementation is None:
         return f"no {backend} kernel for {op} yet"
-    if device_type not in implementation.device_types:
-        return f"the {backend} kernel for {op} does not run on {device_type} tensors"
-    return None
+    if device_type in implementation.device_types:
+        return None
+    if backend == "triton" and device_type == "cpu":
+        if not _INTERPRETED:
+            return f"the triton kernel for {op} runs on a CPU only under TRITON_INTERPRET=1"
+        if requested != "triton":
+            return "the interpreter serves only when backend 'triton' is asked for"
+        return None
+    return f"the {backend} kernel for {op} does not run on {device_type} tensors"
 
 
-def _choose(op: str, device_type: str) -> ServedBy:
-    candidates = _ORDER if _requested == "auto" else (_requested,)
+def _choose(op: str, device_type: str, requested: str) -> ServedBy:
+    candidates = _ORDER if requested == "auto" else (requested,)
     why_not = {
-        name: f"backend {_requested!r} was asked for" for name in _ORDER if name not in candidates
+        name: f"backend {requested!r} was asked for" for name in _ORDER if name not in candidates
     }
     chosen = None
     for name in candidates:
-        reason = _why_not(op, name, device_type)
+        reason = _why_not(op, name, device_type, requested)
         if reason is not None:
             why_not[name] = reason
         elif chosen is None:
@@ -81,37 +98,46 @@ def find(op: str, device_type: str) -> Callable[..., None]:
     Raises:
         RuntimeError: The backend asked for cannot serve; the message says why.
     """
-    run = _chosen.get((op, device_type))
+    chosen, requested = _chosen, _requested
+    run = chosen.get((op, device_type, requested))
     if run is None:
-        served = _choose(op, device_type)
+        served = _choose(op, device_type, requested)
         if served.backend is None:
             raise RuntimeError(
-                f"backend {_requested!r} cannot serve {op}: {served.why_not[_requested]}; "
+                f"backend {requested!r} cannot serve {op}: {served.why_not[requested]}; "
                 "backend 'auto' falls back"
             )
-        run = _chosen[op, device_type] = _registry[op][served.backend].run
+        run = chosen[op, device_type, requested] = _registry[op][served.backend].run
     return run
 
 
-def backends() -> dict[str, ServedBy]:
-    """Tell which backend serves each op on this machine, and why the others do not.
+def backends(device_type: str | None = None) -> dict[str, ServedBy]:
+    """Tell which backend serves each op, and why the others do not.
 
-    Answers for CUDA tensors where there is a GPU, for CPU tensors elsewhere.
+    Args:
+        device_type: Of the tensors, "cuda" or "cpu". Default: "cuda" where there is a GPU, else
+            "cpu". "cuda" can be asked about anywhere.
 
     Returns:
         Op name to a record with ``backend`` (None when the backend asked for cannot serve the op)
         and ``why_not`` (backend name to reason); ``str()`` of it is one readable line.
+
+    Raises:
+        ValueError: Another device type.
     """
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return {op: _choose(op, device_type) for op in _registry}
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"device_type must be 'cpu' or 'cuda', got {device_type!r}")
+    return {op: _choose(op, device_type, _requested) for op in _registry}
 
 
 class use_backend:
     """Choose the backend of every op from here on, or inside a ``with`` block.
 
     ``auto`` takes the fastest that serves, per op. A named backend is binding: an op that it
-    cannot serve raises RuntimeError when called. The choice holds for the whole process; its
-    first value is the environment variable KEYE_KERNELS_BACKEND, else ``auto``.
+    cannot serve raises RuntimeError when called. The choice holds for all threads of the process;
+    its first value is the environment variable KEYE_KERNELS_BACKEND, else ``auto``.
 
     Args:
         name: "auto", "cuda", "triton" or "reference".
@@ -128,7 +154,6 @@ class use_backend:
     def _set(name: str) -> None:
         global _requested
         _requested = name
-        _chosen.clear()
 
     def __enter__(self) -> None:
         pass

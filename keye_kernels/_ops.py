@@ -26,6 +26,24 @@ def _positional(function: Callable[..., object], names: list[str]) -> Callable[.
     return call
 
 
+def on_own_device(find: Callable[[], Callable[..., None]], first: int) -> Callable[..., None]:
+    """Call what ``find`` gives with the device of argument number ``first`` current.
+
+    Kernels start on the current device, whatever device their tensors are on.
+    """
+
+    def run_cuda(*args: object) -> None:
+        run = find()
+        index = args[first].get_device()
+        if index == torch.cuda.current_device():
+            run(*args)
+        else:
+            with torch.cuda.device(index):
+                run(*args)
+
+    return run_cuda
+
+
 def define_op(schema: str, reference: Callable[..., object]) -> torch._ops.OpOverload:
     """Register the op of ``schema``, served by ``reference`` until a kernel is registered too.
 
@@ -38,14 +56,16 @@ def define_op(schema: str, reference: Callable[..., object]) -> torch._ops.OpOve
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.keye, name).default
-    reference = _positional(reference, [argument.name for argument in op._schema.arguments])
+    arguments = [argument.name for argument in op._schema.arguments]
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    first = kinds.index("Tensor")  # on the device where the op runs, as the public function checked
+    reference = _positional(reference, arguments)
     _backends.register(name, "reference", reference, device_types=("cpu", "cuda"))
 
     def run_cpu(*args: object) -> None:
         _backends.find(name, "cpu")(*args)
 
-    def run_cuda(*args: object) -> None:
-        _backends.find(name, "cuda")(*args)
+    run_cuda = on_own_device(lambda: _backends.find(name, "cuda"), first)
 
     _library.impl(name, run_cpu, "CPU")
     _library.impl(name, run_cuda, "CUDA")

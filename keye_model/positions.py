@@ -169,16 +169,16 @@ def split_batch(
             f"attention_mask must have shape {tuple(input_ids.shape)}, got "
             f"{tuple(attention_mask.shape)}"
         )
-    seconds = () if second_per_grid_ts is None else tuple(map(float, second_per_grid_ts))
+    seconds = tuple(map(float, _host_list(second_per_grid_ts)))
     if seconds and len(seconds) != len(video_grid_thw):
         raise ValueError(
             f"second_per_grid_ts must have one value for each of {len(video_grid_thw)} rows of "
             f"video_grid_thw, got {len(seconds)}"
         )
-    if num_frames is not None and sum(map(int, num_frames)) != len(video_grid_thw):
+    if num_frames is not None and sum(_host_list(num_frames)) != len(video_grid_thw):
         raise ValueError(
             f"num_frames must count the {len(video_grid_thw)} rows of video_grid_thw, got "
-            f"{list(map(int, num_frames))}"
+            f"{_host_list(num_frames)}"
         )
     ids = input_ids.cpu()
     keep = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
@@ -200,6 +200,12 @@ def split_batch(
     images.check_empty()
     videos.check_empty()
     return rows
+
+
+def _host_list(values: torch.Tensor | Sequence | None) -> list:
+    if values is None:
+        return []
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
 
 
 class _Deal:
@@ -247,6 +253,8 @@ def _place(
     is_image, is_video = _placeholders(ids, config)
     image_index, video_index = np.flatnonzero(is_image), np.flatnonzero(is_video)
 
+    if any(t != 1 for t, _, _ in images):
+        raise ValueError(f"image_grid_thw must have one frame per image, got {images}")
     image_blocks, image_starts = _blocks("image", images, image_index, merge_size, frames=True)
     # 1.5 puts text between frames, so each frame is a block of its own.
     split = not variant.timed_positions

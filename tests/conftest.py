@@ -1,13 +1,48 @@
-"""What every test gets: a device, a fixed seed, and allocations that hold no lucky zeros."""
+"""What every test gets: a device, a fixed seed, and allocations that hold no lucky zeros.
+
+Without a GPU Triton kernels run under its interpreter, which must be asked for before the first
+import of triton.
+"""
+
+import os
+import sys
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("triton was imported before tests/conftest.py could set its interpreter")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from keye_kernels import _backends
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import triton_interpreter
+
+    triton_interpreter.install()
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Run the test with each backend; triton is skipped at an op that has no such kernel."""
+    if request.param == "triton":
+        find = _backends.find
+
+        def find_or_skip(op: str, device_type: str):
+            if "triton" not in _backends._registry[op]:
+                pytest.skip(f"no triton kernel for {op} yet")
+            return find(op, device_type)
+
+        monkeypatch.setattr(_backends, "find", find_or_skip)
+    with _backends.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

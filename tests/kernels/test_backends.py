@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from keye_kernels import _backends
+from keye_kernels import _backends, _ops
 
 
 @pytest.fixture
@@ -57,13 +57,87 @@ def test_a_registered_kernel_serves_at_once(device):
 def test_a_kernel_for_another_device_does_not_serve():
     x = torch.randn(2, 8)
     expected = kk.silu_mul(x)
-    _backends.register("silu_mul", "triton", negate_gate)
+    _backends.register("silu_mul", "cuda", negate_gate)
     assert torch.equal(kk.silu_mul(x), expected)
     with (
-        kk.use_backend("triton"),
-        pytest.raises(RuntimeError, match="triton kernel for silu_mul does not run on cpu tensors"),
+        kk.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="cuda kernel for silu_mul does not run on cpu tensors"),
     ):
         kk.silu_mul(x)
+
+
+@pytest.mark.usefixtures("registry")
+def test_triton_serves_a_cpu_by_name_under_the_interpreter_only(monkeypatch):
+    x = torch.randn(2, 8)
+    expected = kk.silu_mul(x)
+    _backends.register("silu_mul", "triton", negate_gate)
+    monkeypatch.setattr(_backends, "_INTERPRETED", True)
+    assert torch.equal(kk.silu_mul(x), expected)
+    assert kk.backends("cpu")["silu_mul"].why_not["triton"] == (
+        "the interpreter serves only when backend 'triton' is asked for"
+    )
+    with kk.use_backend("triton"):
+        assert torch.equal(kk.silu_mul(x), -x[:, :4])
+    monkeypatch.setattr(_backends, "_INTERPRETED", False)
+    monkeypatch.setattr(_backends, "_chosen", {})
+    message = "the triton kernel for silu_mul runs on a CPU only under TRITON_INTERPRET=1"
+    assert kk.backends("cpu")["silu_mul"].why_not["triton"] == message
+    with kk.use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        kk.silu_mul(x)
+
+
+@pytest.mark.usefixtures("registry")
+def test_backends_answers_for_a_gpu_anywhere():
+    _backends.register("silu_mul", "triton", negate_gate)
+    assert kk.backends("cuda")["silu_mul"].backend == "triton"
+    with kk.use_backend("reference"):
+        assert kk.backends("cuda")["silu_mul"].backend == "reference"
+    with pytest.raises(ValueError, match="device_type must be 'cpu' or 'cuda', got 'tpu'"):
+        kk.backends("tpu")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_choice_made_during_a_change_does_not_outlive_it(monkeypatch):
+    """As in another thread that looks an op up while this one changes the backend."""
+    choose = _backends._choose
+
+    def choose_and_change(op, device_type, requested):
+        served = choose(op, device_type, requested)
+        _backends.use_backend("cuda")
+        return served
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_backends, "_choose", choose_and_change)
+        _backends.find("silu_mul", "cpu")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve silu_mul"):
+        kk.silu_mul(torch.zeros(1, 2))
+
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
+    """The launch function of an op is called with that device current."""
+    current, seen = [0], []
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *exception):
+            current[0] = self.before
+
+    class OnDevice:
+        def __init__(self, index):
+            self.get_device = lambda: index
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    run = _ops.on_own_device(lambda: lambda *_: seen.append(current[0]), 1)
+    run("tanh", OnDevice(1))
+    run("tanh", OnDevice(0))
+    assert seen == [1, 0]
+    assert current == [0]
 
 
 @pytest.mark.usefixtures("registry")

@@ -251,10 +251,11 @@ def test_pack():
         ([I, I, T, I, I], ((1, 4, 4),), (), (),
          "hold the 4 placeholders of image block 0 together, got other tokens among"),
         ([I] * 6, ((1, 4, 5),), (), (), "image_grid_thw must have rows and columns that divide by"),
+        ([I, I], ((2, 2, 2),), (), (), "image_grid_thw must have one frame per image, got"),
         ([V], (), ((1, 2, 2),), (math.nan,), "second_per_grid_ts must be finite and not negative"),
         ([V], (), ((1, 2, 2),), (-1.0,), r"second_per_grid_ts must be .* got \(-1.0,\)"),
     ],
-    ids=["too few", "no grid", "no placeholder", "interrupted", "odd grid", "nan", "negative"],
+    ids=["too few", "no grid", "no placeholder", "interrupted", "odd grid", "frames", "nan", "negative"],
 )  # fmt: skip
 def test_prompt_errors(ids, images, videos, seconds, message):
     with pytest.raises(ValueError, match=message):
