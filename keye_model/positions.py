@@ -255,10 +255,11 @@ def _place(
 
     if any(t != 1 for t, _, _ in images):
         raise ValueError(f"image_grid_thw must have one frame per image, got {images}")
-    image_blocks, image_starts = _blocks("image", images, image_index, merge_size, frames=True)
+    image_blocks, image_starts = _blocks("image", images, image_index, merge_size)
     # 1.5 puts text between frames, so each frame is a block of its own.
-    split = not variant.timed_positions
-    video_blocks, video_starts = _blocks("video", videos, video_index, merge_size, frames=split)
+    video_blocks, video_starts = _blocks(
+        "video", videos, video_index, merge_size, split_frames=not variant.timed_positions
+    )
     step = np.zeros(len(image_blocks) + len(video_blocks), np.float32)
     if variant.timed_positions:
         step[len(image_blocks) :] = np.asarray(seconds or [1.0] * len(videos), np.float32)
@@ -307,7 +308,7 @@ def _placeholders(ids: np.ndarray, config: KeyeConfig) -> tuple[np.ndarray, np.n
 
 
 def _blocks(
-    kind: str, grid: Grid, index: np.ndarray, merge_size: int, *, frames: bool
+    kind: str, grid: Grid, index: np.ndarray, merge_size: int, *, split_frames: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks [num_blocks, 3] in merged tokens, one for each row (or frame), and first tokens."""
     if any(h % merge_size or w % merge_size for _, h, w in grid):
@@ -315,7 +316,7 @@ def _blocks(
             f"{kind}_grid_thw must have rows and columns that divide by {merge_size}, got {grid}"
         )
     blocks = np.array(grid, np.int64).reshape(-1, 3) // (1, merge_size, merge_size)
-    if frames:
+    if split_frames:
         blocks = np.repeat(blocks, blocks[:, 0], axis=0)
         blocks[:, 0] = 1
     counts = blocks.prod(axis=1)

@@ -255,7 +255,7 @@ def test_pack():
         ([V], (), ((1, 2, 2),), (math.nan,), "second_per_grid_ts must be finite and not negative"),
         ([V], (), ((1, 2, 2),), (-1.0,), r"second_per_grid_ts must be .* got \(-1.0,\)"),
     ],
-    ids=["too few", "no grid", "no placeholder", "interrupted", "odd grid", "frames", "nan", "negative"],
+    ids=["few", "no grid", "no placeholder", "gap", "odd grid", "frames", "nan", "negative"],
 )  # fmt: skip
 def test_prompt_errors(ids, images, videos, seconds, message):
     with pytest.raises(ValueError, match=message):
