@@ -160,8 +160,11 @@ def test_repetition_penalty_equals_transformers(penalty, device):
     )
     greedy = run(logits, temperature=0.0, repetition_penalty=penalties, seen=seen)
     assert torch.equal(greedy, processed.argmax(dim=1))
-    drawn = run(logits, seed=[1, 2, 3, 4], repetition_penalty=penalties, seen=seen)
-    assert torch.equal(drawn, run(processed, seed=[1, 2, 3, 4]))
+    # Hot enough to draw from the negative logits too, which the penalty multiplies.
+    hot = {"temperature": 4.0, "seed": list(range(120))}
+    penalties, seen = penalties * 30, seen.repeat(30, 1)
+    drawn = run(logits.repeat(30, 1), repetition_penalty=penalties, seen=seen, **hot)
+    assert torch.equal(drawn, run(processed.repeat(30, 1), **hot))
 
 
 def test_philox_known_answers():
