@@ -215,6 +215,7 @@ class Generation:
             elif len(state.token_ids) == self._max_new_tokens(state.request):
                 reason = "length"
             tokens.append(Token(state.request, token_id, reason))
+        batch.advance()
         return tokens
 
     def _drop_finished(self, tokens: list[Token]) -> None:
@@ -300,7 +301,7 @@ class _Batch:
             self.seen = self.seen.to(like.device, non_blocking=True)
 
     def sample(self, logits: torch.Tensor) -> None:
-        """logits: [batch, vocab]. Leaves the chosen ids in ``token_ids`` and counts the step."""
+        """logits: [batch, vocab]. Leaves the chosen ids in ``token_ids``, -1 where there is none."""
         self.token_ids = sample(
             logits,
             self.temperature,
@@ -311,6 +312,9 @@ class _Batch:
             repetition_penalty=self.penalty,
             seen=self.seen,
         )
+
+    def advance(self) -> None:
+        """Count the chosen tokens as said, and go on to the next step."""
         self.step += 1
         if self.seen is not None:
             self.seen.scatter_(1, self.token_ids[:, None], True)

@@ -196,10 +196,14 @@ def test_a_generated_placeholder_is_an_ordinary_token(model, requests):
     assert [token.token_id for token in generation] == [config.image_token_id] * 6
 
 
-def test_broken_logits_are_not_answered(model, requests):
-    head = torch.nn.Linear(model.config.text_config.hidden_size, 8)
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_broken_logits_are_not_answered(model, requests, penalty):
+    head = torch.nn.Linear(
+        model.config.text_config.hidden_size, model.config.text_config.vocab_size
+    )
     head.bias.data[:] = float("nan")
-    generation = Generation(model.model, head, requests[:1], [GREEDY], eos_token_ids=())
+    params = dataclasses.replace(GREEDY, repetition_penalty=penalty)
+    generation = Generation(model.model, head, requests[:1], [params], eos_token_ids=())
     with pytest.raises(RuntimeError, match="logits of request 0 must hold a finite value"):
         list(generation)
 
