@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
+OLDEST_TRITON := 3.6.0
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench kernels lint format clean
 
 demo: $(VENV)/.installed  ## a picture, a video and a mixed batch through the whole stack (MODEL=<dir or hub id>)
 	$(BIN)/python -m keye_model demo $(if $(MODEL),--model "$(MODEL)")
@@ -14,6 +15,10 @@ test: $(VENV)/.installed-test  ## the test suite
 
 bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
+
+kernels: $(VENV)/.installed-bench $(VENV)/triton-$(OLDEST_TRITON)  ## what every kernel compiles to, without a GPU
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+		--triton $(VENV)/triton-$(OLDEST_TRITON) --write docs/kernels.md
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -34,3 +39,6 @@ $(VENV)/.installed: $(SOURCES)
 $(VENV)/.installed-%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@
+
+$(VENV)/triton-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*

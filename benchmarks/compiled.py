@@ -1,0 +1,252 @@
+"""What Triton makes of the ops' launches, compiled for GPUs that are not here.
+
+``python -m benchmarks.compiled --arch 90`` prints one JSON line per kernel. Every case is called as
+its users call it, on tensors of its real shapes without contents; each launch is noted instead of
+started, then compiled. So there is no second description of a launch that could drift.
+
+Needs no GPU. TRITON_INTERPRET must not be set. The triton used is the first on PYTHONPATH.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from benchmarks.cases import Case, all_cases, call
+from benchmarks.shapes import REAL
+from keye_kernels import _backends, _device
+
+NUM_SMS = {80: 108, 90: 132, 100: 148}
+_SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Launch:
+    """One specialisation of a kernel, and the cases that come to it."""
+
+    function: triton.JITFunction
+    args: tuple
+    kwargs: dict[str, Any]
+    cases: list[tuple[Case, int]] = field(default_factory=list)  # with the number of programs
+
+
+class _Target:
+    """As much of Triton's driver as compiling needs. Each architecture is a device of its own."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int = 0) -> int:  # noqa: ARG002
+        return 0
+
+
+class _AsOnCuda(TorchDispatchMode):
+    """Tensors without contents take the kernel that CUDA tensors would take."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "keye":
+            return _backends.find(func._schema.name.partition("::")[2], "cuda")(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _noted(launches: dict[str, Launch], case: Case):
+    """Note what a launch would compile, and neither compile nor start it."""
+    run = triton.JITFunction.run
+
+    def note(self, *args, grid, warmup, **kwargs):  # noqa: ARG001
+        def hook(*, key: str, **_: Any) -> bool:
+            num_programs = math.prod(grid({**kwargs}) if callable(grid) else grid)
+            launch = launches.setdefault(f"{self.__name__}{key}", Launch(self, args, kwargs))
+            launch.cases.append((case, num_programs))
+            return True  # do not compile
+
+        with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook):
+            return run(self, *args, grid=grid, warmup=True, **kwargs.copy())
+
+    with mock.patch.object(triton.JITFunction, "run", note):
+        yield
+
+
+def launches_of(cases: Iterable[Case], arch: int) -> list[Launch]:
+    """Launches of the Triton kernels of ``cases`` on ``arch``, alike ones once."""
+    driver.set_active(_Target(arch))
+    gpu = _device.Device(divmod(arch, 10), NUM_SMS[arch])
+    launches: dict[str, Launch] = {}
+    with mock.patch.object(_device, "elsewhere", gpu), _backends.use_backend("triton"):
+        for case in cases:
+            if "triton" not in _backends._registry[case.op]:
+                continue
+            arguments = case.arguments(torch.device("meta"))
+            with _noted(launches, case), _AsOnCuda():
+                call(case, arguments)
+    return list(launches.values())
+
+
+def _warps_per_sm(arch: int, registers: int, shared: int, num_warps: int) -> int:
+    """Bound on resident warps: registers come per warp in 256s, in four equal files."""
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 4 * (65536 // 4 // per_warp) // num_warps
+    by_shared = _SHARED_PER_SM[arch] // (shared + 1024)  # 1 KB per block is the system's
+    return min(by_registers, by_shared, 64 // num_warps, 32) * num_warps
+
+
+def _tool(*arguments: str) -> str:
+    environment = {**os.environ, "PATH": f"{_BIN}:{os.environ.get('PATH', '')}"}
+    command = [str(_BIN / "cuobjdump"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+def _bits(parts: list[str]) -> str:
+    """Width of a memory instruction from its modifiers, 32 if none."""
+    for part in parts:
+        if match := re.fullmatch(r"[US]?(8|16|64|128)|ENL2|256", part):
+            return match[1] or "256"
+    return "32"
+
+
+def _read(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack and instructions of a cubin with one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = _tool("-res-usage", file.name), _tool("-sass", file.name)
+    size = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    loads, stores, mma = Counter(), Counter(), Counter()
+    for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass):
+        name, *parts = opcode.split(".")
+        if name in ("LDG", "LDGSTS"):
+            loads[_bits(parts)] += 1
+        elif name == "STG":
+            stores[_bits(parts)] += 1
+        elif name in ("UTMALDG", "UTMASTG", "UBLKCP"):
+            (stores if name == "UTMASTG" else loads)["tma"] += 1
+        elif re.fullmatch(r"[HQI]G?MMA|UTC\w*MMA", name):
+            mma[name] += 1
+    return {
+        "registers": size["REG"],
+        "stack": size["STACK"],
+        "loads": dict(sorted(loads.items())),
+        "stores": dict(sorted(stores.items())),
+        "mma": dict(mma),
+    }
+
+
+def _compile(launch: Launch, arch: int) -> dict[str, Any]:
+    driver.set_active(_Target(arch))
+    compiled = launch.function.warmup(*launch.args, grid=(1,), **launch.kwargs)
+    facts = _read(compiled.asm["cubin"])
+    num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return facts | {
+        "num_warps": num_warps,
+        "num_stages": compiled.metadata.num_stages,
+        "shared": shared,
+        "warps_per_sm": _warps_per_sm(arch, facts["registers"], shared, num_warps),
+    }
+
+
+def _compile_apart(launch: Launch, arch: int, results: Connection) -> None:
+    try:
+        results.send(_compile(launch, arch))
+    except Exception as error:
+        results.send({"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]})
+
+
+def compile_all(jobs: list[tuple[Launch, int]], num_processes: int = 2) -> Iterable[dict]:
+    """Compile each launch in a process of its own: a compiler that aborts takes its process.
+
+    Yields:
+        triton, arch, op, kernel; cases, each with name, num_programs, num_bytes, flops, load_width
+        and store_width; then num_warps, num_stages, registers, stack and shared (bytes),
+        warps_per_sm (bound from registers and shared memory), loads and stores (of global memory,
+        bits to number of instructions), mma (name to number); or error alone.
+    """
+    context = multiprocessing.get_context("fork")  # launches hold functions and tensors
+    waiting, running = list(enumerate(jobs)), {}
+    finished: dict[int, dict[str, Any]] = {}
+    while waiting or running:
+        while waiting and len(running) < num_processes:
+            index, job = waiting.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_compile_apart, args=(*job, sender))
+            process.start()
+            sender.close()
+            running[receiver] = index, process
+        for receiver in wait(list(running)):
+            index, process = running.pop(receiver)
+            try:
+                finished[index] = receiver.recv()
+            except EOFError:
+                process.join()
+                finished[index] = {"error": f"the compiler died with code {process.exitcode}"}
+            process.join()
+    for index, (launch, arch) in enumerate(jobs):
+        yield _identity(launch, arch) | finished[index]
+
+
+def _identity(launch: Launch, arch: int) -> dict[str, Any]:
+    """What is known before compiling: the kernel, and the cases that launch it."""
+    described = [
+        {
+            "name": case.name,
+            "num_programs": num_programs,
+            "num_bytes": case.num_bytes,
+            "flops": case.flops,
+            "load_width": case.load_width,
+            "store_width": case.store_width,
+        }
+        for case, num_programs in launch.cases
+    ]
+    return {
+        "triton": triton.__version__,
+        "arch": arch,
+        "op": launch.cases[0][0].op,
+        "kernel": launch.function.__name__,
+        "cases": described,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the ops' launches and describe them.")
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(NUM_SMS), default=[90])
+    parser.add_argument("--op", nargs="*", default=[], help="these ops only")
+    parser.add_argument("--first", action="store_true", help="the first case of each op only")
+    options = parser.parse_args()
+
+    cases = [case for case in all_cases(REAL) if not options.op or case.op in options.op]
+    if options.first:
+        cases = list({case.op: case for case in reversed(cases)}.values())
+    jobs = [(launch, arch) for arch in options.arch for launch in launches_of(cases, arch)]
+    for kernel in compile_all(jobs):
+        print(json.dumps(kernel), flush=True)
+
+
+if __name__ == "__main__":
+    main()

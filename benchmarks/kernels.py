@@ -1,0 +1,181 @@
+"""The compile report: every kernel at the launches of the real shapes, for GPUs that are not here.
+
+``make kernels`` prints it and writes docs/kernels.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+_ROOT = Path(__file__).parents[1]
+_HEAD = (
+    "sm", "triton", "warps", "stages", "registers", "stack", "shared", "warps/SM",
+    "loads", "stores", "tensor cores",
+)  # fmt: skip
+
+Kernel = dict[str, Any]  # as benchmarks.compiled.compile_all yields them
+
+
+def compile_kernels(
+    architectures: Iterable[int] = ARCHITECTURES,
+    *,
+    triton: str | None = None,
+    ops: Iterable[str] = (),
+    first: bool = False,
+    cache: str | None = None,
+) -> list[Kernel]:
+    """Compile in a process of its own, since Triton's interpreter and compiler exclude each other.
+
+    Args:
+        architectures: 80, 90, 100.
+        triton: Directory of another triton than the installed one.
+        ops: These only. Default: all.
+        first: Only the first case of each op.
+        cache: Directory for what Triton compiled, by source, signature and version.
+
+    Raises:
+        RuntimeError: A launch could not even be described; the message is the traceback.
+    """
+    command = [sys.executable, "-m", "benchmarks.compiled"]
+    command += ["--arch", *map(str, architectures)]
+    command += ["--op", *ops] if ops else []
+    command += ["--first"] if first else []
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # what every version up to 3.9 does
+    if cache is not None:
+        environment["TRITON_CACHE_DIR"] = cache
+    if triton is not None:
+        paths = [triton, environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=_ROOT)
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.compiled failed:\n{done.stderr}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _reaches(accesses: dict[str, int], width: int) -> bool:
+    return any(bits == "tma" or int(bits) >= 8 * width for bits in accesses)
+
+
+def faults(kernels: list[Kernel]) -> list[str]:
+    """What is wrong with compiled kernels, one line each.
+
+    Wrong is: the compiler failed; stack (spills) is used; an access to global memory has less than
+    4 bytes though the layout allows more; no access of a case is as wide as its layout allows; no
+    tensor-core instruction in a case that has a dot.
+    """
+    found = []
+    by_case: dict[tuple, list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        where = f"triton {kernel['triton']}, sm_{kernel['arch']}, {kernel['kernel']}"
+        names = "; ".join(case["name"] for case in kernel["cases"])
+        if "error" in kernel:
+            found.append(f"{where} ({names}): {kernel['error']}")
+            continue
+        if kernel["stack"]:
+            found.append(f"{where} ({names}): {kernel['stack']} bytes of stack")
+        for kind in ("loads", "stores"):
+            width = min(case[f"{kind[:-1]}_width"] for case in kernel["cases"])
+            narrow = {b: n for b, n in kernel[kind].items() if b in ("8", "16") and width >= 4}
+            if narrow:
+                found.append(f"{where} ({names}): narrow {kind} {_counts(narrow)}")
+        for case in kernel["cases"]:
+            key = (kernel["triton"], kernel["arch"], kernel["op"], case["name"])
+            by_case[key].append(kernel)
+    for (version, arch, op, name), parts in by_case.items():
+        where = f"triton {version}, sm_{arch}, {op} ({name})"
+        case = next(case for case in parts[0]["cases"] if case["name"] == name)
+        for kind in ("loads", "stores"):
+            width = case[f"{kind[:-1]}_width"]
+            if not any(_reaches(kernel[kind], width) for kernel in parts):
+                found.append(f"{where}: no {kind} of {width} bytes")
+        if case["flops"] and not any(kernel["mma"] for kernel in parts):
+            found.append(f"{where}: no tensor-core instruction")
+    return found
+
+
+def _counts(counts: dict[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (item[0] != "tma", -len(item[0]), item[0]))
+    return ", ".join(f"{count} x {name}" for name, count in ordered) or "none"
+
+
+def _row(kernel: Kernel) -> list[str]:
+    if "error" in kernel:
+        return [str(kernel["arch"]), kernel["triton"], kernel["error"]]
+    numbers = ("num_warps", "num_stages", "registers", "stack", "shared", "warps_per_sm")
+    row = [str(kernel["arch"]), kernel["triton"]]
+    row += [str(kernel[number]) for number in numbers]
+    return row + [_counts(kernel[kind]) for kind in ("loads", "stores", "mma")]
+
+
+def _table(rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        cells = row + [""] * (len(widths) - len(row))
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        yield "| " + " | ".join(padded) + " |"
+        if number == 0:
+            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+
+
+def report(kernels: list[Kernel]) -> str:
+    """The whole report as Markdown, the same for the same compiler output."""
+    lines = [
+        "# What the kernels compile to",
+        "",
+        "Written by `make kernels`. Compiler output, not measurements: each op is called at the",
+        "shapes of the published checkpoint (`benchmarks/cases`), and what its launches would",
+        "compile is compiled ahead of time.",
+        "",
+        "Loads and stores count the instructions on global memory by their bits per thread; stack",
+        "(spills) and shared memory are in bytes. Warps/SM is the bound that registers and shared",
+        "memory set, of at most 64. Bytes and FLOP are what each shape must move and compute:",
+        "inputs once, outputs once, padding not counted.",
+    ]
+    by_op: dict[str, dict[tuple, list[Kernel]]] = defaultdict(lambda: defaultdict(list))
+    for kernel in kernels:
+        names = tuple(case["name"] for case in kernel["cases"])
+        by_op[kernel["op"]][kernel["kernel"], names].append(kernel)
+    for op, variants in sorted(by_op.items()):
+        lines += ["", f"## {op}"]
+        for (name, _), versions in variants.items():
+            shapes = [["shape", "programs", "MB", "GFLOP"]]
+            for case in versions[0]["cases"]:
+                work = f"{case['flops'] / 1e9:.3g}" if case["flops"] else ""
+                size = f"{case['num_bytes'] / 1e6:.4g}"
+                shapes.append([case["name"], str(case["num_programs"]), size, work])
+            rows = [list(_HEAD)] + [_row(kernel) for kernel in versions]
+            lines += ["", f"### `{name}`", "", *_table(shapes), "", *_table(rows)]
+    wrong = faults(kernels)
+    lines += ["", "## Faults", "", *(f"- {fault}" for fault in wrong)]
+    if not wrong:
+        lines.append("None: no spills, no narrow accesses, tensor cores wherever there is a dot.")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every kernel and report.")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--triton", nargs="*", default=[], help="directories of other versions")
+    parser.add_argument("--op", nargs="*", default=[], help="these ops only")
+    parser.add_argument("--write", metavar="FILE", help="also write the report there")
+    options = parser.parse_args()
+    kernels = []
+    for directory in (*options.triton, None):
+        kernels += compile_kernels(options.arch, triton=directory, ops=options.op)
+    text = report(kernels)
+    print(text, end="")
+    if options.write:
+        Path(options.write).write_text(text)
+    sys.exit(1 if faults(kernels) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Shapes of the published checkpoint (Keye-VL-8B-Preview and 1.5 share them), and small ones.
+
+Widths are always the real ones: they decide what is compiled. What grows is the number of tokens,
+so that is what the small versions cut, down to what one CPU core does in a moment.
+"""
+
+from dataclasses import dataclass
+
+Grid = tuple[int, int, int]  # frames, rows, columns of patches
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The tower and its patches."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_heads: int = 16
+    head_dim: int = 72
+    patch_size: int = 14
+    position_grid: int = 27  # side of the learned position table
+    merge_size: int = 2
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class Text:
+    """The decoder and its paged cache."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    vocab_size: int = 151936
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    rope_theta: float = 1e6
+    eps: float = 1e-6
+    page_size: int = 64
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One step: ``batch`` sequences, each with ``context`` tokens in the cache."""
+
+    batch: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes that vary with the request, by the name a table shows."""
+
+    images: dict[str, list[Grid]]
+    videos: dict[str, list[Grid]]
+    prefill: dict[str, int]  # tokens
+    decode: dict[str, Decode]
+
+    @property
+    def grids(self) -> dict[str, list[Grid]]:
+        """Images, then videos."""
+        return self.images | self.videos
+
+    @property
+    def decode_batches(self) -> set[int]:
+        """For ops that the context's length does not touch."""
+        return {step.batch for step in self.decode.values()}
+
+
+def num_patches(grids: list[Grid]) -> int:
+    """Patches of all grids together."""
+    return sum(t * h * w for t, h, w in grids)
+
+
+VISION = Vision()
+TEXT = Text()
+
+REAL = Shapes(
+    images={
+        "576 patches": [(1, 24, 24)],
+        "1k patches": [(1, 32, 32)],
+        "5k patches": [(1, 60, 84)],
+        "16k patches": [(1, 128, 128)],
+    },
+    videos={
+        "64 frames of 512": [(64, 16, 32)],
+        "64 frames of 2880": [(64, 40, 72)],  # 720p with every frame slow
+    },
+    prefill={"1k tokens": 1024, "4k tokens": 4096, "32k tokens": 32768},
+    decode={
+        "batch 1, 1k": Decode(1, 1024),
+        "batch 1, 32k": Decode(1, 32768),
+        "batch 8, 16k": Decode(8, 16384),
+        "batch 64, 4k": Decode(64, 4096),
+    },
+)
+
+SMALL = Shapes(
+    images={"24 patches": [(1, 4, 6)]},
+    videos={"3 frames of 8": [(3, 4, 2)]},
+    prefill={"19 tokens": 19},
+    decode={"batch 3, 40": Decode(3, 40)},
+)
