@@ -1,50 +1,74 @@
-"""Collects what the benchmarks measured and prints it as one table at the end of the run."""
+"""The fixture `measure`, its options, and the report at the end of the run."""
 
 from __future__ import annotations
 
-import platform
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.timing import race
+from benchmarks.environment import environment, slug
+from benchmarks.measure import Measure
+from benchmarks.report import Report, write_text
+from benchmarks.timing import ON_GPU, measure_ceilings
 
-_rows = pytest.StashKey[list]()
+_report = pytest.StashKey[Report]()
 
 
-def pytest_configure(config):
-    config.stash[_rows] = []
+def pytest_addoption(parser):
+    group = parser.getgroup("keye-kernels benchmarks")
+    group.addoption("--save", action="store_true", help="keep results of a CPU run too")
+    group.addoption("--results", metavar="DIR", type=Path, help="where results are kept")
+    group.addoption("--seconds", type=float, default=0.5 if ON_GPU else 0.1, help="per case")
+    group.addoption(
+        "--provider", action="append", default=[], help="only providers whose name holds this"
+    )
+    group.addoption(
+        "--profile", action="store_true", help="no timing: write a torch profiler trace per case"
+    )
+    group.addoption(
+        "--nvtx", action="store_true", help="no timing: one call each in NVTX ranges, for ncu, nsys"
+    )
 
 
-@pytest.fixture
-def compare(request):
-    """Race providers of one result; "ours" against the fastest other is the ratio of the row."""
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
 
-    def run(case, providers, *, seconds=3.0):
-        timings = race(providers, seconds=seconds)
-        others = [t.median for name, t in timings.items() if name != "ours"]
-        best = min(others) if others else None
-        for name, timing in timings.items():
-            ratio = timing.median / best if best and name == "ours" else None
-            request.config.stash[_rows].append((case, name, timing, ratio))
-        return timings
 
-    return run
+@pytest.fixture(scope="session")
+def measure(request):
+    option = request.config.getoption
+    facts = environment()
+    folder = option("--results") or Path(__file__).parent / "results" / slug(facts)
+    report = None
+    if not option("--profile") and not option("--nvtx"):
+        save = ON_GPU or option("--save") or option("--results")
+        report = Report(facts, measure_ceilings(), folder if save else None)
+        request.config.stash[_report] = report
+    return Measure(
+        report,
+        seconds=option("--seconds"),
+        names=tuple(option("--provider")),
+        trace_folder=folder / "traces" if option("--profile") else None,
+        marked=option("--nvtx"),
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[_rows]
-    if not rows:
+    report = config.stash.get(_report, None)
+    if report is None or not report.rows:
         return
-    where = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads: small shapes, no claim about a GPU"
-    )
-    write = terminalreporter.write_line
     terminalreporter.section("keye-kernels benchmarks")
-    write(f"{where}; torch {torch.__version__}, Python {platform.python_version()}")
-    write(f"{'case':44} {'provider':14} {'ms':>9} {'±':>8}  time of ours / best other")
-    for case, name, timing, ratio in rows:
-        shown = f"{ratio:.2f}" if ratio else ""
-        write(f"{case:44} {name:14} {1e3 * timing.median:9.2f} {1e3 * timing.spread:8.2f}  {shown}")
+    terminalreporter.write(report.table())
+    if report.folder is None:
+        return
+    write_text(report.folder / "table.txt", report.table())
+    try:
+        from benchmarks.plots import draw
+
+        draw(report, report.folder)
+    except ModuleNotFoundError as missing:
+        terminalreporter.write_line(f"no plots: {missing}")
+    terminalreporter.write_line(f"written to {report.folder}")

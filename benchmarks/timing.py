@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -31,7 +32,8 @@ _MAX_SETS = 32
 _MIN_TURNS = 5
 _HEAD_START_CYCLES = 200_000  # about 0.1 ms of GPU time in which the host enqueues the turn
 
-Make = Callable[[], tuple]
+Inputs = dict[str, Any]
+Make = Callable[[], Inputs]
 Run = Callable[..., object]
 
 
@@ -81,7 +83,7 @@ def race(
     """Time providers in turns, so that a clock that drifts or a noisy neighbour hits all alike.
 
     Args:
-        providers: Name to a function that takes what `make` returns.
+        providers: Name to a function that takes what `make` returns as keywords.
         make: Makes one set of inputs; called several times on a GPU.
         seconds: How long all turns together may take, after a quarter of it as warm-up. At least
             five turns each are taken, however long.
@@ -101,7 +103,9 @@ def race(
         if enabled:
             gc.enable()
     cold = ON_GPU and _num_bytes(sets) > 2 * _l2_bytes()
-    return {name: _summary(times[name], turn.graph is not None, cold) for name, turn in turns.items()}
+    return {
+        name: _summary(times[name], turn.graph is not None, cold) for name, turn in turns.items()
+    }
 
 
 def measure_ceilings() -> Ceilings:
@@ -112,8 +116,8 @@ def measure_ceilings() -> Ceilings:
     edge = 8192 if ON_GPU else 512
     a, b = torch.randn(2, edge, edge, device=DEVICE).bfloat16()
 
-    copied = race({"copy": lambda: target.copy_(source)}, tuple, seconds=0.3)["copy"]
-    multiplied = race({"matmul": lambda: a @ b}, tuple, seconds=0.5)["matmul"]
+    copied = race({"copy": lambda: target.copy_(source)}, dict, seconds=0.3)["copy"]
+    multiplied = race({"matmul": lambda: a @ b}, dict, seconds=0.5)["matmul"]
     return Ceilings(2 * size / copied.median, 2 * edge**3 / multiplied.median)
 
 
@@ -121,7 +125,7 @@ class _Turn:
     """A fixed number of calls of one provider, captured once if possible."""
 
     def __init__(
-        self, run: Run, sets: list[tuple], context: Callable[[], AbstractContextManager]
+        self, run: Run, sets: list[Inputs], context: Callable[[], AbstractContextManager]
     ) -> None:
         self._run, self._sets, self._context = run, sets, context
         self._calls = len(sets)
@@ -157,7 +161,7 @@ class _Turn:
         alive: deque[object] = deque(maxlen=len(self._sets))
         with self._context():
             for inputs in itertools.islice(itertools.cycle(self._sets), self._calls):
-                alive.append(self._run(*inputs))
+                alive.append(self._run(**inputs))
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         if self._reads_back():
@@ -179,8 +183,11 @@ class _Turn:
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.set_sync_debug_mode("error")
         try:
-            with torch.cuda.stream(stream), self._context():  # libraries set up streams on first use
-                self._run(*self._sets[0])
+            with (
+                torch.cuda.stream(stream),
+                self._context(),
+            ):  # libraries set up streams on first use
+                self._run(**self._sets[0])
         except RuntimeError:
             return True
         finally:
@@ -198,7 +205,7 @@ def _until(end: float, at_least: int, turns: dict[str, _Turn]) -> dict[str, list
             times[name].append(turn())
 
 
-def _input_sets(make: Make) -> list[tuple]:
+def _input_sets(make: Make) -> list[Inputs]:
     """Enough sets of inputs to fill the L2 cache four times, within reason."""
     sets = [make()]
     if not ON_GPU:
@@ -207,11 +214,9 @@ def _input_sets(make: Make) -> list[tuple]:
     return sets + [make() for _ in range(min(wanted, _MAX_SETS) - 1)]
 
 
-def _num_bytes(sets: list[tuple]) -> int:
+def _num_bytes(sets: list[Inputs]) -> int:
     """Bytes of the tensors of all sets; tensors that sets share count once."""
-    tensors = {
-        (x.data_ptr(), x.nbytes) for x in tree_leaves(sets) if isinstance(x, torch.Tensor)
-    }
+    tensors = {(x.data_ptr(), x.nbytes) for x in tree_leaves(sets) if isinstance(x, torch.Tensor)}
     return sum(size for _, size in tensors)
 
 

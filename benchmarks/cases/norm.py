@@ -21,7 +21,7 @@ def _norm(
 
 def cases(shapes: Shapes) -> list[Case]:
     """x and residual read, norm and sum written, weight (and bias) read."""
-    tokens = shapes.prefill | {name: step.batch for name, step in shapes.decode.items()}
+    tokens = shapes.prefill | {f"batch {n}": n for n in sorted(shapes.decode_batches)}
     patches = {name: num_patches(grids) for name, grids in shapes.grids.items()}
     found = []
     for op, counts, model, vectors in (

@@ -73,7 +73,7 @@ def cases(shapes: Shapes) -> list[Case]:
         count = num_patches(grids)
         token = 4 * VISION.num_heads * VISION.head_dim * DTYPE.itemsize + 2 * POSITION
         found.append(Case("rope_2d_", name, partial(_rope_2d, grids), count * token))
-    tokens = shapes.prefill | {name: step.batch for name, step in shapes.decode.items()}
+    tokens = shapes.prefill | {f"batch {n}": n for n in sorted(shapes.decode_batches)}
     for name, count in tokens.items():
         heads = 2 * (TEXT.num_heads + TEXT.num_kv_heads)
         token = heads * TEXT.head_dim * DTYPE.itemsize + 3 * POSITION

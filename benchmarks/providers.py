@@ -1,0 +1,149 @@
+"""Who computes a result: ours, plain PyTorch, torch.compile of it, and libraries that may be absent.
+
+A provider is a function of one set of inputs. A library that is not installed, and a shape that one
+refuses, become a row of the table that says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.timing import ON_GPU, Run
+from keye_kernels import backends, use_backend
+
+SDPA_BACKENDS = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to a result.
+
+    Attributes:
+        run: Takes a set of inputs as keywords, returns the result. None: see `absent`.
+        absent: Why there is nothing to run.
+        context: Entered around the calls, outside of each of them.
+        ours: Not a peer.
+        differs: Why its result is wrong ("" if it is not), where it need not be the definition's.
+    """
+
+    run: Run | None
+    absent: str = ""
+    context: Callable[[], AbstractContextManager] = nullcontext
+    ours: bool = False
+    differs: Callable[[object, object], str] | None = None
+
+
+Providers = dict[str, Provider]
+
+
+def absent(reason: str) -> Provider:
+    return Provider(None, absent=reason)
+
+
+def ours(op: str, run: Run) -> Providers:
+    """One provider for each backend that serves `op` here."""
+    found = {}
+    for name in ("cuda", "triton", "reference"):
+        with use_backend(name):
+            served = backends()[op].backend
+        if served is not None:
+            context = functools.partial(_chosen, name)
+            found[f"ours ({name})"] = Provider(run, context=context, ours=True)
+    return found
+
+
+@contextmanager
+def _chosen(name: str) -> Iterator[None]:
+    with use_backend(name):
+        yield
+
+
+def plain(eager: Run, *, compiled: bool = True) -> Providers:
+    """PyTorch as one writes it, and the same through torch.compile."""
+    found = {"eager": Provider(eager)}
+    if compiled:
+        torch._dynamo.reset()  # each shape is compiled for itself, whatever came before
+        found["torch.compile"] = Provider(torch.compile(eager, dynamic=False))
+    return found
+
+
+def library(module: str, bind: Callable[[ModuleType], Run]) -> Provider:
+    """A provider out of a library: `bind` takes the imported module and gives the function.
+
+    Whatever goes wrong with the import or in `bind` is the reason of its absence.
+    """
+    try:
+        return Provider(bind(importlib.import_module(module)))
+    except Exception as error:
+        return absent(reason_of(error))
+
+
+def gpu_library(module: str, bind: Callable[[ModuleType], Run]) -> Provider:
+    """As `library`, for one whose kernels need a GPU."""
+    return library(module, bind) if ON_GPU else absent("needs a GPU")
+
+
+def sdpa(run: Run) -> Providers:
+    """`run` under each of PyTorch's fused attention backends."""
+    found = {}
+    for label, backend in SDPA_BACKENDS.items():
+        if ON_GPU or backend is SDPBackend.FLASH_ATTENTION:
+            found[label] = Provider(run, context=functools.partial(sdpa_kernel, backend))
+        else:
+            found[label] = absent("needs a GPU")
+    return found
+
+
+def accepted(function: Callable, wanted: dict[str, object]) -> dict[str, object]:
+    """The keywords of `wanted` that `function` knows: libraries rename them between releases."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def torch_varlen(*, causal: bool, num_heads: int, num_kv_heads: int) -> Callable[[ModuleType], Run]:
+    """Binds `torch.nn.attention.varlen`: (q, k, v, cu_q, cu_k, max_q, max_k) to the output.
+
+    Release 2.10 has `is_causal`, later ones `window_size`; grouped heads came with `enable_gqa`.
+    """
+
+    def bind(module: ModuleType) -> Run:
+        function = module.varlen_attn
+        keywords = accepted(
+            function, {"is_causal": causal, "window_size": (-1, 0 if causal else -1)}
+        )
+        if causal and not keywords:
+            raise NotImplementedError("varlen_attn has no causal mask in this release")
+        if num_heads != num_kv_heads:
+            grouped = accepted(function, {"enable_gqa": True})
+            if not grouped:
+                raise NotImplementedError("varlen_attn has no grouped heads in this release")
+            keywords |= grouped
+        return lambda q, k, v, *lengths: function(q, k, v, *lengths, **keywords)
+
+    return bind
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the kind of the error and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def only(providers: Providers, names: Sequence[str]) -> Providers:
+    """Those whose name contains one of `names`; all if there are none."""
+    if not names:
+        return providers
+    return {k: p for k, p in providers.items() if any(name in k for name in names)}
