@@ -7,17 +7,18 @@ device read of a step is its sampled tokens.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from keye_kernels import sample
 from keye_model.cache import PAGE_SIZE, PagedCache
-from keye_model.inputs import Request
+from keye_model.decode_batch import DecodeBatch
+from keye_model.inputs import Request, upload
 from keye_model.model import MAX_PATCHES_PER_CALL, KeyeModel
 from keye_model.positions import pack
 from keye_model.sampling import SamplingParams
@@ -32,7 +33,8 @@ class Limits:
         max_patches_per_call: Patches per forward pass of the vision tower. A segment of attention
             (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
         max_cache_tokens: Tokens of all running requests together. None: as many as the requests
-            need, and on a GPU at most what fits into 90 % of the free memory.
+            need, and on a GPU at most what fits into 90 % of the free memory beside the widest
+            activations.
     """
 
     max_prefill_tokens: int = 8192
@@ -63,14 +65,13 @@ class Timings:
     decode: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     request: int
     handle: int
     pages: int
-    params: SamplingParams
-    next_position: int
-    token_ids: list[int] = field(default_factory=list)
+    max_new_tokens: int
+    num_tokens: int = 0
 
 
 class Generation:
@@ -82,6 +83,7 @@ class Generation:
         requests: Prompts; the k-th token stream belongs to the k-th request.
         params: One for each request.
         eos_token_ids: A request ends after any of these.
+        limits: Bounds of memory.
 
     Raises:
         ValueError: There is no request, a prompt is longer than the context, or one request needs
@@ -102,29 +104,31 @@ class Generation:
             raise ValueError("requests must hold at least one prompt, got none")
         self.timings = Timings()
         self._model, self._lm_head = model, lm_head
-        self._requests, self._params = list(requests), list(params)
+        self._requests: list[Request | None] = list(requests)
+        self._params = list(params)
         self._eos = frozenset(eos_token_ids)
         self._limits = limits or Limits()
         self._device = lm_head.weight.device
-        self._waiting = deque(range(len(self._requests)))
+        self._penalised = any(one.repetition_penalty != 1.0 for one in params)
+        self._waiting = deque(range(len(requests)))
         self._running: list[_Running] = []
-        self._batch: _Batch | None = None
+        self._batch: DecodeBatch | None = None
         self._stopped: set[int] = set()
-        pages = [self._num_pages(index) for index in self._waiting]
-        self._free_pages = min(sum(pages), self._max_pages())
-        if max(pages) > self._free_pages:
-            index = pages.index(max(pages))
+        self._max_new_tokens = [self._room(index) for index in self._waiting]
+        # The last generated token is never stored.
+        self._pages = [
+            -(-(request.input_ids.numel() + new - 1) // PAGE_SIZE)
+            for request, new in zip(requests, self._max_new_tokens, strict=True)
+        ]
+        self._free_pages = min(sum(self._pages), self._max_pages())
+        if max(self._pages) > self._free_pages:
+            index = self._pages.index(max(self._pages))
             raise ValueError(
                 f"request {index} must fit into the cache with its prompt and max_new_tokens: it "
-                f"needs {pages[index] * PAGE_SIZE} tokens, got room for "
+                f"needs {self._pages[index] * PAGE_SIZE} tokens, got room for "
                 f"{self._free_pages * PAGE_SIZE}"
             )
-        self._cache = PagedCache(
-            model.config.text_config,
-            self._free_pages,
-            dtype=lm_head.weight.dtype,
-            device=self._device,
-        )
+        self._cache: PagedCache | None = None
 
     def __iter__(self) -> Iterator[Token]:
         while self._waiting or self._running:
@@ -136,9 +140,14 @@ class Generation:
 
     @torch.inference_mode()
     def _advance(self) -> list[Token]:
-        stopped = [state for state in self._running if state.request in self._stopped]
-        if stopped:
-            self._release(stopped)
+        if self._cache is None:
+            self._cache = PagedCache(
+                self._model.config.text_config,
+                self._free_pages,
+                dtype=self._lm_head.weight.dtype,
+                device=self._device,
+            )
+        self._release(self._stopped)
         admitted = self._admit()
         if admitted:
             return self._prefill(admitted)
@@ -148,21 +157,22 @@ class Generation:
         admitted = []
         while self._waiting:
             index = self._waiting[0]
-            pages = 0 if index in self._stopped else self._num_pages(index)
+            pages = 0 if index in self._stopped else self._pages[index]
             if pages > self._free_pages:
                 break
             self._waiting.popleft()
             if pages:
                 self._free_pages -= pages
                 handle = self._cache.add()
-                admitted.append(_Running(index, handle, pages, self._params[index], 0))
+                admitted.append(_Running(index, handle, pages, self._max_new_tokens[index]))
         return admitted
 
     def _prefill(self, admitted: list[_Running]) -> list[Token]:
-        packed = pack([self._requests[state.request] for state in admitted], self._model.config)
+        requests = [self._requests[state.request] for state in admitted]
+        packed = pack(requests, self._model.config)
         started = self._mark()
         hidden = self._model.embed(packed, max_patches_per_call=self._limits.max_patches_per_call)
-        positions = packed.positions.to(self._device, non_blocking=True)
+        positions = upload(packed.positions, self._device)
         embedded = self._mark()
         last = []
         for start, pieces in _chunks(packed.seqlens, self._limits.max_prefill_tokens):
@@ -170,35 +180,37 @@ class Generation:
             step = self._cache.step([admitted[k].handle for k, _, _ in pieces], lengths)
             chunk = slice(start, start + sum(lengths))
             out = self._model(hidden[chunk], positions[:, chunk], self._cache, step)
-            ends = [sum(lengths[: j + 1]) - 1 for j, piece in enumerate(pieces) if piece[2]]
-            last.extend(out[end : end + 1] for end in ends)
-        for state, position in zip(admitted, packed.next_positions, strict=True):
-            state.next_position = position
-        batch = _Batch(admitted, self._requests, self._lm_head.weight)
+            ends = zip(pieces, itertools.accumulate(lengths), strict=True)
+            last.extend(out[end - 1 : end] for (_, _, is_last), end in ends if is_last)
+        params = [self._params[state.request] for state in admitted]
+        batch = DecodeBatch.start(
+            params, requests, packed.next_positions, self._lm_head.weight, self._penalised
+        )
         tokens = self._sample(torch.cat(last), batch, admitted)
+        for state in admitted:
+            self._requests[state.request] = None  # its pixels are not needed again
         self._running += admitted
-        self._drop_finished(tokens)
-        self._batch = None
+        self._batch = batch if self._batch is None else self._batch.joined(batch)
+        self._release({token.request for token in tokens if token.finish_reason})
         self.timings.vision += _seconds(started, embedded)
         self.timings.prefill += _seconds(embedded, self._mark())
         return tokens
 
     def _decode(self) -> list[Token]:
         started = time.perf_counter()
-        running = self._running
-        if self._batch is None:
-            self._batch = _Batch(running, self._requests, self._lm_head.weight)
-        batch = self._batch
+        running, batch = self._running, self._batch
         step = self._cache.step([state.handle for state in running], [1] * len(running))
         hidden = self._model.language_model.embed_tokens(batch.token_ids)
         hidden = self._model(hidden, batch.positions, self._cache, step)
         batch.positions += 1
         tokens = self._sample(hidden, batch, running)
-        self._drop_finished(tokens)
+        self._release({token.request for token in tokens if token.finish_reason})
         self.timings.decode += time.perf_counter() - started
         return tokens
 
-    def _sample(self, hidden: torch.Tensor, batch: _Batch, states: list[_Running]) -> list[Token]:
+    def _sample(
+        self, hidden: torch.Tensor, batch: DecodeBatch, states: list[_Running]
+    ) -> list[Token]:
         """hidden: [batch, hidden_size], the last token of each request."""
         batch.sample(self._lm_head(hidden))
         tokens = []
@@ -208,54 +220,73 @@ class Generation:
                     f"logits of request {state.request} must hold a finite value, got none: the "
                     f"weights are broken, or {hidden.dtype} is too narrow for them"
                 )
-            state.token_ids.append(token_id)
+            state.num_tokens += 1
             reason = None
             if token_id in self._eos:
                 reason = "stop"
-            elif len(state.token_ids) == self._max_new_tokens(state.request):
+            elif state.num_tokens == state.max_new_tokens:
                 reason = "length"
             tokens.append(Token(state.request, token_id, reason))
         batch.advance()
         return tokens
 
-    def _drop_finished(self, tokens: list[Token]) -> None:
-        ended = {token.request for token in tokens if token.finish_reason}
-        if ended:
-            self._release([state for state in self._running if state.request in ended])
+    def _release(self, ended: Collection[int]) -> None:
+        """Give back what the requests in ``ended`` hold, those of them that are running."""
+        kept = [k for k, state in enumerate(self._running) if state.request not in ended]
+        if len(kept) == len(self._running):
+            return
+        for state in self._running:
+            if state.request in ended:
+                self._cache.free(state.handle)
+                self._free_pages += state.pages
+        self._running = [self._running[k] for k in kept]
+        self._batch = self._batch.rows(kept) if kept else None
 
-    def _release(self, states: list[_Running]) -> None:
-        for state in states:
-            self._cache.free(state.handle)
-            self._free_pages += state.pages
-            self._running.remove(state)
-        self._batch = None
-
-    def _max_new_tokens(self, index: int) -> int:
-        """The request's limit, or what the context leaves."""
+    def _room(self, index: int) -> int:
+        """Most new tokens of a request: its own limit, or what the context leaves."""
         context = self._model.config.text_config.max_position_embeddings
-        room = context - self._requests[index].input_ids.numel()
-        if room < 1:
+        num_tokens = self._requests[index].input_ids.numel()
+        if num_tokens >= context:
             raise ValueError(
                 f"input_ids of request {index} must be shorter than the context of {context} "
-                f"tokens, got {self._requests[index].input_ids.numel()}; fewer or smaller images "
-                "and frames make it shorter (max_pixels, max_frames, fps)"
+                f"tokens, got {num_tokens}; fewer or smaller images and frames make it shorter "
+                "(max_pixels, max_frames, fps)"
             )
-        return min(self._params[index].max_new_tokens, room)
-
-    def _num_pages(self, index: int) -> int:
-        """Pages for the prompt and all but the last generated token, which is never stored."""
-        new_tokens = self._max_new_tokens(index) - 1
-        return -(-(self._requests[index].input_ids.numel() + new_tokens) // PAGE_SIZE)
+        return min(self._params[index].max_new_tokens, context - num_tokens)
 
     def _max_pages(self) -> int:
         if self._limits.max_cache_tokens is not None:
             return self._limits.max_cache_tokens // PAGE_SIZE
         if self._device.type != "cuda":
             return 2**31
-        text, dtype = self._model.config.text_config, self._lm_head.weight.dtype
-        token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         free, _ = torch.cuda.mem_get_info(self._device)
-        return int(free * 0.9) // (token * dtype.itemsize * PAGE_SIZE)
+        # Blocks that PyTorch keeps for reuse count as taken there.
+        free += torch.cuda.memory_reserved(self._device)
+        free -= torch.cuda.memory_allocated(self._device)
+        text, itemsize = self._model.config.text_config, self._lm_head.weight.dtype.itemsize
+        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        # Each prompt token also has its embedding while its request is prefilled.
+        token = (cached + text.hidden_size) * itemsize
+        return max(int(0.9 * free) - self._workspace(), 0) // (token * PAGE_SIZE)
+
+    def _workspace(self) -> int:
+        """Bytes of the widest activations of one pass: tower or decoder, whichever needs more."""
+        config, limits = self._model.config, self._limits
+        text, vision = config.text_config, config.vision_config
+        grids = [
+            (grid, config.variant.joint_video_attention)
+            for request in self._requests
+            for grid in request.image_grid_thw + request.video_grid_thw
+        ]
+        segments = [t * h * w if joint else h * w for (t, h, w), joint in grids]
+        patches = sum(t * h * w for (t, h, w), _ in grids)
+        patches = min(patches, max([limits.max_patches_per_call, *segments]))
+        tokens = sum(request.input_ids.numel() for request in self._requests)
+        tokens = min(tokens, limits.max_prefill_tokens)
+        # Input, residual, norm, qkv (3) and attention, beside the widest part of the MLP.
+        tower = patches * (7 * vision.hidden_size + 2 * vision.intermediate_size)
+        decoder = tokens * (7 * text.hidden_size + 3 * text.intermediate_size)
+        return max(tower, decoder) * self._lm_head.weight.dtype.itemsize
 
     def _mark(self) -> float | torch.cuda.Event:
         """A stage's edge: in the GPU's queue if there is one, so that nothing waits for it."""
@@ -271,53 +302,6 @@ def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
         return end - start
     end.synchronize()
     return start.elapsed_time(end) / 1000
-
-
-class _Batch:
-    """Device-side state of the running requests, rebuilt only when one joins or leaves."""
-
-    def __init__(self, states: list[_Running], requests: list[Request], like: torch.Tensor) -> None:
-        params = [state.params for state in states]
-
-        def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)
-
-        self.temperature = tensor([p.temperature for p in params], torch.float32)
-        self.top_k = tensor([p.top_k for p in params], torch.int64)
-        self.top_p = tensor([p.top_p for p in params], torch.float32)
-        self.seed = tensor([p.seed for p in params], torch.int64)
-        self.step = tensor([len(state.token_ids) for state in states], torch.int64)
-        last = [state.token_ids[-1] if state.token_ids else 0 for state in states]
-        self.token_ids = tensor(last, torch.int64)
-        counts = [state.next_position + max(len(state.token_ids) - 1, 0) for state in states]
-        self.positions = tensor([counts] * 3, torch.int64)
-        self.penalty = self.seen = None
-        if any(p.repetition_penalty != 1.0 for p in params):
-            self.penalty = tensor([p.repetition_penalty for p in params], torch.float32)
-            self.seen = torch.zeros(len(states), like.shape[0], dtype=torch.bool)
-            for row, state in zip(self.seen, states, strict=True):
-                row[requests[state.request].input_ids] = True
-                row[state.token_ids] = True
-            self.seen = self.seen.to(like.device, non_blocking=True)
-
-    def sample(self, logits: torch.Tensor) -> None:
-        """logits: [batch, vocab]. Leaves the chosen ids in ``token_ids``, -1 where there is none."""
-        self.token_ids = sample(
-            logits,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.seed,
-            self.step,
-            repetition_penalty=self.penalty,
-            seen=self.seen,
-        )
-
-    def advance(self) -> None:
-        """Count the chosen tokens as said, and go on to the next step."""
-        self.step += 1
-        if self.seen is not None:
-            self.seen.scatter_(1, self.token_ids[:, None], True)
 
 
 def _chunks(

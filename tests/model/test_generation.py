@@ -113,9 +113,8 @@ def test_all_pages_come_back(model, requests):
     generation = Generation(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
     )
-    before = generation._cache.num_free_pages
     assert len(list(generation)) == 6 * len(requests)
-    assert generation._cache.num_free_pages == before
+    assert generation._cache.num_free_pages == generation._cache.num_pages
 
 
 def test_stop_ids_end_one_request(model, requests):
@@ -249,3 +248,21 @@ def test_timings_are_filled(model, requests):
     list(generation)
     timings = generation.timings
     assert min(timings.vision, timings.prefill, timings.decode) > 0
+
+
+def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
+    """Counts PyTorch's idle blocks as free, and leaves room for the activations."""
+    generation = Generation(model.model, model.lm_head, requests, [GREEDY] * 5, eos_token_ids=())
+    generation._device = torch.device("cuda")
+    free, reserved, allocated = 10 << 20, 7 << 20, 3 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
+    tokens = sum(request.input_ids.numel() for request in requests)
+    patches = 2 * 24 + 2 * 32
+    widest = max(patches * (7 * 144 + 2 * 288), tokens * (7 * 128 + 3 * 256)) * 4
+    token = (2 * 2 * 128 + 128) * 4
+    pages = generation._max_pages()
+    assert pages == (int(0.9 * (14 << 20)) - widest) // (token * 64)
+    free = reserved = allocated = 0
+    assert generation._max_pages() == 0
