@@ -2,12 +2,18 @@
 
 The interpreter keeps a bfloat16 as the uint16 of its bits and computes on those. Here every
 operation widens such values to fp32 first, which is exact, and rounds its result to nearest even.
+Every access to memory is checked against the tensors that the kernel was given.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
 def to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -71,12 +77,12 @@ def _repair_casts() -> None:
         return src if src.dtype.scalar == dst_type.scalar else cast_impl(self, src, dst_type)
 
     def fp_to_fp(self, src, dst_type, rounding_mode):
-        if dst_type.scalar == tl.bfloat16 and src.dtype.primitive_bitwidth > 8:
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar.primitive_bitwidth > 8:
             if rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ:
                 values = _widen(src).data
                 return TensorHandle(to_bf16(values, truncate=True), tl.bfloat16)
             return cast(self, src, dst_type)
-        if _is_bf16(src) and dst_type.primitive_bitwidth > 8:
+        if _is_bf16(src) and dst_type.scalar.primitive_bitwidth > 8:
             return cast(self, src, dst_type)
         return create_fp_to_fp(self, src, dst_type, rounding_mode)
 
@@ -147,19 +153,133 @@ def _repair_umulhi() -> None:
     InterpreterBuilder.create_umulhi = create_umulhi
 
 
+@dataclass
+class Traffic:
+    """Bytes that kernels asked for. Caches are not modelled: what is read twice counts twice."""
+
+    loaded: int = 0
+    stored: int = 0
+
+
+@dataclass
+class _Launch:
+    """The kernel that runs: its name and the memory [start, end) of its arguments."""
+
+    kernel: str = ""
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    helpers: set[object] = field(default_factory=set)
+    traffic: Traffic | None = None
+
+
+_launch = _Launch()
+
+
 def _repair_calls() -> None:
-    """No NumPy warnings where a GPU overflows silently; helpers without 5 ms of set-up per call."""
-    launch = interpreter.GridExecutor.__call__
+    """No NumPy warnings where a GPU overflows silently; 5 ms of set-up per helper, not per call."""
+    launch = GridExecutor.__call__
 
     def quiet_launch(self, *args, **kwargs):
+        _launch.helpers.clear()
         with np.errstate(all="ignore"):
             return launch(self, *args, **kwargs)
 
-    def call_helper(self, *args, **kwargs):  # the kernel that calls has set up the language
+    def call_helper(self, *args, **kwargs):
+        if self.fn not in _launch.helpers:
+            _launch.helpers.add(self.fn)
+            interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    interpreter.GridExecutor.__call__ = quiet_launch
+    GridExecutor.__call__ = quiet_launch
     interpreter.InterpretedFunction.__call__ = call_helper
+
+
+def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+        elif hasattr(value, "base"):  # a descriptor
+            yield from _tensors((value.base,))
+
+
+def _skip_copies() -> None:
+    """Arguments on a CPU are used as they are, and the memory they own is noted."""
+    to_host, to_device = GridExecutor._init_args_hst, GridExecutor._restore_args_dev
+
+    def init_args_hst(self, args, kwargs):
+        if any(tensor.is_cuda for tensor in _tensors((*args, *kwargs.values()))):
+            args, kwargs = to_host(self, args, kwargs)
+        _launch.kernel = self.fn.__name__
+        storages = [tensor.untyped_storage() for tensor in _tensors((*args, *kwargs.values()))]
+        _launch.memory = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+        return args, kwargs
+
+    def restore_args_dev(self, args, args_host, kwargs, kwargs_host):
+        if args_host is not args:
+            to_device(self, args, args_host, kwargs, kwargs_host)
+
+    GridExecutor._init_args_hst = init_args_hst
+    GridExecutor._restore_args_dev = restore_args_dev
+
+
+def _access(verb: str, pointers: TensorHandle, mask: object) -> int:
+    """Check the addresses of one access and return its bytes."""
+    size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+    addresses = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)]
+    if addresses.size == 0:
+        return 0
+    low, high = int(addresses.min()), int(addresses.max()) + size
+    if not any(start <= low and high <= end for start, end in _launch.memory):
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for start, end in _launch.memory:
+            inside |= (addresses >= start) & (addresses <= end - size)
+        if not inside.all():
+            count = int((~inside).sum())
+            raise IndexError(f"{_launch.kernel} {verb} {count} elements outside of its tensors")
+    return addresses.size * size
+
+
+def _watch_memory() -> None:
+    """Refuse what a GPU would answer with garbage or a fault, and count the rest."""
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
+
+    def masked_load(self, pointers, mask, *rest, **options):
+        num_bytes = _access("reads", pointers, mask)
+        if _launch.traffic is not None:
+            _launch.traffic.loaded += num_bytes
+        return load(self, pointers, mask, *rest, **options)
+
+    def masked_store(self, pointers, value, mask, *rest, **options):
+        num_bytes = _access("writes", pointers, mask)
+        if _launch.traffic is not None:
+            _launch.traffic.stored += num_bytes
+        return store(self, pointers, value, mask, *rest, **options)
+
+    def atomic_rmw(self, operation, pointers, value, mask, *rest):
+        _access("updates", pointers, mask)
+        return rmw(self, operation, pointers, value, mask, *rest)
+
+    def atomic_cas(self, pointers, *rest):
+        everywhere = TensorHandle(np.ones_like(pointers.data, dtype=bool), tl.int1)
+        _access("updates", pointers, everywhere)
+        return cas(self, pointers, *rest)
+
+    InterpreterBuilder.create_masked_load = masked_load
+    InterpreterBuilder.create_masked_store = masked_store
+    InterpreterBuilder.create_atomic_rmw = atomic_rmw
+    InterpreterBuilder.create_atomic_cas = atomic_cas
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Count the bytes that kernels ask for inside the ``with`` block."""
+    _launch.traffic = Traffic()
+    try:
+        yield _launch.traffic
+    finally:
+        _launch.traffic = None
 
 
 def install() -> None:
@@ -173,3 +293,5 @@ def install() -> None:
     _repair_index()
     _repair_umulhi()
     _repair_calls()
+    _skip_copies()
+    _watch_memory()

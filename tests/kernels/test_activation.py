@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import keye_kernels as kk
 from tests.compare import assert_close
+from tests.memory import far_apart
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -88,6 +89,15 @@ def test_strided_rows(device):
     for b in (None, bias):
         strided = kk.gelu(x, approximate="tanh", bias=b)
         assert torch.equal(strided, kk.gelu(x.contiguous(), approximate="tanh", bias=b))
+
+
+def test_rows_past_2_to_the_31_elements(device):
+    x = far_apart((2, 72), torch.bfloat16, device).normal_()
+    out = far_apart((2, 72), torch.bfloat16, device)
+    got = kk.gelu(x, approximate="tanh", out=out)
+    assert torch.equal(got, kk.gelu(x.contiguous(), approximate="tanh"))
+    got = kk.silu_mul(x, out=out[:, :36])
+    assert torch.equal(got, kk.silu_mul(x.contiguous()))
 
 
 def test_out_and_aliasing(backend, device):

@@ -1,0 +1,26 @@
+"""Tensors whose offsets pass 2^31 elements, on machines that have no such memory to spare."""
+
+import math
+import mmap
+
+import torch
+
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; named by Python from 3.13 on
+
+
+def far_apart(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised tensor whose last row starts past 2^31 elements; each row is contiguous.
+
+    On a CPU its memory exists only where it is touched.
+    """
+    width = math.prod(shape[1:])
+    stride = (2**31 // (shape[0] - 1) + width + 63) // 64 * 64
+    size = (shape[0] - 1) * stride + width
+    if device.type == "cpu":
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+        memory = mmap.mmap(-1, size * dtype.itemsize, flags=flags)
+        flat = torch.frombuffer(memory, dtype=dtype)
+    else:
+        flat = torch.empty(size, dtype=dtype, device=device)
+    inner = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
+    return flat.as_strided(shape, (stride, *inner))
