@@ -1,4 +1,4 @@
-"""Who computes a result: ours, plain PyTorch, torch.compile of it, and libraries that may be absent.
+"""Who computes a result: ours, plain PyTorch, torch.compile of it, libraries that may be absent.
 
 A provider is a function of one set of inputs. A library that is not installed, and a shape that one
 refuses, become a row of the table that says so.
@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import ON_GPU, Run
+from benchmarks.timing import DEVICE, ON_GPU, Run
 from keye_kernels import backends, use_backend
 
 SDPA_BACKENDS = {
@@ -113,27 +113,54 @@ def accepted(function: Callable, wanted: dict[str, object]) -> dict[str, object]
     return {name: value for name, value in wanted.items() if name in known}
 
 
-def torch_varlen(*, causal: bool, num_heads: int, num_kv_heads: int) -> Callable[[ModuleType], Run]:
-    """Binds `torch.nn.attention.varlen`: (q, k, v, cu_q, cu_k, max_q, max_k) to the output.
+def first(result: object) -> torch.Tensor:
+    """The output of a function that also returns a log-sum-exp in some releases."""
+    return result[0] if isinstance(result, tuple) else result
 
-    Release 2.10 has `is_causal`, later ones `window_size`; grouped heads came with `enable_gqa`.
+
+def torch_varlen(*, causal: bool, grouped: bool = False) -> Callable[[ModuleType], Run]:
+    """Binds `torch.nn.attention.varlen` to a function of our names, causal or not.
+
+    Release 2.10 has `is_causal`, later ones `window_size`; `enable_gqa` came after both.
     """
 
     def bind(module: ModuleType) -> Run:
         function = module.varlen_attn
-        keywords = accepted(
-            function, {"is_causal": causal, "window_size": (-1, 0 if causal else -1)}
-        )
+        mask = {"is_causal": causal, "window_size": (-1, 0 if causal else -1)}
+        keywords = accepted(function, mask)
         if causal and not keywords:
             raise NotImplementedError("varlen_attn has no causal mask in this release")
-        if num_heads != num_kv_heads:
-            grouped = accepted(function, {"enable_gqa": True})
-            if not grouped:
-                raise NotImplementedError("varlen_attn has no grouped heads in this release")
-            keywords |= grouped
-        return lambda q, k, v, *lengths: function(q, k, v, *lengths, **keywords)
+        if grouped:
+            keywords |= accepted(function, {"enable_gqa": True})
+
+        def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **x):
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            return first(function(q, k, v, *lengths, **keywords, **accepted(function, x)))
+
+        return run
 
     return bind
+
+
+def flashinfer_plan(
+    module: str, plan: Callable[[ModuleType, torch.Tensor], object]
+) -> Callable[[], object]:
+    """Gives what `plan` made of the module and a workspace, or raises what it raised.
+
+    Planned at once and not when it is first run: it is not what is timed.
+    """
+    try:
+        loaded = importlib.import_module(module) if ON_GPU else None
+        workspace = torch.empty(2**27 if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)
+        planned = plan(loaded, workspace) if loaded else None
+    except Exception as error:
+        failed = error
+
+        def give() -> object:
+            raise failed
+
+        return give
+    return lambda: planned
 
 
 def reason_of(error: BaseException) -> str:

@@ -39,7 +39,7 @@ def named(name: str) -> Iterator[None]:
 
 
 class _OpRanges(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "keye":
             return func(*args, **(kwargs or {}))
         with named(f"keye::{func._schema.name.removeprefix('keye::')}"):

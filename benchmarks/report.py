@@ -125,7 +125,7 @@ class Report:
             " · ".join(f"{name} {value}" for name, value in env.items() if value),
             f"ceilings of this run: copy {ceilings.copy_bandwidth / 1e9:.1f} GB/s (read + written),"
             f" bf16 matmul {ceilings.matmul_rate / 1e12:.2f} TFLOP/s",
-            "%: time at the ceiling / time. peer: time of the best peer / ours, above 1 ours is faster.",
+            "%: time at the ceiling / time. peer: time of the best peer / ours, above 1 is faster.",
         ]
         if not env.get("gpu"):
             lines.insert(0, CPU_NOTE)

@@ -1,4 +1,4 @@
-"""2D rope of the tower; of the decoder 3D rope alone, and fused with QK-norm and the cache write."""
+"""2D rope of the tower; 3D rope of the decoder, alone and fused with QK-norm and cache write."""
 
 from functools import partial
 from typing import Any
