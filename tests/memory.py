@@ -11,8 +11,11 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; named by Python f
 def far_apart(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised tensor whose last row starts past 2^31 elements; each row is contiguous.
 
-    On a CPU its memory exists only where it is touched.
+    Three rows or more, so that their stride is an int32 and only its product with a row is not. On
+    a CPU memory exists only where it is touched.
     """
+    if shape[0] < 3:
+        raise ValueError(f"shape must have 3 rows or more, got {shape}")
     width = math.prod(shape[1:])
     stride = (2**31 // (shape[0] - 1) + width + 63) // 64 * 64
     size = (shape[0] - 1) * stride + width
