@@ -44,7 +44,7 @@ def _checked(source: str, name: str) -> str:
     return name
 
 
-_requested = _checked(_VARIABLE, os.environ.get(_VARIABLE, "auto"))
+_requested = os.environ.get(_VARIABLE, "auto")  # checked at first use: importing never fails
 
 
 def register(
@@ -76,7 +76,7 @@ def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | N
 
 
 def _choose(op: str, device_type: str, requested: str) -> ServedBy:
-    candidates = _ORDER if requested == "auto" else (requested,)
+    candidates = _ORDER if _checked(_VARIABLE, requested) == "auto" else (requested,)
     why_not = {
         name: f"backend {requested!r} was asked for" for name in _ORDER if name not in candidates
     }
@@ -140,15 +140,15 @@ class use_backend:
     its first value is the environment variable KEYE_KERNELS_BACKEND, else ``auto``.
 
     Args:
-        name: "auto", "cuda", "triton" or "reference".
+        backend: "auto", "cuda", "triton" or "reference".
 
     Raises:
         ValueError: Another name.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, backend: str) -> None:
         self._before = _requested
-        self._set(_checked("name", name))
+        self._set(_checked("backend", backend))
 
     @staticmethod
     def _set(name: str) -> None:

@@ -61,26 +61,34 @@ class KeyeForConditionalGeneration(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | dict | None = None,
         local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
     ) -> KeyeForConditionalGeneration:
         """Load a checkpoint: `config.json`, `generation_config.json` and safetensors.
 
         Args:
-            path_or_id: A directory or a Hub id. No code of it is ever run.
+            path_or_id: A directory or a Hub id.
             dtype: Of the parameters; "auto" is the checkpoint's. ``torch_dtype`` is its old name.
             device_map: "auto" (a GPU if there is one), a device, or ``{"": device}``. None is the
                 CPU. Several devices are not served.
             local_files_only: Never touch the network.
+            trust_remote_code, attn_implementation: Accepted because published snippets pass them,
+                and ignored: a checkpoint's code is never run, and attention is our own.
 
         Raises:
             FileNotFoundError: The checkpoint or one of its files is missing.
             ValueError: The configuration or a tensor is not what it should be.
             NotImplementedError: The device map names several devices.
         """
+        del trust_remote_code, attn_implementation
+        device = resolve_device("device_map", device_map)
+        dtype = _dtype(torch_dtype if torch_dtype is not None else dtype)
+        # All that can be refused is refused before the weights are fetched.
+        small = locate(path_or_id, weights=False, local_files_only=local_files_only)
+        config = KeyeConfig.from_pretrained(small)
+        defaults = GenerationDefaults.from_directory(small)
         directory = locate(path_or_id, weights=True, local_files_only=local_files_only)
-        config = KeyeConfig.from_pretrained(directory)
-        defaults = GenerationDefaults.from_directory(directory)
-        dtype = _dtype(torch_dtype if torch_dtype is not None else dtype, config)
-        model = load_model(cls, config, directory, device=_device(device_map), dtype=dtype)
+        model = load_model(cls, config, directory, device=device, dtype=dtype or config.dtype)
         model.generation_config = defaults
         model._directory = directory
         return model
@@ -165,7 +173,7 @@ class KeyeForConditionalGeneration(nn.Module):
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] = (),
+        stop_strings: str | Sequence[str] | None = None,
         limits: Limits | None = None,
     ) -> torch.Tensor:
         """Generate from a padded batch; inputs as in `forward`.
@@ -296,26 +304,40 @@ def _requests(
     return requests
 
 
-def _dtype(dtype: torch.dtype | str, config: KeyeConfig) -> torch.dtype:
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """The dtype named; None for "auto"."""
     if dtype == "auto":
-        return config.dtype
+        return None
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if named not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be 'auto', float32, float16 or bfloat16, got {dtype!r}")
     return named
 
 
-def _device(device_map: torch.device | str | dict | None) -> torch.device:
-    if isinstance(device_map, dict):
-        if len(set(device_map.values())) != 1:
-            raise NotImplementedError(f"device_map must name one device, got {device_map}")
-        device_map = next(iter(device_map.values()))
-    if device_map == "auto":
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+def resolve_device(name: str, device: torch.device | str | dict | None) -> torch.device:
+    """The one device that argument ``name`` asks for: "auto", None (the CPU), a device or a map.
+
+    Raises:
+        ValueError: It is no CPU or CUDA device.
+        NotImplementedError: It is a map with several devices.
+        RuntimeError: This machine does not have it.
+    """
+    given = device
+    if isinstance(device, dict):
+        if len(set(device.values())) != 1:
+            raise NotImplementedError(f"{name} must name one device, got {device}")
+        device = next(iter(device.values()))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cpu" if device_map is None else device_map)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device_map must be 'auto' or a device, got {device_map!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device_map must name a device of this machine, got {device_map!r}")
-    return device
+        found = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be 'auto', a CPU or a CUDA device, got {given!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"{name} must name a device of this machine, got {given!r} with "
+            f"{torch.cuda.device_count()} CUDA devices here"
+        )
+    return found

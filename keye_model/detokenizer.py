@@ -22,9 +22,14 @@ class Detokenizer:
         ValueError: A stop string is empty or no string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop_strings: str | Sequence[str] | None = None
+    ) -> None:
         if isinstance(stop_strings, str):
             stop_strings = (stop_strings,)
+        stop_strings = () if stop_strings is None else stop_strings
+        if not isinstance(stop_strings, Sequence):
+            raise ValueError(f"stop_strings must be strings, got {stop_strings!r}")
         for stop in stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings must hold non-empty strings, got {stop!r}")

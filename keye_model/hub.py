@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
@@ -26,7 +31,11 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
     Raises:
         FileNotFoundError: The directory does not exist, or the Hub (or its cache) has no such
             repository.
+        RuntimeError: The Hub could not be read.
+        TypeError: ``path_or_id`` is no string or path.
     """
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise TypeError(f"path_or_id must be a string or a path, got {type(path_or_id).__name__}")
     name = os.fspath(path_or_id)
     if not name:
         raise ValueError("path_or_id must be a directory or a Hub id, got ''")
@@ -50,7 +59,7 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
             f"path_or_id {name!r} is no directory here, is not in the local Hub cache, and the Hub "
             f"was not reached (offline, or local_files_only)"
         ) from error
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"path_or_id {name!r} is no repository on the Hub") from error
     except (HfHubHTTPError, OSError) as error:
         raise RuntimeError(

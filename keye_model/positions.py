@@ -159,6 +159,8 @@ def split_batch(
     Raises:
         ValueError: A shape is wrong, or a batch row's placeholders do not end with a grid row.
     """
+    if not isinstance(input_ids, torch.Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise ValueError(
             "input_ids must be a [batch_size, padded_length] int64 tensor, got shape "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -37,12 +39,14 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("max_new_tokens", self.max_new_tokens, int, "a positive integer", lambda x: x > 0)
-        _check("temperature", self.temperature, float, "at least 0", lambda x: x >= 0)
-        _check("top_k", self.top_k, int, "an integer of at least 0", lambda x: x >= 0)
-        _check("top_p", self.top_p, float, "in (0, 1]", lambda x: 0 < x <= 1)
-        _check("repetition_penalty", self.repetition_penalty, float, "positive", lambda x: x > 0)
-        _check("seed", self.seed, int, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
+        _check(
+            "max_new_tokens", self.max_new_tokens, Integral, "a positive integer", lambda x: x > 0
+        )
+        _check("temperature", self.temperature, Real, "at least 0", lambda x: x >= 0)
+        _check("top_k", self.top_k, Integral, "an integer of at least 0", lambda x: x >= 0)
+        _check("top_p", self.top_p, Real, "in (0, 1]", lambda x: 0 < x <= 1)
+        _check("repetition_penalty", self.repetition_penalty, Real, "positive", lambda x: x > 0)
+        _check("seed", self.seed, Integral, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class GenerationDefaults:
         temperature, top_k, top_p, else as the checkpoint says. A seed left out is drawn from
         torch's global generator.
         """
+        if do_sample not in (None, True, False):
+            raise ValueError(f"do_sample must be True, False or None, got {do_sample!r}")
         if do_sample is None:
             do_sample = self.do_sample or (temperature, top_k, top_p) != (None, None, None)
         if seed is None:
@@ -114,8 +120,7 @@ class GenerationDefaults:
         )
 
 
-def _check(name: str, value: object, kind: type, rule: str, holds) -> None:
-    accepted = (int,) if kind is int else (int, float)
-    number = isinstance(value, accepted) and not isinstance(value, bool)
+def _check(name: str, value: object, kind: type, rule: str, holds: Callable) -> None:
+    number = isinstance(value, kind) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")

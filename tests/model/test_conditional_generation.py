@@ -157,9 +157,10 @@ def test_device_map_of_several_devices(preview_checkpoint):
         )
 
 
-def test_unknown_device(preview_checkpoint):
-    with pytest.raises(ValueError, match="device_map must be 'auto' or a device, got 'gpu'"):
-        KeyeForConditionalGeneration.from_pretrained(preview_checkpoint, device_map="gpu")
+@pytest.mark.parametrize("device_map", ["gpu", "mps", "meta", 1.5])
+def test_unknown_device(preview_checkpoint, device_map):
+    with pytest.raises(ValueError, match="device_map must be 'auto', a CPU or a CUDA device, got"):
+        KeyeForConditionalGeneration.from_pretrained(preview_checkpoint, device_map=device_map)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -171,6 +172,41 @@ def test_absent_gpu(preview_checkpoint):
 def test_unknown_dtype(preview_checkpoint):
     with pytest.raises(ValueError, match=r"dtype must be 'auto', float32, .* got 'int8'"):
         KeyeForConditionalGeneration.from_pretrained(preview_checkpoint, dtype="int8")
+
+
+def test_arguments_are_checked_before_anything_is_fetched(monkeypatch):
+    def locate(*_, **__):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("keye_model.conditional_generation.locate", locate)
+    for wrong in ({"dtype": "int8"}, {"device_map": "gpu"}):
+        with pytest.raises(ValueError, match="must be 'auto'"):
+            KeyeForConditionalGeneration.from_pretrained("owner/name", **wrong)
+
+
+def test_config_is_checked_before_the_weights_are_fetched(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    asked = []
+
+    def snapshot_download(_, allow_patterns, **__):
+        asked.append("*.safetensors" in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("keye_model.hub.snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=r"config\.json must describe Keye-VL"):
+        KeyeForConditionalGeneration.from_pretrained("owner/name")
+    assert asked == [False]
+
+
+def test_what_published_snippets_pass_is_accepted(preview_checkpoint):
+    KeyeForConditionalGeneration.from_pretrained(
+        preview_checkpoint, trust_remote_code=True, attn_implementation="flash_attention_2"
+    )
+
+
+def test_ids_must_be_a_tensor(model):
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
+        model.generate([[1, 2, 3]])
 
 
 def test_fewer_features_than_placeholders(model, prompts):

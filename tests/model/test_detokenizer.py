@@ -67,6 +67,11 @@ def test_bad_stop_strings(tokenizer, stop):
         Detokenizer(tokenizer, [stop])
 
 
+def test_stop_strings_of_another_kind(tokenizer):
+    with pytest.raises(ValueError, match="stop_strings must be strings, got 5"):
+        Detokenizer(tokenizer, 5)
+
+
 @given(text=st.text(max_size=20), stop=st.text(min_size=1, max_size=3))
 def test_stream_equals_whole(preview_checkpoint, text, stop):
     tokenizer = Tokenizer.from_file(str(preview_checkpoint / "tokenizer.json"))

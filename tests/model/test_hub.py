@@ -24,6 +24,17 @@ def test_locate_empty_name():
         locate("", weights=False)
 
 
+@pytest.mark.parametrize("name", [None, 5])
+def test_locate_other_kinds(name):
+    with pytest.raises(TypeError, match="path_or_id must be a string or a path, got"):
+        locate(name, weights=False)
+
+
+def test_locate_name_that_no_repository_can_have():
+    with pytest.raises(FileNotFoundError, match="'foo/bar baz' is no repository on the Hub"):
+        locate("foo/bar baz", weights=False, local_files_only=True)
+
+
 def test_locate_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="not in the local Hub cache"):

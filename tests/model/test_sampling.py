@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,16 @@ def test_a_sampling_value_turns_sampling_on():
     greedy = GenerationDefaults((7,), 7, do_sample=False)
     assert greedy.params(max_new_tokens=4, seed=0).temperature == 0.0
     assert greedy.params(max_new_tokens=4, top_p=0.5, seed=0).temperature == 0.6
+
+
+def test_numpy_numbers_are_numbers():
+    params = SamplingParams(np.int64(3), temperature=np.float32(0.5), seed=np.int64(7))
+    assert (params.max_new_tokens, params.temperature, params.seed) == (3, 0.5, 7)
+
+
+def test_do_sample_is_a_bool():
+    with pytest.raises(ValueError, match="do_sample must be True, False or None, got 'no'"):
+        DEFAULTS.params(max_new_tokens=4, do_sample="no")
 
 
 def test_seed_follows_torch():
