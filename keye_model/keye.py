@@ -7,19 +7,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
 from keye_kernels import backends, use_backend
-from keye_model.conditional_generation import KeyeForConditionalGeneration
+from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.detokenizer import Detokenizer
 from keye_model.generation import Generation, Limits
 from keye_model.inputs import Request
 from keye_model.processing.chat import parse_answer
 from keye_model.processing.processor import KeyeProcessor
 
-Messages = list[dict[str, Any]]
+Messages = Sequence[dict[str, Any]]
+Thinking = Literal["auto"] | bool
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of the run this request was part of, and to this request's first token."""
+    """Seconds of the run this request was part of; ``first_token`` is of this request, from the
+    start of its processing, without the time a stream lay idle before it was read."""
 
     processing: float
     vision: float
@@ -81,11 +83,17 @@ class Keye:
         backend: str = "auto",
         limits: Limits | None = None,
     ) -> None:
-        _check_backend(backend)
+        if not isinstance(limits, Limits | None):
+            raise TypeError(f"limits must be a Limits, got {type(limits).__name__}")
+        _check_backend(backend, model.device)
         self.model = model
         self.processor = processor
         self.backend = backend
         self.limits = limits or Limits()
+
+    def __repr__(self) -> str:
+        name, dtype = self.model.config.variant.name, str(self.model.dtype).removeprefix("torch.")
+        return f"Keye({name}, {dtype}, {self.model.device}, backend={self.backend!r})"
 
     @classmethod
     def from_pretrained(
@@ -96,6 +104,8 @@ class Keye:
         device: torch.device | str = "auto",
         backend: str = "auto",
         limits: Limits | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         local_files_only: bool = False,
     ) -> Keye:
         """Load a checkpoint of either line.
@@ -107,6 +117,7 @@ class Keye:
             backend: Who serves the ops of this object: "cuda", "triton", "reference", or "auto",
                 which leaves the choice to `keye_kernels.use_backend`.
             limits: Bounds of memory.
+            min_pixels, max_pixels: Of an image, instead of the checkpoint's own bounds.
             local_files_only: Never touch the network.
 
         Raises:
@@ -114,124 +125,188 @@ class Keye:
             ValueError: A file is not what it should be.
             RuntimeError: The device or the backend is not there.
         """
-        _check_backend(backend)
-        processor = KeyeProcessor.from_pretrained(path_or_id, local_files_only=local_files_only)
+        device = resolve_device("device", device)
+        _check_backend(backend, device)
+        local = {"local_files_only": local_files_only}
+        processor = KeyeProcessor.from_pretrained(
+            path_or_id, min_pixels=min_pixels, max_pixels=max_pixels, **local
+        )
         model = KeyeForConditionalGeneration.from_pretrained(
-            path_or_id, dtype=dtype, device_map=device, local_files_only=local_files_only
+            path_or_id, dtype=dtype, device_map=device, **local
         )
         return cls(model, processor, backend=backend, limits=limits)
 
+    @overload
+    def generate(self, messages: Messages | Request, **options: Any) -> Answer: ...
+
+    @overload
+    def generate(self, messages: Sequence[Messages | Request], **options: Any) -> list[Answer]: ...
+
     def generate(
         self,
-        messages: Messages | Sequence[Messages],
+        messages: Messages | Request | Sequence[Messages | Request],
         *,
         max_new_tokens: int = 512,
-        thinking: Literal["auto"] | bool = "auto",
-        stop_strings: str | Sequence[str] = (),
-        **sampling: Any,
+        thinking: Thinking = "auto",
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
     ) -> Answer | list[Answer]:
         """Answer one conversation, or several in one packed batch.
 
         Args:
-            messages: A conversation, or a list of them. Each message is ``{"role": …, "content":
-                …}``; content is a string or a list of items of type text, image or video.
-            max_new_tokens: At most this many tokens for each answer.
-            thinking: True and False ask for it or against it; "auto" leaves it to the model.
+            messages: A conversation, or a list of them. A conversation is a list of ``{"role":
+                "system" | "user" | "assistant", "content": …}``; content is a string or a list of
+                items ``{"type": "text", "text": …}``, ``{"type": "image", "image": source}``,
+                ``{"type": "video", "video": source}``. Sources, and what else an item may say
+                (``max_pixels``, ``fps``, …), stand in the README. What `processor.request` made of
+                a conversation is taken too.
+            max_new_tokens: At most this many tokens for each answer, fewer where the context ends.
+            thinking: True asks for thinking, False for none; "auto" leaves it to the model.
+            do_sample: False is greedy; None follows the checkpoint, or samples if one of the next
+                three is given.
+            temperature, top_k, top_p: 0 and more; 0 (off) and more; in (0, 1]. None follows the
+                checkpoint.
+            repetition_penalty: Positive, 1 is off; None follows the checkpoint.
+            seed: One for all conversations (equal ones then get equal answers), or one for each.
+                None draws them from torch's global generator.
             stop_strings: An answer ends before the first of these.
-            sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed, as in
-                `GenerationDefaults.params`; what is left out follows the checkpoint.
 
         Returns:
             An `Answer`, or a list of them in the order of the conversations.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: A message, a file or a parameter is wrong.
+            ValueError, TypeError, FileNotFoundError: A message, a source or an option is wrong.
         """
-        listed = isinstance(messages, (list, tuple)) and len(messages) > 0
-        several = listed and isinstance(messages[0], (list, tuple))
-        conversations = list(messages) if several else [messages]
-        run = _Run(self, conversations, max_new_tokens, thinking, stop_strings, sampling)
-        for _ in run:
+        several = _is_list(messages) and len(messages) > 0
+        several = several and (_is_list(messages[0]) or isinstance(messages[0], Request))
+        run = _Run(
+            self,
+            list(messages) if several else [messages],
+            thinking,
+            stop_strings,
+            seed,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+        )
+        for _ in run.pieces():
             pass
         return run.answers if several else run.answers[0]
 
     def stream(
         self,
-        messages: Messages,
+        messages: Messages | Request,
         *,
         max_new_tokens: int = 512,
-        thinking: Literal["auto"] | bool = "auto",
-        stop_strings: str | Sequence[str] = (),
-        **sampling: Any,
+        thinking: Thinking = "auto",
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
     ) -> Stream:
         """Answer one conversation piece by piece; arguments as in `generate`.
 
         Returns:
-            An iterable of strings, whole characters each, tags included; its ``answer`` is there
-            when it is exhausted.
+            An iterator over strings, whole characters each, tags included; its ``answer`` is there
+            when it is exhausted. Nothing is computed before the first piece is asked for, but
+            mistakes are raised here.
         """
-        return Stream(_Run(self, [messages], max_new_tokens, thinking, stop_strings, sampling))
+        run = _Run(
+            self,
+            [messages],
+            thinking,
+            stop_strings,
+            seed,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+        )
+        return Stream(run)
 
 
-def _backend(name: str) -> AbstractContextManager:
-    return nullcontext() if name == "auto" else use_backend(name)
+class Stream(Iterator[str]):
+    """The pieces of one answer as they are made.
 
-
-def _check_backend(name: str) -> None:
-    """Refuse a backend that cannot serve here and now, rather than in the first answer."""
-    with _backend(name):
-        for op, served in backends().items():
-            if served.backend is None:
-                raise RuntimeError(f"backend {name!r} cannot serve {op}: {served.why_not[name]}")
-
-
-class Stream:
-    """The pieces of one answer as they are made; ``answer`` is None until the last of them."""
+    Attributes:
+        answer: The whole `Answer`; None until the last piece was taken.
+    """
 
     def __init__(self, run: _Run) -> None:
-        self._run = run
+        self._run: _Run | None = run
+        self._pieces = run.pieces()
         self.answer: Answer | None = None
 
-    def __iter__(self) -> Iterator[str]:
-        for _, piece in self._run:
-            yield piece
-        self.answer = self._run.answers[0]
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)[1]
+        except StopIteration:
+            if self._run is not None and self._run.answers:
+                self.answer = self._run.answers[0]
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the answer up and free what it holds; taken pieces stay as they are."""
+        self._pieces.close()
+        self._run = None
 
 
 class _Run:
-    """One batch from messages to answers; iterates over (request, piece of text)."""
+    """One batch from messages to answers."""
 
     def __init__(
         self,
         keye: Keye,
-        conversations: Sequence[Messages],
-        max_new_tokens: int,
-        thinking: Literal["auto"] | bool,
-        stop_strings: str | Sequence[str],
-        sampling: dict[str, Any],
+        conversations: list[Messages | Request],
+        thinking: Thinking,
+        stop_strings: str | Sequence[str] | None,
+        seed: int | Sequence[int] | None,
+        **sampling: Any,
     ) -> None:
         self.answers: list[Answer] = []
         self._backend = keye.backend
-        self._started = time.perf_counter()
-        defaults, tokenizer = keye.model.generation_config, keye.processor.tokenizer
-        params = [defaults.params(max_new_tokens=max_new_tokens, **sampling) for _ in conversations]
-        self._texts = [Detokenizer(tokenizer, stop_strings) for _ in conversations]
-        self._requests = [keye.processor.request(c, thinking=thinking) for c in conversations]
-        self._processing = time.perf_counter() - self._started
-        self._config = keye.model.config
+        started = time.perf_counter()
+        defaults = keye.model.generation_config
+        seeds = list(seed) if _is_list(seed) else [seed] * len(conversations)
+        if len(seeds) != len(conversations):
+            raise ValueError(
+                f"seed must be one value or {len(conversations)} values, got {len(seeds)}"
+            )
+        params = [defaults.params(seed=one, **sampling) for one in seeds]
+        self._texts = [Detokenizer(keye.processor.tokenizer, stop_strings) for _ in seeds]
+        requests = _requests(keye.processor, conversations, thinking)
+        merge = keye.model.config.vision_config.spatial_merge_size**2
+        self._prompts = [_prompt_usage(request, merge) for request in requests]
+        self._processing = time.perf_counter() - started
         self._generation = Generation(
             keye.model.model,
             keye.model.lm_head,
-            self._requests,
+            requests,
             params,
             eos_token_ids=defaults.eos_token_ids,
             limits=keye.limits,
         )
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        token_ids: list[list[int]] = [[] for _ in self._requests]
-        reasons = ["length"] * len(self._requests)
-        first: list[float] = [0.0] * len(self._requests)
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Run the batch; yields (request, piece of its text) and fills ``answers`` at the end."""
+        started = time.perf_counter()
+        token_ids: list[list[int]] = [[] for _ in self._texts]
+        reasons = ["length"] * len(self._texts)
+        first = [0.0] * len(self._texts)
         tokens = iter(self._generation)
         while True:
             with _backend(self._backend):  # not across a yield: the caller has a choice too
@@ -240,7 +315,7 @@ class _Run:
                 break
             k = token.request
             if not token_ids[k]:
-                first[k] = time.perf_counter() - self._started
+                first[k] = self._processing + time.perf_counter() - started
             token_ids[k].append(token.token_id)
             piece = self._texts[k].add(token.token_id)
             if self._texts[k].stopped:
@@ -249,21 +324,52 @@ class _Run:
             elif token.finish_reason:
                 reasons[k] = token.finish_reason
                 piece += self._texts[k].finish()
+                if self._texts[k].stopped:
+                    reasons[k] = "stop"
             if piece:
                 yield k, piece
-        for k, request in enumerate(self._requests):
-            self.answers.append(self._answer(k, request, token_ids[k], reasons[k], first[k]))
+        for k, ids in enumerate(token_ids):
+            self.answers.append(self._answer(k, ids, reasons[k], first[k]))
 
-    def _answer(
-        self, k: int, request: Request, token_ids: list[int], reason: str, first: float
-    ) -> Answer:
-        merge = self._config.vision_config.spatial_merge_size**2
-        images = sum(t * h * w for t, h, w in request.image_grid_thw) // merge
-        videos = sum(t * h * w for t, h, w in request.video_grid_thw) // merge
-        usage = Usage(request.input_ids.numel(), images, videos, len(token_ids))
+    def _answer(self, k: int, token_ids: list[int], reason: str, first: float) -> Answer:
         stages = self._generation.timings
         timings = Timings(self._processing, stages.vision, stages.prefill, stages.decode, first)
         parts = parse_answer(self._texts[k].text)
+        usage = Usage(*self._prompts[k], len(token_ids))
         return Answer(
             parts.text, parts.thinking, parts.analysis, tuple(token_ids), reason, usage, timings
         )
+
+
+def _requests(
+    processor: KeyeProcessor, conversations: list[Messages | Request], thinking: Thinking
+) -> list[Request]:
+    prepared = [isinstance(one, Request) for one in conversations]
+    if not any(prepared):
+        return processor.requests(conversations, thinking=thinking)
+    if not all(prepared) or thinking != "auto":
+        raise TypeError("messages must be all conversations, or all requests with thinking 'auto'")
+    return conversations
+
+
+def _prompt_usage(request: Request, merge: int) -> tuple[int, int, int]:
+    """Prompt, image and video tokens."""
+    grids = (request.image_grid_thw, request.video_grid_thw)
+    images, videos = (sum(t * h * w for t, h, w in grid) // merge for grid in grids)
+    return request.input_ids.numel(), images, videos
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _backend(name: str) -> AbstractContextManager:
+    return nullcontext() if name == "auto" else use_backend(name)
+
+
+def _check_backend(name: str, device: torch.device) -> None:
+    """Refuse a backend that cannot serve the model, rather than in the first answer."""
+    with _backend(name):
+        for op, served in backends(device.type).items():
+            if served.backend is None:
+                raise RuntimeError(f"{op} must be served by the backend asked for, got {served}")

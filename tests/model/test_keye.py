@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from keye_kernels import backends
 from keye_model import Answer, Keye
 from keye_model.config import PREVIEW, V1_5
 from keye_model.generation import Limits
@@ -97,10 +98,85 @@ def test_stream_is_the_whole_answer_in_pieces(keye, conversations):
     assert "".join(pieces) == tokenizer.decode(list(whole.token_ids), skip_special_tokens=True)
 
 
-def test_stream_can_be_left(keye, conversations):
-    stream = keye.stream(conversations[3], max_new_tokens=50, seed=0)
-    assert next(iter(stream))
+def test_stream_can_be_left_and_taken_up_again(keye, conversations):
+    options = {"max_new_tokens": 20, "seed": 3, "temperature": 1.2}
+    whole = keye.generate(conversations[0], **options)
+    stream = keye.stream(conversations[0], **options)
+    pieces = [next(stream), next(stream)]
     assert stream.answer is None
+    pieces += list(stream)
+    assert stream.answer.token_ids == whole.token_ids
+    assert list(stream) == []
+    assert stream.answer.usage == whole.usage
+    tokenizer = keye.processor.tokenizer
+    assert "".join(pieces) == tokenizer.decode(list(whole.token_ids), skip_special_tokens=True)
+
+
+def test_stream_can_be_closed(keye, conversations):
+    stream = keye.stream(conversations[3], max_new_tokens=50, seed=0)
+    assert next(stream)
+    stream.close()
+    assert list(stream) == []
+    assert stream.answer is None
+
+
+def test_stream_raises_mistakes_at_once(keye):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        keye.stream([{"role": "user", "content": [{"type": "image", "image": "nowhere"}]}])
+
+
+def test_requests_made_before(keye, conversations):
+    requests = keye.processor.requests(conversations)
+    expected = [answer.token_ids for answer in keye.generate(conversations, **GREEDY)]
+    assert [answer.token_ids for answer in keye.generate(requests, **GREEDY)] == expected
+    assert keye.generate(requests[1], **GREEDY).token_ids == expected[1]
+    with pytest.raises(TypeError, match="messages must be all conversations, or all requests"):
+        keye.generate([requests[0], conversations[0]])
+    with pytest.raises(TypeError, match="all requests with thinking 'auto'"):
+        keye.generate(requests, thinking=True)
+
+
+def test_seeds_of_a_batch(keye, conversations):
+    options = {"max_new_tokens": 8, "temperature": 2.0, "top_k": 0, "top_p": 1.0}
+    same = keye.generate([conversations[3]] * 2, seed=5, **options)
+    assert same[0].token_ids == same[1].token_ids
+    other = keye.generate([conversations[3]] * 2, seed=[5, 6], **options)
+    assert other[0].token_ids == same[0].token_ids != other[1].token_ids
+    with pytest.raises(ValueError, match="seed must be one value or 2 values, got 3"):
+        keye.generate([conversations[3]] * 2, seed=[1, 2, 3])
+
+
+def test_repr(keye):
+    assert repr(keye) == f"Keye({keye.model.config.variant.name}, float32, cpu, backend='auto')"
+
+
+def test_limits_must_be_limits(keye):
+    with pytest.raises(TypeError, match="limits must be a Limits, got dict"):
+        Keye(keye.model, keye.processor, limits={"max_prefill_tokens": 5})
+
+
+def test_backend_of_the_environment_that_cannot_serve(preview_checkpoint, monkeypatch):
+    monkeypatch.setattr("keye_kernels._backends._requested", "cuda")
+    with pytest.raises(RuntimeError, match=r"got nothing .*no cuda kernel"):
+        Keye.from_pretrained(preview_checkpoint)
+
+
+def test_backend_is_asked_about_the_models_device(preview_checkpoint, monkeypatch):
+    """A kernel that serves GPU tensors only must not be promised to a model on the CPU."""
+    asked = []
+
+    def none(device_type):
+        asked.append(device_type)
+        return {}
+
+    monkeypatch.setattr("keye_model.keye.backends", none)
+    Keye.from_pretrained(preview_checkpoint, device="cpu")
+    assert asked == ["cpu", "cpu"]
+
+
+def test_pixel_bounds_reach_the_processor(preview_checkpoint, conversations):
+    small = Keye.from_pretrained(preview_checkpoint, max_pixels=4 * 784)
+    assert small.generate(conversations[0], **GREEDY).usage.image_tokens <= 4
 
 
 def test_stop_string_cuts_the_text(keye, conversations):
@@ -139,7 +215,7 @@ def test_the_parts_of_an_answer_come_back_parsed(keye, conversations, monkeypatc
     def scripted(logits, *_, **__):
         return torch.full((logits.shape[0],), next(tokens))
 
-    monkeypatch.setattr("keye_model.generation.sample", scripted)
+    monkeypatch.setattr("keye_model.decode_batch.sample", scripted)
     answer = keye.generate(conversations[3], max_new_tokens=len(ids))
     assert (answer.analysis, answer.thinking, answer.text) == ("easy", "so", "done")
 
@@ -231,13 +307,21 @@ def test_prompt_longer_than_the_context(keye):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_backend_that_cannot_serve(preview_checkpoint, backend):
     with pytest.raises(
-        RuntimeError, match=f"backend '{backend}' cannot serve .*no {backend} kernel"
+        RuntimeError,
+        match=f"must be served by the backend asked for, got nothing .*no {backend} kernel",
     ):
         Keye.from_pretrained(preview_checkpoint, backend=backend)
 
 
+def test_unknown_device(preview_checkpoint):
+    with pytest.raises(ValueError, match=r"^device must be 'auto', a CPU or a CUDA device"):
+        Keye.from_pretrained(preview_checkpoint, device="gpu")
+
+
 def test_unknown_backend(preview_checkpoint):
-    with pytest.raises(ValueError, match="must be one of auto, cuda, triton, reference, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, cuda, triton, reference, got 'gpu'"
+    ):
         Keye.from_pretrained(preview_checkpoint, backend="gpu")
 
 
@@ -246,8 +330,6 @@ def test_named_backend_holds_for_this_object_only(keye, conversations, monkeypat
     real = keye.model.model.language_model.forward
 
     def forward(*arguments):
-        from keye_kernels import backends
-
         chosen.append(backends()["rms_norm"].why_not["triton"])
         return real(*arguments)
 
