@@ -18,7 +18,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from keye_model.hub import read_json
-from keye_model.processing.image import image_source
+from keye_model.processing.items import checked_item, source_of
 
 ROLES = ("system", "user", "assistant")
 Thinking = Literal["auto"] | bool
@@ -53,7 +53,8 @@ DEFAULT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' if add_generation_prompt -}}
 """
 
-_KEYS = {"image": "image", "image_url": "image", "video": "video", "text": "text"}
+_KEYS = {key: key for key in ("text", "image", "video")}
+_KEYS |= {"image_url": "image", "video_url": "video"}
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,25 @@ def read_template(directory: Path) -> str:
 
 
 def normalize_messages(
-    messages: Sequence[dict[str, Any]], *, reserved: Collection[str], sources: bool
+    messages: Sequence[dict[str, Any]],
+    *,
+    reserved: Collection[str],
+    sources: bool,
+    version: str,
 ) -> list[dict[str, Any]]:
     """Check a conversation and return a copy in which every item of a content list has a type.
 
     Args:
         messages: Each has a ``role`` of `ROLES` and a ``content``: a string, or a list of items of
-            ``type`` text, image (also image_url) or video. Without a ``type``, an item is what its
-            only key among text, image, image_url and video says.
+            ``type`` text, image (also image_url) or video (also video_url). Without a ``type``, an
+            item is what its only key among these says. Other keys: see `fetch_image` for images,
+            `sample_preview` and `sample_1_5` for videos; ``detail`` and ``cache_control`` are
+            passed over.
         reserved: Strings that no text may hold, because as special tokens they would open a turn
             or claim a picture's place.
         sources: Whether each image and video must name its source; else it may be a bare
             placeholder such as ``{"type": "image"}``.
+        version: "1.0" (8B-Preview) or "1.5": the line whose keys a video may have.
 
     Raises:
         ValueError: Something is missing, unknown or reserved; the message says where.
@@ -115,7 +123,7 @@ def normalize_messages(
     if not messages:
         raise ValueError("messages must hold at least one message, got none")
     return [
-        _message(message, f"messages[{index}]", reserved, sources)
+        _message(message, f"messages[{index}]", reserved, sources, version)
         for index, message in enumerate(messages)
     ]
 
@@ -231,7 +239,9 @@ def _section(text: str, tag: str) -> tuple[str | None, str]:
     return body[len(tag) + 2 : last.start()].strip(), body[last.end() :]
 
 
-def _message(message: Any, where: str, reserved: Collection[str], sources: bool) -> dict[str, Any]:
+def _message(
+    message: Any, where: str, reserved: Collection[str], sources: bool, version: str
+) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise TypeError(f"{where} must be a dict, got {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
@@ -247,7 +257,8 @@ def _message(message: Any, where: str, reserved: Collection[str], sources: bool)
     if not content:
         raise ValueError(f"{where}['content'] must not be empty, got an empty list")
     items = [
-        _item(item, f"{where}['content'][{index}]", sources) for index, item in enumerate(content)
+        _item(item, f"{where}['content'][{index}]", sources, version)
+        for index, item in enumerate(content)
     ]
     # Neighbouring texts are joined without a separator, so they are searched as one.
     pieces = (item["text"] if item["type"] == "text" else "\0" for item in items)
@@ -255,27 +266,26 @@ def _message(message: Any, where: str, reserved: Collection[str], sources: bool)
     return {"role": role, "content": items}
 
 
-def _item(item: Any, where: str, sources: bool) -> dict[str, Any]:
+def _item(item: Any, where: str, sources: bool, version: str) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise TypeError(f"{where} must be a dict, got {type(item).__name__}")
     kinds = {_KEYS[key] for key in _KEYS if item.get(key) is not None}
     named = item.get("type")
     if named is not None and named not in _KEYS:
-        raise ValueError(f"{where}['type'] must be text, image, image_url or video, got {named!r}")
+        raise ValueError(
+            f"{where}['type'] must be text, image, image_url, video or video_url, got {named!r}"
+        )
     kinds |= {_KEYS[named]} if named else set()
     if len(kinds) != 1:
         found = f"{', '.join(sorted(kinds))} together" if kinds else f"the keys {sorted(item)}"
         raise ValueError(f"{where} must be one of text, image or video, got {found}")
     kind = kinds.pop()
-    if kind == "text":
-        if not isinstance(item.get("text"), str):
-            raise ValueError(f"{where}['text'] must be a string, got {item.get('text')!r}")
-        return {"type": "text", "text": item["text"]}
-    source = image_source(item) if kind == "image" else item.get("video")
-    if sources and source is None:
+    if kind == "text" and not isinstance(item.get("text"), str):
+        raise ValueError(f"{where}['text'] must be a string, got {item.get('text')!r}")
+    checked = checked_item(item, kind, where, version)
+    if sources and kind != "text" and source_of(checked) is None:
         raise ValueError(f"{where} must name its source under {kind!r}, got none")
-    kept = {key: value for key, value in item.items() if value is not None}
-    return {**kept, "type": kind}
+    return checked
 
 
 def _check_text(text: str, where: str, reserved: Collection[str]) -> None:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from keye_model.processing.fetch import describe, fetch, file_url_path
+from keye_model.processing.items import source_of
 
 MAX_RATIO = 200  # longer side / shorter side, in both rules
 MIN_PIXELS = 4 * 28 * 28  # helper's default bound for images, both releases
@@ -93,7 +94,7 @@ def fetch_image(
         ValueError: No source, or the picture's sides differ by more than a factor of 200; else as
             `load_image`.
     """
-    source = image_source(item)
+    source = source_of(item)
     if source is None:
         raise ValueError(f"an image item must have 'image' or 'image_url', got {sorted(item)}")
     alpha = "white" if version == "1.0" else "drop"
@@ -117,14 +118,6 @@ def fetch_image(
     except ValueError as error:
         raise ValueError(f"image {describe(source)}: {error}") from error
     return image.resize((width, height))  # Pillow's default filter: bicubic
-
-
-def image_source(item: dict[str, Any]) -> Any:
-    """What an image item points at; None for a bare placeholder."""
-    source = item.get("image")
-    if source is None:
-        source = item.get("image_url")
-    return source.get("url") if isinstance(source, dict) else source
 
 
 def helper_size(

@@ -303,7 +303,12 @@ class KeyeProcessor:
         *,
         sources: bool,
     ) -> tuple[str, list[dict[str, Any]]]:
-        checked = normalize_messages(messages, reserved=self._reserved, sources=sources)
+        checked = normalize_messages(
+            messages,
+            reserved=self._reserved,
+            sources=sources,
+            version=self.config.variant.video_version,
+        )
         checked = add_thinking(checked, thinking)
         text = render(
             self.chat_template,

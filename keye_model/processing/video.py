@@ -20,6 +20,7 @@ from keye_model.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.image import load_image, normalize, patchify, processor_size
 from keye_model.processing.image_processor import KeyeImageProcessor
+from keye_model.processing.items import checked_item
 from keye_model.processing.patches import Frame, VideoPatches
 from keye_model.processing.slow_fast import FrameSizes, frame_sizes, resize_bilinear
 from keye_model.processing.video_loading import sample_1_5, sample_preview
@@ -88,6 +89,7 @@ class KeyeVideoProcessor:
             FileNotFoundError, ValueError, TypeError, RuntimeError: As `VideoFile`, or a key is out
                 of range.
         """
+        item = checked_item(item, "video", "a video item", self.version)
         sample = sample_preview if self.version == "1.0" else sample_1_5
         frames, options = sample(item, local_files_only=self.local_files_only)
         if self.version == "1.0":

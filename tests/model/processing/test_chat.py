@@ -31,7 +31,7 @@ def _text(text):
 
 
 def _normalized(*messages, sources=False):
-    return normalize_messages(messages, reserved=RESERVED, sources=sources)
+    return normalize_messages(messages, reserved=RESERVED, sources=sources, version="1.0")
 
 
 def _rendered(*messages, template=DEFAULT_TEMPLATE, **options):
@@ -231,7 +231,7 @@ def test_template_that_fails(template, message):
         (
             [_user(_text("a"), {"type": "audio", "audio": "a.wav"})],
             ValueError,
-            r"\['content'\]\[1\]\['type'\] must be text, image, image_url or video, got 'audio'",
+            r"\['content'\]\[1\]\['type'\] must be text, .* or video_url, got 'audio'",
         ),
         ([_user({"sound": "a"})], ValueError, r"must be one of .*, got the keys \['sound'\]"),
         ([_user({"type": "text"})], ValueError, r"\['text'\] must be a string, got None"),
@@ -249,7 +249,7 @@ def test_template_that_fails(template, message):
 )
 def test_bad_messages(messages, error, message):
     with pytest.raises(error, match=message):
-        normalize_messages(messages, reserved=(), sources=False)
+        normalize_messages(messages, reserved=(), sources=False, version="1.0")
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -113,8 +113,13 @@ def test_nothing_to_see(version):
     [
         ([], "messages must be a list of at least one message, got"),
         ("hello", "messages must be a list of at least one message, got 'hello'"),
-        (_turn({"type": "image"}), r"must name an 'image', 'image_url' or 'video', got \['type'\]"),
-        (_turn({"type": "video", "video": None}), "must name an 'image', 'image_url' or 'video'"),
+        (_turn({"type": "image"}), r"\['content'\]\[0\] must name an 'image', .* got \['type'\]"),
+        (_turn({"type": "video", "video": None}), "must name an 'image', 'image_url', 'video' or"),
+        (_turn({"image": "a.png", "video": "a.mp4"}), r"got \['image', 'video'\]"),
+        (
+            _turn({"image": "/no/such.png"}, {"type": "video", "video": "a.mp4", "FPS": 1}),
+            r"messages\[0\]\['content'\]\[1\] has unknown key 'FPS'; known: video, ",
+        ),
     ],
 )
 def test_bad_messages(messages, message):

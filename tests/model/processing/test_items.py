@@ -1,0 +1,80 @@
+"""Keys of message items: what is read is known, anything else is refused before it is loaded."""
+
+import numpy as np
+import pytest
+
+from keye_model.processing.items import checked_item
+from keye_model.processing.video import KeyeVideoProcessor
+from tests.model.processing.messages import picture, user
+
+FRAMES = [picture(), picture()]
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "item", "message"),
+    [
+        ("1.0", "video", {"video": "a", "max_frame": 4}, "key 'max_frame'; known: video, .*fps"),
+        ("1.0", "video", {"video": "a", "nframe": 4}, "unknown key 'nframe'; known"),
+        ("1.5", "video", {"video": "a", "FPS": 4}, "unknown key 'FPS'; known"),
+        ("1.0", "image", {"image": "a", "`max_pixels`": 4}, "unknown key '`max_pixels`'; known"),
+        ("1.5", "image", {"image": "a", "fps": 4}, "unknown key 'fps'; known: image, image_url"),
+        ("1.0", "text", {"text": "a", "name": "b"}, "unknown key 'name'; known: text$"),
+        ("1.5", "video", {"video": "a", "min_frames": 4}, "'min_frames', which belongs to .*-8B-P"),
+        ("1.5", "video", {"video": "a", "total_pixels": 4}, "belongs to Keye-VL-8B-Preview; known"),
+        ("1.0", "video", {"video": "a", "video_total_pixels": 4}, "belongs to Keye-VL-1.5; known"),
+        ("1.0", "frames", {"video": FRAMES, "min_frame_similarity": 1}, "belongs to Keye-VL-1.5;"),
+        ("1.0", "frames", {"video": FRAMES, "nframes": 2}, "which belongs to Keye-VL-1.5; known"),
+        ("1.5", "frames", {"video": FRAMES, "video_end": 2}, "which is for a file; known: video"),
+        ("1.0", "frames", {"video": np.zeros((2, 3, 28, 28)), "max_frames": 2}, "'max_frames'"),
+        ("1.0", "video", {"video": "a", "timestamps": [0]}, "which is for a list of frames; known"),
+        ("1.5", "video", {"video": "a", "resized_width": 56}, "which is for a list of frames|8B"),
+        ("1.0", "image", {"image": {"url": "a", "max_pixels": 4}}, r"\['image'\] has unknown key"),
+        ("1.0", "video", {"video_url": {"url": "a", "fps": 4}}, r"\['video_url'\] has unknown key"),
+        ("1.0", "frames", {"video": [{"image": "a", "size": 4}]}, r"\['video'\]\[0\] .* 'size'"),
+        ("1.0", "image", {"image": "a", "resized_width": 56}, "both resized_height and resized_w"),
+        ("1.0", "video", {"video": "a", "resized_height": 56}, "or neither, got one"),
+    ],
+)
+def test_bad_keys(version, kind, item, message):
+    with pytest.raises(ValueError, match=rf"^here.*{message}"):
+        checked_item(item, "video" if kind == "frames" else kind, "here", version)
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "video"])
+def test_habits_of_other_interfaces_are_passed_over(kind):
+    item = {"type": f"{kind}_url", kind: "a", "detail": "high", "cache_control": {}, "size": None}
+    assert checked_item(item, kind, "here", "1.0") == {"type": kind, kind: "a"}
+    if kind != "text":
+        nested = {f"{kind}_url": {"url": "a", "detail": "low"}}
+        assert checked_item(nested, kind, "here", "1.0")["type"] == kind
+
+
+def test_every_key_is_known_to_its_line():
+    file = {"video": "a", "fps": 1, "max_frames": 4, "video_start": 0, "min_pixels": 1}
+    preview = {"min_frames": 2, "total_pixels": 1, "resized_height": 28, "resized_width": 28}
+    new = {"video_total_pixels": 1, "min_frame_similarity": 0.5}
+    assert checked_item(file | preview, "video", "", "1.0") == file | preview | {"type": "video"}
+    assert checked_item(file | new, "video", "", "1.5") == file | new | {"type": "video"}
+
+
+def test_request_checks_before_it_loads(processor):
+    messages = user({"type": "image", "image": "/no/such.png", "max_pixel": 4})
+    with pytest.raises(ValueError, match=r"messages\[0\]\['content'\]\[0\] has .* 'max_pixel'; kn"):
+        processor.request(messages)
+    messages = user({"image": "/no/such.png"}, {"type": "video", "video": "a", "max_frame": 4})
+    with pytest.raises(ValueError, match=r"messages\[0\]\['content'\]\[1\] has .* 'max_frame'; kn"):
+        processor.request(messages)
+
+
+def test_video_processor_checks_too(make_video):
+    with pytest.raises(ValueError, match="a video item has unknown key 'max_frame'; known"):
+        KeyeVideoProcessor().patches({"video": make_video(4), "max_frame": 4})
+
+
+def test_video_url_item(processor, make_video):
+    data = make_video(4)
+    plain = processor.request(user({"type": "video", "video": data}))
+    for source in (data, {"url": data}):
+        request = processor.request(user({"type": "video_url", "video_url": source}))
+        assert request.input_ids.tolist() == plain.input_ids.tolist()
+        assert request.pixel_values_videos.equal(plain.pixel_values_videos)
