@@ -32,6 +32,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/.installed: $(SOURCES)
+	@echo "installing torch and the rest into $(VENV), once; this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@

@@ -7,17 +7,23 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import keye_kernels
+from keye_model import demo
+from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.config import KeyeConfig
+from keye_model.detokenizer import Detokenizer
+from keye_model.hub import locate
 from keye_model.keye import Keye
 from keye_model.plan import plan
 from keye_model.processing.processor import KeyeProcessor
+from keye_model.sampling import GenerationDefaults
 
 _DEFAULT_MODEL = "Kwai-Keye/Keye-VL-8B-Preview"
 _THINKING = {"auto": "auto", "on": True, "off": False}
@@ -39,35 +45,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keye", description="Keye-VL on keye-kernels.")
+    parser.add_argument("--version", action="version", version=keye_kernels.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
 
     generate = command("generate", _generate, "answer one question about images and videos")
-    chat = command("chat", _chat, "talk; /image PATH and /video PATH add to the next message")
+    chat = command("chat", _chat, "talk; /image and /video add to the next message")
     for sub in (generate, chat):
         _add_model(sub, _DEFAULT_MODEL)
         sub.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
         sub.add_argument("--backend", default="auto", help="auto, cuda, triton, reference")
-        sub.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-        sub.add_argument("--thinking", choices=_THINKING, default="auto")
+        sub.add_argument(
+            "--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (512)"
+        )
+        sub.add_argument("--thinking", choices=_THINKING, default="auto", help="ask for it or not")
         sub.add_argument("--greedy", action="store_true", help="always the most likely token")
-        sub.add_argument("--temperature", type=float)
-        sub.add_argument("--top-k", type=int)
-        sub.add_argument("--top-p", type=float)
-        sub.add_argument("--repetition-penalty", type=float)
-        sub.add_argument("--seed", type=int)
-        sub.add_argument("--stop", action="append", default=[], metavar="TEXT")
+        sub.add_argument("--temperature", type=float, metavar="T", help="as the checkpoint says")
+        sub.add_argument("--top-k", type=int, metavar="K", help="as the checkpoint says; 0 is off")
+        sub.add_argument(
+            "--top-p", type=float, metavar="P", help="as the checkpoint says; 1 is off"
+        )
+        sub.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is off")
+        sub.add_argument("--seed", type=int, help="makes a sampled answer repeatable")
+        sub.add_argument(
+            "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+        )
     generate.add_argument("--json", action="store_true", help="the whole answer as JSON")
     _add_inputs(generate)
 
-    demo = command("demo", _demo, "a picture, a video and a mixed batch")
-    demo.add_argument("--model", help="directory or Hub id; without it random weights")
-    demo.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    showing = command("demo", _demo, "a picture, a video and a mixed batch")
+    showing.add_argument("--model", help="directory or Hub id; without it random weights")
+    showing.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
 
     info = command("info", _info, "versions, device, backend of each op, and a checkpoint's facts")
     _add_model(info, None)
@@ -75,29 +88,45 @@ def _parser() -> argparse.ArgumentParser:
     planning = command("plan", _plan, "tokens, memory and least time of a request, before it runs")
     _add_model(planning, _DEFAULT_MODEL)
     _add_inputs(planning)
-    planning.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    planning.add_argument("--batch", type=int, default=1, help="as many equal requests")
+    planning.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="of each request (512)"
+    )
+    planning.add_argument("--batch", type=int, default=1, help="as many equal requests (1)")
     planning.add_argument("--matmul", type=float, default=790, help="TFLOP/s (H200: 790)")
     planning.add_argument("--copy", type=float, default=4.3, help="TB/s (H200: 4.3)")
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str | None) -> None:
-    parser.add_argument("--model", default=default, help=f"directory or Hub id ({default})")
+    parser.add_argument(
+        "--model", default=default, help=f"directory or Hub id{f' ({default})' if default else ''}"
+    )
     parser.add_argument("--local-files-only", action="store_true", help="never touch the network")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", action="append", default=[], metavar="PATH_OR_URL")
-    parser.add_argument("--video", action="append", default=[], metavar="PATH_OR_URL")
-    parser.add_argument("--fps", type=float, help="frames per second taken of each video")
-    parser.add_argument("--max-frames", type=int, metavar="N")
+    for kind in ("image", "video"):
+        parser.add_argument(
+            f"--{kind}", action="append", default=[], metavar="PATH_OR_URL", help="repeatable"
+        )
+    parser.add_argument("--fps", type=float, help="frames per second taken of each video (2)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="at most, of each video")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="of each image")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("text", help="the question")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    stream = _load(arguments).stream(_messages(arguments), **_options(arguments))
+    # Everything that can be wrong is found before the weights are read.
+    options, thinking = _options(arguments), _THINKING[arguments.thinking]
+    local = {"local_files_only": arguments.local_files_only}
+    directory = locate(arguments.model, weights=False, **local)
+    chosen = {name: value for name, value in options.items() if name != "stop_strings"}
+    GenerationDefaults.from_directory(directory).params(**chosen)
+    processor = KeyeProcessor.from_pretrained(directory, max_pixels=arguments.max_pixels, **local)
+    Detokenizer(processor.tokenizer, arguments.stop)
+    request = processor.request(_messages(arguments), thinking=thinking)
+    stream = _load(arguments, processor).stream(request, **options)
     for piece in stream:
         if not arguments.json:
             print(piece, end="", flush=True)
@@ -105,42 +134,48 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    keye = _load(arguments)
-    print("/image PATH, /video PATH, /reset, /quit", file=sys.stderr)
+    local = {"local_files_only": arguments.local_files_only}
+    keye = _load(arguments, KeyeProcessor.from_pretrained(arguments.model, **local))
+    options = _options(arguments) | {"thinking": _THINKING[arguments.thinking]}
+    print("/image PATH_OR_URL, /video PATH_OR_URL, /reset, /quit", file=sys.stderr)
     messages: list[dict[str, Any]] = []
     items: list[dict[str, Any]] = []
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        command, _, rest = line.partition(" ")
+        command, _, source = (part.strip() for part in line.partition(" "))
         if command == "/quit":
             return
         if command == "/reset":
             messages, items = [], []
         elif command in ("/image", "/video"):
-            items.append({"type": command[1:], command[1:]: rest.strip()})
+            if "://" in source or Path(source).expanduser().is_file():
+                items.append({"type": command[1:], command[1:]: source})
+            else:
+                print(f"keye: error: {command[1:]} must be a file or URL, got {source!r}",
+                      file=sys.stderr)  # fmt: skip
         elif line.startswith("/"):
-            print(f"unknown command {command}", file=sys.stderr)
+            print(f"keye: error: unknown command {command}", file=sys.stderr)
         elif line:
             turn = {"role": "user", "content": [*items, {"type": "text", "text": line}]}
+            items = []
+            said = ""
             try:
-                said = ""
-                for piece in keye.stream([*messages, turn], **_options(arguments)):
+                for piece in keye.stream([*messages, turn], **options):
                     print(piece, end="", flush=True)
                     said += piece
-                print()
-            except (ValueError, TypeError, OSError) as error:
+            except KeyboardInterrupt:
+                print(" (stopped)", file=sys.stderr)
+            except _ERRORS as error:
                 print(f"keye: error: {error}", file=sys.stderr)
                 continue
+            print()
             messages += [turn, {"role": "assistant", "content": said}]
-            items = []
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from keye_model import demo
-
     demo.run(arguments.model, max_new_tokens=arguments.max_new_tokens)
 
 
@@ -151,8 +186,7 @@ def _info(arguments: argparse.Namespace) -> None:
     for package in ("torch", "triton", "av", "tokenizers"):
         print(f"{package:13} {_version(package)}")
     print(f"device        {torch.cuda.get_device_name() if cuda else 'CPU'}")
-    for op, served in keye_kernels.backends().items():
-        print(f"  {op:24} {served}")
+    print(demo.describe_backends())
     if arguments.model:
         config = KeyeConfig.from_pretrained(
             arguments.model, local_files_only=arguments.local_files_only
@@ -173,14 +207,17 @@ def _plan(arguments: argparse.Namespace) -> None:
         )
     local = {"local_files_only": arguments.local_files_only}
     config = KeyeConfig.from_pretrained(arguments.model, **local)
-    request = KeyeProcessor.from_pretrained(arguments.model, **local).request(_messages(arguments))
+    processor = KeyeProcessor.from_pretrained(
+        arguments.model, max_pixels=arguments.max_pixels, **local
+    )
+    request = processor.request(_messages(arguments))
     counts = plan(config, [request] * arguments.batch, arguments.max_new_tokens)
     seconds = counts.floor_seconds(arguments.matmul * 1e12, arguments.copy * 1e12)
+    context = config.text_config.max_position_embeddings
     tokens = f"{counts.prompt_tokens[0]:,} tokens each"
-    print(
-        f"prompt        {arguments.batch} x {tokens}, context "
-        f"{config.text_config.max_position_embeddings:,}"
-    )
+    if counts.prompt_tokens[0] >= context:
+        tokens += ", TOO LONG"
+    print(f"prompt        {arguments.batch} x {tokens}, context {context:,}")
     print(
         f"vision        {counts.image_tokens:,} image tokens, {counts.video_tokens:,} video "
         f"tokens, {counts.patches:,} patches, longest segment {counts.longest_segment:,}"
@@ -206,14 +243,14 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
 
 
-def _load(arguments: argparse.Namespace) -> Keye:
-    return Keye.from_pretrained(
+def _load(arguments: argparse.Namespace, processor: KeyeProcessor) -> Keye:
+    model = KeyeForConditionalGeneration.from_pretrained(
         arguments.model,
         dtype=arguments.dtype,
-        device=arguments.device,
-        backend=arguments.backend,
+        device_map=resolve_device("device", arguments.device),
         local_files_only=arguments.local_files_only,
     )
+    return Keye(model, processor, backend=arguments.backend)
 
 
 def _messages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -229,7 +266,6 @@ def _messages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "max_new_tokens": arguments.max_new_tokens,
-        "thinking": _THINKING[arguments.thinking],
         "stop_strings": arguments.stop,
         "do_sample": False if arguments.greedy else None,
         "temperature": arguments.temperature,

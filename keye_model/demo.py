@@ -41,7 +41,7 @@ def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
             print(f"\n{title}: {messages[0]['content'][-1]['text']}\n> ", end="", flush=True)
             stream = keye.stream(messages, max_new_tokens=max_new_tokens, seed=0)
             for piece in stream:
-                print(piece, end="", flush=True)
+                print(_printable(piece), end="", flush=True)
             print()
             _print_costs([stream.answer])
 
@@ -49,12 +49,22 @@ def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
         words = [{"role": "user", "content": "How many objects are there?"}]
         answers = keye.generate([look, watch, both, words], max_new_tokens=max_new_tokens, seed=0)
         for answer in answers:
-            print(f"> {answer.text}")
+            print(f"> {_printable(answer.text)}")
         _print_costs(answers)
 
-    print("\nbackend of each op")
-    for op, served in backends().items():
-        print(f"  {op:24} {served}")
+    print("\n" + describe_backends())
+
+
+def describe_backends() -> str:
+    """A line for each op: who serves it here, and why the others do not."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [f"backend of each op for {device} tensors"]
+    for op, served in backends(device).items():
+        reasons = (f"{name}: {why}" for name, why in served.why_not.items())
+        lines.append(
+            f"  {op:24} {served.backend:10} {'; '.join(reasons)}".replace(f" for {op}", "")
+        )
+    return "\n".join(lines)
 
 
 def draw_picture(path: Path) -> Path:
@@ -80,6 +90,11 @@ def draw_video(path: Path, *, seconds: int = 2, fps: int = 4) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def _printable(text: str) -> str:
+    """Random weights say control characters too, which a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _turn(item: dict, question: str) -> list[dict]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import keye_kernels
 from keye_model.cli import main
 
 
@@ -57,6 +58,45 @@ def test_chat_keeps_the_conversation(capsys, monkeypatch, preview_checkpoint, me
     assert "nowhere.png" in err
 
 
+def test_chat_outlives_an_answer_that_fails_or_is_stopped(capsys, monkeypatch, preview_checkpoint):
+    lines = iter(["one", "two", "three", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    outcomes = iter([RuntimeError("out of memory"), KeyboardInterrupt(), None])
+    seen = []
+
+    def stream(_, messages, **__):
+        seen.append(len(messages))
+        yield "said"
+        outcome = next(outcomes)
+        if outcome:
+            raise outcome
+
+    monkeypatch.setattr("keye_model.keye.Keye.stream", stream)
+    status, out, err = run(capsys, "chat", "--model", preview_checkpoint)
+    assert status == 0
+    assert seen == [1, 1, 3]  # a failed turn is forgotten, a stopped one is kept as far as it went
+    assert "keye: error: out of memory" in err
+    assert "(stopped)" in err
+    assert out.count("said") == 3
+
+
+def test_mistakes_are_found_before_the_weights_are_read(capsys, monkeypatch, preview_checkpoint):
+    def load_model(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("keye_model.conditional_generation.load_model", load_model)
+    for mistake in (("--image", "nowhere.png"), ("--top-p", 7), ("--stop", ""), ("--device", "x")):
+        status, _, err = run(capsys, "generate", "--model", preview_checkpoint, *mistake, "Hello")
+        assert status == 1
+        assert "keye: error: " in err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == keye_kernels.__version__
+
+
 def test_chat_ends_with_the_input(capsys, monkeypatch, preview_checkpoint):
     def end(_):
         raise EOFError
@@ -94,8 +134,8 @@ def test_demo(capsys):
         (("--image", "nowhere.png"), "nowhere.png"),
         (("--max-new-tokens", "0"), "max_new_tokens must be a positive integer, got 0"),
         (("--greedy", "--temperature", "0.5"), "temperature must be left out"),
-        (("--backend", "triton"), "backend 'triton' cannot serve"),
-        (("--device", "toaster"), "device_map must be"),
+        (("--backend", "triton"), "must be served by the backend asked for"),
+        (("--device", "toaster"), "error: device must be"),
         (("--dtype", "int4"), "dtype must be"),
     ],
 )
