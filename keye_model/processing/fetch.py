@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import http.client
 import os
 import time
@@ -27,7 +29,10 @@ def fetch(url: str, *, max_bytes: int, timeout: float, local_files_only: bool = 
     """
     name = describe(url)
     if not url.lower().startswith("https://"):
-        raise ValueError(f"URL must start with https://, got {name}")
+        raise ValueError(
+            f"URL must start with https://, got {name}: http:// is refused by design, since what "
+            "it brings can be changed on the way; use https:// or download the file first"
+        )
     if local_files_only or _offline():
         reason = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
         raise RuntimeError(f"URL {name} must not be fetched while {reason} is set")
@@ -54,6 +59,27 @@ def describe(source: Any) -> str:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
     return f"{type(source).__name__} object"
+
+
+def decode_data_url(url: str) -> bytes:
+    """The bytes in a ``data:<type>;base64,<data>`` URL.
+
+    Raises:
+        ValueError: Not base64.
+    """
+    header, comma, body = url.partition(",")
+    data = decode_base64(body) if comma and header.endswith(";base64") else None
+    if data is None:
+        raise ValueError(f"a data URL must be 'data:<type>;base64,<data>', got {describe(url)}")
+    return data
+
+
+def decode_base64(text: str) -> bytes | None:
+    """The bytes, or None if ``text`` without its white space is no base64."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 def file_url_path(url: str) -> str:

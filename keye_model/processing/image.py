@@ -8,8 +8,6 @@ image_processing_keye.py of Keye-VL-8B-Preview, or the Qwen2-VL rule in the tran
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import math
 import numbers
@@ -22,12 +20,19 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from keye_model.processing.fetch import describe, fetch, file_url_path
+from keye_model.processing.fetch import (
+    decode_base64,
+    decode_data_url,
+    describe,
+    fetch,
+    file_url_path,
+)
 from keye_model.processing.items import source_of
 
 MAX_RATIO = 200  # longer side / shorter side, in both rules
 MIN_PIXELS = 4 * 28 * 28  # helper's default bound for images, both releases
 MAX_PIXELS = {"1.0": 16384 * 28 * 28, "1.5": 20480 * 28 * 28}  # by keye-vl-utils release
+MAX_TOKENS = 1 << 17  # of a picture after either resize: as much as the longest context
 MAX_IMAGE_BYTES = 256 << 20
 FETCH_TIMEOUT = 60.0  # seconds
 # What Pillow's decoders raise on broken files; each format has its own habits.
@@ -41,22 +46,27 @@ def load_image(
 ) -> Image.Image:
     """Load one picture as RGB.
 
-    EXIF orientation is not applied, because the published helper does not apply it. Of a file with
-    several frames the first is taken.
+    EXIF orientation is not applied, because the published helper does not apply it: a photo that a
+    phone stored lying down with a note to turn it is seen lying down. Turn it beforehand with
+    ``PIL.ImageOps.exif_transpose``. Of a file with several frames the first is taken.
+
+    16-bit grey becomes 8-bit by its high byte (value // 256), as Pillow reads 16-bit colour.
 
     Args:
         source: A path, a ``file://`` or ``https://`` URL, a ``data:…;base64,`` URL, a bare base64
-            string, the bytes of an image file, an open binary file, a PIL image, or a uint8 NumPy
-            array or torch tensor [height, width], [height, width, channels] or
-            [channels, height, width] with 1, 3 or 4 channels (read as channels-last if both fit).
-        alpha: What becomes of an RGBA picture: "white" composites it over white (keye-vl-utils
-            1.0.0), "drop" discards the alpha channel (1.5.x, and both image processors).
+            string, the bytes of an image file, an open binary file (read from its start if it can
+            seek), a PIL image, or a uint8 NumPy array or torch tensor [height, width],
+            [height, width, channels] or [channels, height, width] with 1, 3 or 4 channels (read as
+            channels-last if both fit).
+        alpha: What becomes of a picture with transparency: "white" composites it over white, as
+            keye-vl-utils 1.0.0 does for RGBA (and here for grey and palettes, too), "drop" discards
+            the alpha channel (1.5.x, and both image processors).
         local_files_only: Refuse https URLs. ``HF_HUB_OFFLINE=1`` does the same.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: Empty, truncated, not an image, or more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS`` (which Pillow itself would only warn about).
+        ValueError: Empty, truncated, not an image, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``
+            (which Pillow itself would only warn about), or 32-bit samples, whose white is unknown.
         TypeError: Another kind of source, or an array that is not uint8.
         RuntimeError: A URL that could not be fetched, or offline.
     """
@@ -73,11 +83,7 @@ def load_image(
         image.load()
     except _BROKEN as error:
         raise ValueError(f"image must be a complete image file, got {name}: {error}") from error
-    if image.mode == "RGBA" and alpha == "white":
-        canvas = Image.new("RGB", image.size, (255, 255, 255))
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image.convert("RGB")
+    return _as_rgb(_as_bytes(image, name), alpha)
 
 
 def fetch_image(
@@ -87,7 +93,11 @@ def fetch_image(
 
     Args:
         item: Has ``image`` or ``image_url`` (a source, or ``{"url": source}``), and optionally
-            ``min_pixels``, ``max_pixels``, or both ``resized_height`` and ``resized_width``.
+            ``min_pixels``, ``max_pixels``, or both ``resized_height`` and ``resized_width``. The
+            checkpoint's image processor resizes once more within its own bounds, so here
+            ``max_pixels`` can lower its 1003520 pixels (1280 tokens) and not raise them; for that
+            set ``processor.image_processor.max_pixels``, or pass ``max_pixels`` to
+            `KeyeProcessor.from_pretrained`. So for ``min_pixels``.
         version: "1.0" or "1.5": the release's default ``max_pixels`` and handling of alpha.
 
     Raises:
@@ -130,13 +140,15 @@ def helper_size(
     ``factor`` while shrinking and 1.5.x at the end; no other branch can go below.)
 
     Raises:
-        ValueError: A size is not a positive integer, or the ratio of sides exceeds 200.
+        ValueError: A size is not a positive integer, the ratio of sides exceeds 200, or the result
+            has more than 131072 tokens.
     """
     _check_sizes(height, width, factor, min_pixels, max_pixels)
     _check_ratio(height, width)
     high = max(factor, factor * round(height / factor))
     wide = max(factor, factor * round(width / factor))
     high, wide = _fit(height, width, high, wide, factor, min_pixels, max_pixels)
+    _check_tokens(high, wide, factor)
     return max(high, factor), max(wide, factor)
 
 
@@ -156,8 +168,8 @@ def processor_size(
             (image_processing_keye.py of Keye-VL-8B-Preview); "1.5" does not.
 
     Raises:
-        ValueError: A size is not a positive integer, the ratio of sides exceeds 200, or
-            ``max_pixels`` leaves a side of less than one ``factor``.
+        ValueError: A size is not a positive integer, the ratio of sides exceeds 200, the result has
+            more than 131072 tokens, or ``max_pixels`` leaves a side of less than one ``factor``.
     """
     _check_sizes(height, width, factor, min_pixels, max_pixels)
     if version == "1.0":
@@ -173,6 +185,7 @@ def processor_size(
             f"max_pixels must leave both sides of a {height}x{width} picture at least {factor} "
             f"pixels, got {max_pixels}"
         )
+    _check_tokens(high, wide, factor)
     return high, wide
 
 
@@ -254,7 +267,9 @@ def _check_sizes(height: int, width: int, factor: int, min_pixels: int, max_pixe
         "max_pixels": max_pixels,
     }
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        # Only the upper bound may be infinite.
+        if not number or not value > 0 or (value == math.inf and name != "max_pixels"):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
@@ -266,11 +281,22 @@ def _check_ratio(height: int, width: int) -> None:
         )
 
 
+def _check_tokens(high: int, wide: int, factor: int) -> None:
+    tokens = high * wide // factor**2
+    if tokens > MAX_TOKENS:
+        raise ValueError(
+            f"a picture or frame must have at most {MAX_TOKENS} tokens (a whole context) after "
+            f"resizing, got {tokens}: lower min_pixels, max_pixels or the resized size"
+        )
+
+
 def _read(source: Any, name: str, local_files_only: bool) -> bytes:
     """The bytes of an image file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if hasattr(source, "read"):
+        if hasattr(source, "seekable") and source.seekable():
+            source.seek(0)  # an earlier reading may have left it at its end
         data = source.read()
         if not isinstance(data, bytes):
             raise TypeError(f"image file must be opened in binary mode, got {name}")
@@ -290,26 +316,39 @@ def _read(source: Any, name: str, local_files_only: bool) -> bytes:
             local_files_only=local_files_only,
         )
     if scheme.startswith("data:"):
-        header, comma, body = text.partition(",")
-        data = _decode_base64(body) if comma and header.endswith(";base64") else None
-        if data is None:
-            raise ValueError(f"a data URL must be 'data:<type>;base64,<data>', got {name}")
-        return data
+        return decode_data_url(text)
     path = file_url_path(text) if scheme.startswith("file://") else os.path.expanduser(text)
     if os.path.isfile(path):
         with open(path, "rb") as file:
             return file.read()
-    data = _decode_base64(text) if len(text) >= _SHORTEST_BASE64 else None
+    data = decode_base64(text) if len(text) >= _SHORTEST_BASE64 else None
     if data is None:
         raise FileNotFoundError(f"image must be an existing file, got {name}")
     return data
 
 
-def _decode_base64(text: str) -> bytes | None:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        return None
+def _as_bytes(image: Image.Image, name: str) -> Image.Image:
+    """The picture with 8-bit samples; Pillow would clip others to black and white."""
+    # Older releases of Pillow open 16-bit grey PNGs as mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"image must have 8 or 16 bits a sample, got mode {image.mode!r} (32 bits) in {name}: "
+            "scale it to 0 to 255 and convert it to mode 'L'"
+        )
+    return image
+
+
+def _as_rgb(image: Image.Image, alpha: str) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")  # before RGB, so that a transparent palette brings no warning
+    if alpha == "drop":
+        return image.convert("RGB")
+    canvas = Image.new("RGB", image.size, (255, 255, 255))
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
 
 
 def _open(data: bytes, name: str) -> Image.Image:

@@ -23,6 +23,7 @@ from keye_model.processing.video_sampling import (
     V1_5_MIN_PIXELS,
     V1_5_TOTAL_PIXELS,
     bounded_size,
+    check_video_tokens,
 )
 
 MIN_FRAME_SIMILARITY = 0.9
@@ -164,13 +165,19 @@ def frame_sizes(
         height, width: Of the original frames.
         min_pixels, max_pixels: Bounds of a slow frame; below 48 tokens the minimum is 48 tokens.
         total_pixels: Budget of the whole video.
+
+    Raises:
+        ValueError: As `helper_size` and `check_video_tokens`.
     """
     min_pixels = max(int(min_pixels), V1_5_MIN_PIXELS)
     tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, total_pixels)
     slow = bounded_size(height, width, min_pixels, tokens * TOKEN_PIXELS)
     slow_tokens = slow[0] * slow[1] // TOKEN_PIXELS
     fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, V1_5_MIN_PIXELS)
-    return FrameSizes(*slow, *bounded_size(height, width, min_pixels, fast_pixels))
+    sizes = FrameSizes(*slow, *bounded_size(height, width, min_pixels, fast_pixels))
+    fast_tokens = sizes.fast_height * sizes.fast_width // TOKEN_PIXELS
+    check_video_tokens(num_slow * slow_tokens + num_fast * fast_tokens)
+    return sizes
 
 
 def _slow_tokens(

@@ -19,7 +19,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from keye_model.processing.fetch import describe, fetch, file_url_path
+from keye_model.processing.fetch import decode_data_url, describe, fetch, file_url_path
 
 MAX_VIDEO_BYTES = 2 << 30  # of a URL, and of an open file that cannot seek
 MAX_FRAME_PIXELS = 1 << 26  # 8192x8192; a header can claim any size
@@ -47,8 +47,8 @@ class VideoFile:
         """Read the times of all frames; nothing is decoded yet.
 
         Args:
-            source: A path, a ``file://`` or ``https://`` URL, the bytes of a file, or an open
-                binary file (read from its start).
+            source: A path, a ``file://``, ``https://`` or ``data:…;base64,`` URL, the bytes of a
+                file, or an open binary file (read from its start).
             local_files_only: Refuse https URLs. ``HF_HUB_OFFLINE=1`` does the same.
 
         Raises:
@@ -240,14 +240,18 @@ def _local(source: Any, name: str, local_files_only: bool) -> str | bytes | Any:
     """A path that exists, bytes, or an open file that can seek."""
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
-        if not text.lower().startswith(("http://", "https://")):
+        scheme = text[:8].lower()
+        if scheme.startswith("data:"):
+            data = decode_data_url(text)
+        elif scheme.startswith(("http://", "https://")):
+            data = fetch(
+                text,
+                max_bytes=MAX_VIDEO_BYTES,
+                timeout=FETCH_TIMEOUT,
+                local_files_only=local_files_only,
+            )
+        else:
             return _existing(text, name)
-        data = fetch(
-            text,
-            max_bytes=MAX_VIDEO_BYTES,
-            timeout=FETCH_TIMEOUT,
-            local_files_only=local_files_only,
-        )
     elif isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, io.TextIOBase):

@@ -20,6 +20,7 @@ FACTOR = 28  # pixels of one token's side: patch 14, merged 2x2
 TOKEN_PIXELS = FACTOR * FACTOR
 DEFAULT_FPS = 2.0
 MAX_FRAMES = 4096  # more than any context holds at the smallest frame; refused before decoding
+MAX_VIDEO_TOKENS = 1 << 20  # eight times the longest context; 2.5 GB of pixels
 
 PREVIEW_MIN_PIXELS = 128 * TOKEN_PIXELS
 PREVIEW_MAX_PIXELS = 768 * TOKEN_PIXELS
@@ -105,11 +106,18 @@ def frame_count(total: int, rate: float, options: Mapping[str, Any], version: st
         raise ValueError(f"a clip must have at least {least} frames, got {total}")
     count = (_preview_count if version == "1.0" else _count_1_5)(total, rate, options)
     if not least <= count <= total:
+        if "nframes" not in options:  # only this bound can ask for too few
+            raise ValueError(f"max_frames must be at least {least}, got {options['max_frames']}")
+        most = total - total % least  # an even number for "1.0"
         raise ValueError(
-            f"nframes must be from {least} to the {total} frames of the clip, got {count}"
+            f"nframes must be from {least} to {most} in a clip of {total} frames, got "
+            f"{options['nframes']}"
         )
     if count > MAX_FRAMES:
-        raise ValueError(f"nframes must be at most {MAX_FRAMES}, got {count}")
+        raise ValueError(
+            f"a video must give at most {MAX_FRAMES} frames, got {count}: lower nframes, fps, "
+            "min_frames or max_frames"
+        )
     return count
 
 
@@ -129,15 +137,21 @@ def preview_frame_size(
     The token budget is ``total_pixels``, else the environment's VIDEO_MAX_PIXELS, else 115 200
     tokens; a frame gets twice its share of it, at most 768 tokens. ``max_pixels`` can only lower
     this. ``resized_height`` with ``resized_width`` overrides all of it.
+
+    Raises:
+        ValueError: As `helper_size` and `check_video_tokens`.
     """
     if "resized_height" in options and "resized_width" in options:
         height, width = options["resized_height"], options["resized_width"]
-        return helper_size(height, width, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.0"])
-    min_pixels = options.get("min_pixels", PREVIEW_MIN_PIXELS)
-    total = options.get("total_pixels") or _preview_total()
-    max_pixels = max(min(PREVIEW_MAX_PIXELS, total / count * 2), int(min_pixels * 1.05))
-    max_pixels = min(options.get("max_pixels", max_pixels), max_pixels)
-    return bounded_size(height, width, min_pixels, max_pixels)
+        size = helper_size(height, width, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.0"])
+    else:
+        min_pixels = options.get("min_pixels", PREVIEW_MIN_PIXELS)
+        total = options.get("total_pixels") or _preview_total()
+        max_pixels = max(min(PREVIEW_MAX_PIXELS, total / count * 2), int(min_pixels * 1.05))
+        max_pixels = min(options.get("max_pixels", max_pixels), max_pixels)
+        size = bounded_size(height, width, min_pixels, max_pixels)
+    check_video_tokens(count * size[0] * size[1] / TOKEN_PIXELS)
+    return size
 
 
 def bounded_size(height: int, width: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
@@ -152,6 +166,19 @@ def bounded_size(height: int, width: int, min_pixels: float, max_pixels: float) 
     else:
         max_pixels = max(min_pixels, max_pixels)
     return helper_size(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+
+
+def check_video_tokens(tokens: float) -> None:
+    """Refuse a video that could only exhaust the memory, before its frames are decoded.
+
+    Raises:
+        ValueError: ``tokens`` (frames times their area) exceed `MAX_VIDEO_TOKENS`.
+    """
+    if tokens > MAX_VIDEO_TOKENS:
+        raise ValueError(
+            f"a video must have at most {MAX_VIDEO_TOKENS} tokens (many times what any context "
+            f"holds), got {int(tokens)}: lower min_pixels or the number of frames"
+        )
 
 
 def _preview_count(total: int, rate: float, options: Mapping[str, Any]) -> int:

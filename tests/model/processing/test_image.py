@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 
 import numpy as np
 import pytest
@@ -100,6 +101,8 @@ def test_size_ratio(rule, size):
         ({"height": 0}, "height must be a positive number, got 0"),
         ({"max_pixels": -1}, "max_pixels must be a positive number, got -1"),
         ({"min_pixels": "many"}, "min_pixels must be a positive number, got 'many'"),
+        ({"min_pixels": math.inf}, "min_pixels must be a positive number, got inf"),
+        ({"min_pixels": 1e12, "max_pixels": 1e13}, "at most 131072 tokens .* got 12755"),
     ],
 )
 def test_size_bad_values(rule, change, message):
@@ -233,6 +236,59 @@ def test_load_alpha():
     assert np.array_equal(np.array(load_image(rgba, alpha="drop")), rgba[..., :3])
     with pytest.raises(ValueError, match="alpha must be 'white' or 'drop', got 'keep'"):
         load_image(rgba, alpha="keep")
+
+
+@pytest.mark.filterwarnings("error")
+def test_load_transparent_palette_and_grey():
+    """Over white for "white", the colours alone for "drop", and nothing said by Pillow."""
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    data = _encoded(palette, transparency=bytes([0, 255, 0]))  # one alpha for each colour
+    grey = Image.fromarray(np.array([[[9, 0], [8, 255], [7, 0]]], np.uint8), "LA")
+    keyed = _encoded(Image.fromarray(np.array([[9, 8, 9]], np.uint8)), transparency=9)
+    for source, colours in (
+        (data, [[10, 20, 30], [40, 50, 60], [70, 80, 90]]),
+        (grey, [[9] * 3, [8] * 3, [7] * 3]),
+        (keyed, [[9] * 3, [8] * 3, [9] * 3]),
+    ):
+        assert np.array(load_image(source, alpha="drop"))[0].tolist() == colours
+        white = [[255] * 3, colours[1], [255] * 3]
+        assert np.array(load_image(source))[0].tolist() == white
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "I;16B", "I"])
+def test_load_16_bit_grey_by_its_high_byte(kind):
+    levels = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
+    source = Image.fromarray(levels)
+    if kind == "I;16B":
+        source = Image.frombytes(kind, (5, 1), levels.astype(">u2").tobytes())
+    elif kind == "I":  # how older releases of Pillow open such a PNG
+        source = Image.fromarray(levels.astype(np.int32))
+        source.format = "PNG"
+    else:
+        source = _encoded(source, kind)
+    assert np.array(load_image(source))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_load_32_bit_samples(dtype, mode):
+    picture = Image.fromarray(np.zeros((2, 2), dtype))
+    with pytest.raises(ValueError, match=f"8 or 16 bits a sample, got mode '{mode}' .* 0 to 255"):
+        load_image(picture)
+    with pytest.raises(ValueError, match=f"got mode '{mode}' .* in [0-9]+ bytes"):
+        load_image(_encoded(picture, "TIFF"))
+
+
+def test_load_open_file_twice(file, pixels):
+    with file.open("rb") as opened:
+        for _ in range(2):
+            assert np.array_equal(np.array(load_image(opened)), pixels)
+
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+    assert load_image(Pipe(file.read_bytes())).size == (7, 9)
 
 
 def test_load_exif_orientation_is_not_applied(tmp_path):

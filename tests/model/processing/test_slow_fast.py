@@ -242,6 +242,13 @@ def test_resize_bilinear_layouts_agree():
     assert resize_bilinear(frame, 90, 130) is frame
 
 
+def test_frame_sizes_that_could_only_exhaust_the_memory():
+    with pytest.raises(ValueError, match=r"must have at most 131072 tokens \(a whole context\)"):
+        frame_sizes(720, 1280, 1, 0, min_pixels=10**12)
+    with pytest.raises(ValueError, match="a video must have at most 1048576 tokens"):
+        frame_sizes(720, 1280, 600, 0, min_pixels=2_000_000)
+
+
 def test_frame_sizes_extreme_ratio():
     with pytest.raises(ValueError, match="at most 200 times the shorter"):
         frame_sizes(10, 3000, 1, 0)

@@ -324,7 +324,7 @@ def test_bad_items_name_the_file(make_video, tmp_path):
     with pytest.raises(ValueError, match=r"short\.mp4': a clip must have at least 2 frames, got 1"):
         sample_preview({"video": path})
     path.write_bytes(make_video(5))
-    with pytest.raises(ValueError, match=r"short\.mp4': nframes must be from 2 to the 5 frames"):
+    with pytest.raises(ValueError, match=r"short\.mp4': nframes must be from 2 to 4 in a clip"):
         sample_preview({"video": path, "nframes": 6})
     with pytest.raises(ValueError, match=r"short\.mp4': video_start and video_end must enclose"):
         sample_1_5({"video": path, "video_start": 9})

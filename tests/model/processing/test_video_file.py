@@ -1,5 +1,6 @@
 """Video files: every frame found, at its real time, whatever container and header say."""
 
+import base64
 import io
 import wave
 import weakref
@@ -169,7 +170,8 @@ def test_video_file_sources(make_video, tmp_path):
         def seekable(self):
             return False
 
-    sources = [str(path), path, f"file://{path}", path.as_uri(), data, moved, Pipe(data)]
+    data_url = "data:video/mp4;base64," + base64.b64encode(data).decode()
+    sources = [str(path), path, f"file://{path}", path.as_uri(), data_url, data, moved, Pipe(data)]
     for source in sources:
         assert len(list(VideoFile(source).read(range(3)))) == 3
     assert not moved.closed
@@ -231,8 +233,13 @@ def test_video_file_cover_picture_is_no_video(tmp_path):
         (b"ffconcat version 1.0\nfile /etc/hosts\n", ValueError, "FFmpeg can read"),
         (7, TypeError, "video must be a path, URL, bytes, open file, list of frames.*int"),
         ("http://example.org/a.mp4", ValueError, "must start with https://"),
+        ("data:video/mp4;base64,###", ValueError, "a data URL must be 'data:<type>;base64,<data>'"),
+        ("data:video/mp4;base64,", ValueError, "must not be empty, got zero bytes"),
     ],
-    ids=["missing", "folder", "empty", "junk", "audio", "playlist", "concat", "int", "http"],
+    ids=[
+        *("missing", "folder", "empty", "junk", "audio", "playlist", "concat", "int", "http"),
+        *("data_url", "empty_data_url"),
+    ],
 )
 def test_video_file_bad_source(source, error, message):
     with pytest.raises(error, match=message):

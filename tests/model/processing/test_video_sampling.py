@@ -40,7 +40,7 @@ def test_frame_count_preview(total, rate, fps, least, most):
     if count >= 2:
         assert frame_count(total, rate, options, "1.0") == count
     else:
-        with pytest.raises(ValueError, match="nframes must be from 2"):
+        with pytest.raises(ValueError, match="max_frames must be at least 2"):
             frame_count(total, rate, options, "1.0")
 
 
@@ -81,11 +81,13 @@ def test_frame_count_known(total, rate, options, version, count):
     ("total", "options", "version", "message"),
     [
         (1, {}, "1.0", "a clip must have at least 2 frames, got 1"),
-        (10, {"nframes": 1}, "1.0", "nframes must be from 2 to the 10 frames of the clip, got 0"),
-        (10, {"nframes": 12}, "1.0", "nframes must be from 2 to the 10 frames of the clip, got 12"),
-        (10, {"nframes": 12}, "1.5", "nframes must be from 1 to the 10 frames of the clip, got 12"),
-        (9000, {"nframes": 5000}, "1.0", "nframes must be at most 4096, got 5000"),
-        (9000, {"nframes": 5000}, "1.5", "nframes must be at most 4096, got 5000"),
+        (10, {"nframes": 1}, "1.0", "nframes must be from 2 to 10 in a clip of 10 frames, got 1$"),
+        (11, {"nframes": 11}, "1.0", "nframes must be from 2 to 10 in a clip of 11 frames, got 11"),
+        (10, {"nframes": 12}, "1.5", "nframes must be from 1 to 10 in a clip of 10 frames, got 12"),
+        (10, {"max_frames": 1}, "1.0", "max_frames must be at least 2, got 1$"),
+        (9000, {"nframes": 5000}, "1.0", "give at most 4096 frames, got 5000: lower nframes, fps"),
+        (9000, {"nframes": 5000}, "1.5", "give at most 4096 frames, got 5000: lower nframes, fps"),
+        (9000, {"min_frames": 5000, "max_frames": 6000}, "1.0", "4096 frames, got 5000: .*max_fr"),
     ],
 )
 def test_frame_count_errors(total, options, version, message):
@@ -182,6 +184,20 @@ def test_preview_frame_size_environment(monkeypatch):
     monkeypatch.setenv("VIDEO_MAX_PIXELS", "plenty")
     with pytest.raises(ValueError, match="VIDEO_MAX_PIXELS must be a positive number, got"):
         preview_frame_size(720, 1280, 144, {})
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (4, {"min_pixels": 1e12}, r"at most 131072 tokens \(a whole context\) .* lower min_pixels"),
+        (4, {"resized_height": 10**6, "resized_width": 10**9}, "at most 200 times"),
+        (768, {"min_pixels": 10**7}, r"a video must have at most 1048576 tokens \(many times"),
+        (768, {"resized_height": 2800, "resized_width": 2800}, "tokens .* got 7680000: lower min"),
+    ],
+)
+def test_preview_frame_size_that_could_only_exhaust_the_memory(count, options, message):
+    with pytest.raises(ValueError, match=message):
+        preview_frame_size(720, 1280, count, options)
 
 
 @pytest.mark.parametrize(
