@@ -1,0 +1,89 @@
+"""Between two GEMMs a layer calls our ops and nothing else: no elementwise op, cast or copy."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from keye_model.cache import PagedCache
+from keye_model.config import PREVIEW
+from keye_model.vision import plan_step
+from tests.model import tiny
+
+# A GEMM, and what moves no data: views, and the destinations of our ops.
+_FREE = {"aten.t", "aten.view", "aten._unsafe_view", "aten.unbind", "aten.select", "aten.slice"}
+_FREE |= {"aten.alias", "aten.detach", "aten.transpose", "aten.empty", "aten.empty_like"}
+_FREE |= {"aten.new_empty", "aten.reshape", "aten.unflatten", "aten.flatten", "aten.split"}
+_GEMM = {"aten.mm", "aten.addmm", "aten.linear"}
+
+
+class Recorder(TorchDispatchMode):
+    """Counts ops by name without their overload."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def moving(ops):
+    """What touches memory, GEMMs apart."""
+    return {name: count for name, count in ops.items() if name not in _FREE | _GEMM}
+
+
+@pytest.fixture
+def model():
+    return tiny.tiny_keye(PREVIEW).model
+
+
+@torch.no_grad()
+def test_vision_layer(model):
+    grid = ((1, 4, 4),)
+    step = plan_step(grid, True, model.device)
+    x = torch.randn(16, 144, device=model.device)
+    residual = torch.randn_like(x)
+    with Recorder() as recorder:
+        model.visual.layers[0](x, residual, step)
+    assert moving(recorder.ops) == {
+        "keye.layer_norm": 2,
+        "keye.rope_2d_": 1,
+        "keye.varlen_attention": 1,
+        "keye.gelu": 1,
+    }
+    assert sum(recorder.ops[name] for name in _GEMM) == 4
+
+
+@pytest.mark.parametrize(("new_tokens", "attention"), [(5, "prefill"), (1, "decode")])
+@torch.no_grad()
+def test_decoder_layer(model, new_tokens, attention):
+    text = model.config.text_config
+    cache = PagedCache(text, 2, dtype=torch.float32, device=model.device)
+    handle = cache.add()
+    cache.step([handle], [3])
+    step = cache.step([handle], [new_tokens])
+    hidden = torch.randn(new_tokens, text.hidden_size, device=model.device)
+    residual = torch.randn_like(hidden)
+    positions = torch.arange(new_tokens, device=model.device).expand(3, -1).contiguous()
+    for pages in (cache.k, cache.v):
+        pages.zero_()
+    with Recorder() as recorder:
+        model.language_model.layers[0](hidden, residual, positions, cache, step)
+    assert moving(recorder.ops) == {
+        "keye.rms_norm": 2,
+        "keye.qk_norm_mrope_store": 1,
+        f"keye.paged_{attention}_attention": 1,
+        "keye.silu_mul": 1,
+    }
+    assert sum(recorder.ops[name] for name in _GEMM) == 4
+
+
+@torch.no_grad()
+def test_projector(model):
+    x = torch.randn(16, 144, device=model.device)
+    with Recorder() as recorder:
+        model.mlp_AR(x, ((1, 4, 4),))
+    assert moving(recorder.ops) == {"keye.merge_patches": 1, "keye.gelu": 1}
