@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("triton was imported before tests/conftest.py could set its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # tensors this small gain nothing from more; on busy cores they lose
 
 from keye_kernels import _backends
 

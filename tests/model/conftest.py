@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from keye_model.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
+
+# A slow machine is no failure, and the same examples on every run are no surprise.
+settings.register_profile("keye", deadline=None, derandomize=True)
+settings.load_profile("keye")
 
 
 @pytest.fixture(scope="session")
