@@ -14,6 +14,7 @@ from keye_model.hub import locate, read_json
 from keye_model.inputs import Request
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.batch import BatchFeature, pad
+from keye_model.processing.budget import TokenBudget
 from keye_model.processing.chat import (
     Thinking,
     add_thinking,
@@ -23,8 +24,10 @@ from keye_model.processing.chat import (
     vision_items,
 )
 from keye_model.processing.expansion import Placeholders
+from keye_model.processing.fetch import describe
 from keye_model.processing.image import fetch_image
 from keye_model.processing.image_processor import KeyeImageProcessor
+from keye_model.processing.items import source_of
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video import KeyeVideoProcessor
@@ -133,6 +136,7 @@ class KeyeProcessor:
         thinking: Thinking = "auto",
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
+        max_tokens: int | None = None,
     ) -> Request:
         """Turn one conversation into what the model reads, pixels as raw bytes.
 
@@ -144,15 +148,20 @@ class KeyeProcessor:
             thinking: True and False glue ``/think`` or ``/no_think`` to the last user text.
             add_generation_prompt: Open the assistant's turn at the end.
             add_vision_id: Number the pictures and videos: ``Picture 1: ``.
+            max_tokens: Most tokens the prompt may have, say the model's context. What is too long
+                is refused as soon as that is known: a video file of 8B-Preview before its frames
+                are decoded, one of 1.5 before they are resized.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError, RuntimeError: A message or a source is wrong;
-                see `normalize_messages` and `load_image`.
+            ValueError, TypeError, FileNotFoundError, RuntimeError: A message or a source is wrong,
+                or the prompt too long; see `normalize_messages` and `load_image`.
         """
+        budget = TokenBudget(max_tokens)
         text, images, videos = self._prepare(
-            messages, thinking, add_generation_prompt, add_vision_id
+            messages, thinking, add_generation_prompt, add_vision_id, budget
         )
         [ids] = self._placeholders.expand([text], images, videos)
+        budget.check(len(ids) - budget.used, "the times of its videos' frames")
         timed = self.config.variant.timed_positions
         return Request(
             input_ids=torch.tensor(ids),
@@ -253,7 +262,7 @@ class KeyeProcessor:
             ]
             return prompts if several else prompts[0]
         prepared = [
-            self._prepare(one, thinking, add_generation_prompt, add_vision_id)
+            self._prepare(one, thinking, add_generation_prompt, add_vision_id, TokenBudget())
             for one in conversations
         ]
         images = [image for _, images, _ in prepared for image in images]
@@ -324,13 +333,17 @@ class KeyeProcessor:
         thinking: Thinking,
         add_generation_prompt: bool,
         add_vision_id: bool,
+        budget: TokenBudget,
     ) -> tuple[str, list[ImagePatches], list[VideoPatches]]:
         """Render a conversation and load what it shows, as keye-vl-utils would."""
         text, checked = self._render(
             messages, thinking, add_generation_prompt, add_vision_id, sources=True
         )
+        pictures, films = vision_items(checked, "image"), vision_items(checked, "video")
+        num_text = len(text_side.encode(self.tokenizer, text)) - len(pictures) - len(films)
+        budget.take(num_text, "text")
         images = []
-        for item in vision_items(checked, "image"):
+        for item in pictures:
             picture = fetch_image(
                 item,
                 version=self.config.variant.video_version,
@@ -338,8 +351,15 @@ class KeyeProcessor:
                 local_files_only=self.local_files_only,
             )
             images.append(self.image_processor.patches(picture))
-        videos = [self.video_processor.patches(item) for item in vision_items(checked, "video")]
+            budget.take(self._num_tokens(images[-1]), f"image {describe(source_of(item))}")
+        videos = []
+        for item in films:
+            videos.append(self.video_processor.patches(item, budget=budget))
+            budget.take(self._num_tokens(videos[-1]), f"video {describe(item['video'])}")
         return text, images, videos
+
+    def _num_tokens(self, patches: ImagePatches | VideoPatches) -> int:
+        return len(patches.pixels) // self.image_processor.merge_size**2
 
     def _batch(
         self,

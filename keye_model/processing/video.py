@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,16 @@ from PIL import Image
 from keye_model.config import KeyeConfig
 from keye_model.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
+from keye_model.processing.budget import TokenBudget
+from keye_model.processing.fetch import describe
 from keye_model.processing.image import load_image, normalize, patchify, processor_size
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.items import checked_item
 from keye_model.processing.patches import Frame, VideoPatches
 from keye_model.processing.slow_fast import FrameSizes, frame_sizes, resize_bilinear
+from keye_model.processing.video_file import VideoFile
 from keye_model.processing.video_loading import sample_1_5, sample_preview
-from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR
+from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR, preview_frame_size
 
 _KEYWORDS = {"1.0": {"fps"}, "1.5": {*FrameSizes._fields, "timestamps", "frame_types"}}
 
@@ -76,7 +80,9 @@ class KeyeVideoProcessor:
         )
         return cls(images, version=images.version, local_files_only=local_files_only)
 
-    def patches(self, item: Mapping[str, Any]) -> VideoPatches:
+    def patches(
+        self, item: Mapping[str, Any], *, budget: TokenBudget | None = None
+    ) -> VideoPatches:
         """Sample, resize and cut up the video of one message item.
 
         The same as `process_vision_info` followed by `patches_from_frames`.
@@ -84,16 +90,30 @@ class KeyeVideoProcessor:
         Args:
             item: ``{"type": "video", "video": source, ...}``; see `sample_preview` and
                 `sample_1_5` for the sources and keys of each line.
+            budget: What the prompt has left. A video that does not fit is refused before its frames
+                are decoded (8B-Preview, a file) or resized (1.5).
 
         Raises:
             FileNotFoundError, ValueError, TypeError, RuntimeError: As `VideoFile`, or a key is out
                 of range.
         """
         item = checked_item(item, "video", "a video item", self.version)
-        sample = sample_preview if self.version == "1.0" else sample_1_5
-        frames, options = sample(item, local_files_only=self.local_files_only)
+        budget = budget or TokenBudget()
         if self.version == "1.0":
-            return self._preview_patches(frames, options)
+            frames, fps = sample_preview(
+                item,
+                local_files_only=self.local_files_only,
+                before_reading=partial(self._check_preview, budget),
+            )
+            return self._preview_patches(frames, fps)
+        frames, options = sample_1_5(item, local_files_only=self.local_files_only)
+        num_fast = int(options["frame_types"].sum())
+        slow, fast = (options[f"{k}height"] * options[f"{k}width"] for k in ("", "fast_"))
+        budget.check(
+            ((len(frames) - num_fast) * slow + num_fast * fast) // FACTOR**2,
+            f"video {describe(item['video'])} with {len(frames)} frames",
+            "a lower video_total_pixels or max_frames may fit",
+        )
         return self._patches_1_5(frames, **options)
 
     def patches_from_frames(self, frames: Any, **options: Any) -> VideoPatches:
@@ -185,18 +205,36 @@ class KeyeVideoProcessor:
         if not fps > 0:
             raise ValueError(f"fps must be a positive number, got {fps}")
         images = self.image_processor
-        first = frame_bytes(frames[0])
-        size = processor_size(
-            *first.shape[1:],
+        size = self._preview_size(*frame_bytes(frames[0]).shape[1:])
+        rows, columns = (side // images.patch_size for side in size)
+        kinds = (Frame(rows, columns, None),) * len(frames)
+        resized = (_resize_pillow(frame_bytes(frame), *size, images.resample) for frame in frames)
+        return VideoPatches(self._cut(resized, kinds), kinds, 1 / fps)
+
+    def _check_preview(
+        self, budget: TokenBudget, video: VideoFile, count: int, options: Mapping[str, Any]
+    ) -> None:
+        """Refuse a file by its header's frame size; turned by a quarter, it has as many tokens."""
+
+        def tokens_of(number: int) -> int:
+            size = preview_frame_size(*video.coded_size, number, options)
+            height, width = self._preview_size(*size)
+            return number * height * width // FACTOR**2
+
+        if 0 not in video.coded_size:
+            key = "nframes" if "nframes" in options else "max_frames"
+            budget.check_frames(count, tokens_of, video.name, key)
+
+    def _preview_size(self, height: int, width: int) -> tuple[int, int]:
+        images = self.image_processor
+        return processor_size(
+            height,
+            width,
             factor=images.factor,
             min_pixels=images.min_pixels,
             max_pixels=images.max_pixels,
             version="1.0",
         )
-        rows, columns = (side // images.patch_size for side in size)
-        kinds = (Frame(rows, columns, None),) * len(frames)
-        resized = (_resize_pillow(frame_bytes(frame), *size, images.resample) for frame in frames)
-        return VideoPatches(self._cut(resized, kinds), kinds, 1 / fps)
 
     def _patches_1_5(
         self,

@@ -36,6 +36,7 @@ class VideoFile:
 
     Attributes:
         name: How errors call this video.
+        coded_size: Height and width as the header states them, before turning; 0 if it does not.
         times: [num_frames], seconds, the first frame at 0. Where they follow a constant rate up to
             the rounding of the file's clock they are exactly ``index * (1 / rate)``, as published.
         rate: Frames per second: the file's stated average where it agrees with the times of the
@@ -195,7 +196,9 @@ class VideoFile:
                     raise ValueError(
                         f"{self.name} must use a known video codec, got an unknown one"
                     )
-                self._check_size(stream.codec_context.width, stream.codec_context.height)
+                codec = stream.codec_context
+                self._check_size(codec.width, codec.height)
+                self.coded_size = codec.height, codec.width
                 stream.thread_type = "AUTO"
                 yield container, stream
         except av.error.FFmpegError as error:

@@ -32,7 +32,10 @@ T = TypeVar("T")
 
 
 def sample_preview(
-    item: Mapping[str, Any], *, local_files_only: bool = False
+    item: Mapping[str, Any],
+    *,
+    local_files_only: bool = False,
+    before_reading: Callable[[VideoFile, int, dict[str, Any]], None] | None = None,
 ) -> tuple[list[torch.Tensor] | list[Image.Image], float]:
     """Sample and resize the video of one message item by the rules of keye-vl-utils 1.0.0.
 
@@ -44,6 +47,8 @@ def sample_preview(
             ``max_pixels``, ``total_pixels``, ``resized_height`` with ``resized_width``. For
             frames: ``fps``, the rate they were taken at, or ``timestamps``, the time of each in
             seconds; and the keys of an image item, as each goes the way of an image.
+        before_reading: Called with the file, the number of frames chosen and the item's options
+            before the first frame is decoded.
 
     Returns:
         frames: Of a file: [3, height, width] uint8, all of one size. Of a list: PIL images, the
@@ -63,6 +68,8 @@ def sample_preview(
 
     def sample(video: VideoFile) -> tuple[list[torch.Tensor], float]:
         indices, total = _choose(video, options, "1.0")
+        if before_reading is not None:
+            before_reading(video, len(indices), options)
         resized: list[torch.Tensor] = []
         size = None
         for pixels in video.read(indices):

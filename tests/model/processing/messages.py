@@ -13,7 +13,7 @@ LINES = {"preview": PREVIEW, "1.5": V1_5}
 class Films:
     """Stands for the video processor: a message item holds patches that were made beforehand."""
 
-    def patches(self, item):
+    def patches(self, item, **_):
         return item["video"]
 
 

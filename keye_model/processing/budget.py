@@ -1,0 +1,55 @@
+"""How long a prompt may become: what is too long is refused as soon as that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class TokenBudget:
+    """Counts a prompt's tokens while its pictures and videos are prepared, one after another.
+
+    Attributes:
+        limit: Most tokens of the prompt; None is no limit.
+        used: Tokens counted so far.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"max_tokens must be a positive integer or None, got {limit!r}")
+        self.limit = limit
+        self.used = 0
+
+    def take(self, tokens: int, what: str) -> None:
+        """Count ``tokens`` more, those of ``what``; raises as `check`."""
+        self.check(tokens, what)
+        self.used += tokens
+
+    def check(self, tokens: int, what: str, advice: str = "") -> None:
+        """Refuse ``tokens`` more without counting them.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        if not self._fits(tokens):
+            raise ValueError(
+                f"prompt must have at most {self.limit} tokens, got {self.used} and {tokens} more "
+                f"of {what}{advice and '; '}{advice}"
+            )
+
+    def check_frames(
+        self, count: int, tokens_of: Callable[[int], int], what: str, key: str
+    ) -> None:
+        """`check` a video of ``count`` frames, and advise how many of them would fit.
+
+        Args:
+            tokens_of: Tokens of the video if so many frames are sampled, an even number.
+            key: Of the message item, which sets the number of frames.
+        """
+        tokens = tokens_of(count)
+        if not self._fits(tokens):
+            most = next((n for n in range(count - 2, 0, -2) if self._fits(tokens_of(n))), None)
+            advice = f"{key}={most} fits" if most else "a lower max_pixels may fit"
+            self.check(tokens, f"{what} with {count} frames", advice)
+
+    def _fits(self, tokens: int) -> bool:
+        return self.limit is None or self.used + tokens <= self.limit
