@@ -43,20 +43,31 @@ def compile_kernels(
     Raises:
         RuntimeError: A launch could not even be described; the message is the traceback.
     """
-    command = [sys.executable, "-m", "benchmarks.compiled"]
-    command += ["--arch", *map(str, architectures)]
-    command += ["--op", *ops] if ops else []
-    command += ["--first"] if first else []
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # what every version up to 3.9 does
+    options = ["--arch", *map(str, architectures)]
+    options += ["--op", *ops] if ops else []
+    options += ["--first"] if first else []
+    # Fusing multiply and add is what every version up to 3.9 does by default.
+    environment = {"TRITON_INTERPRET": None, "TRITON_DEFAULT_FP_FUSION": "1"}
     if cache is not None:
         environment["TRITON_CACHE_DIR"] = cache
     if triton is not None:
-        paths = [triton, environment.get("PYTHONPATH", "")]
+        paths = [triton, os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=_ROOT)
+    return _run_apart("benchmarks.compiled", options, environment)
+
+
+def count_traffic(ops: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Bytes that the kernels ask for at the small shapes, from the interpreter, also apart."""
+    options = ["--op", *ops] if ops else []
+    return _run_apart("benchmarks.traffic", options, {"TRITON_INTERPRET": "1"})
+
+
+def _run_apart(module: str, options: list[str], environment: dict[str, str | None]) -> list[dict]:
+    merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    command = [sys.executable, "-m", module, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=merged, cwd=_ROOT)
     if done.returncode:
-        raise RuntimeError(f"benchmarks.compiled failed:\n{done.stderr}")
+        raise RuntimeError(f"{module} failed:\n{done.stderr}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -125,8 +136,22 @@ def _table(rows: list[list[str]]) -> Iterator[str]:
             yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
 
 
-def report(kernels: list[Kernel]) -> str:
-    """The whole report as Markdown, the same for the same compiler output."""
+def _traffic_table(moved: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["small shape", "must move, KB", "asks for, KB", "ratio"]]
+    for case in moved:
+        asked = case["loaded"] + case["stored"]
+        ratio = f"{asked / case['num_bytes']:.2f}"
+        rows.append([case["name"], f"{case['num_bytes'] / 1e3:.4g}", f"{asked / 1e3:.4g}", ratio])
+    return rows
+
+
+def report(kernels: list[Kernel], moved: Iterable[dict[str, Any]] = ()) -> str:
+    """The whole report as Markdown, the same for the same compiler output.
+
+    Args:
+        kernels: From compile_kernels, of any versions.
+        moved: From count_traffic.
+    """
     lines = [
         "# What the kernels compile to",
         "",
@@ -138,6 +163,10 @@ def report(kernels: list[Kernel]) -> str:
         "(spills) and shared memory are in bytes. Warps/SM is the bound that registers and shared",
         "memory set, of at most 64. Bytes and FLOP are what each shape must move and compute:",
         "inputs once, outputs once, padding not counted.",
+        "",
+        "What a kernel asks for is counted by Triton's interpreter at small shapes. Where the",
+        "ratio passes 1, caches must serve the rest: weights that every row reads, keys that every",
+        "block of queries reads.",
     ]
     by_op: dict[str, dict[tuple, list[Kernel]]] = defaultdict(lambda: defaultdict(list))
     for kernel in kernels:
@@ -145,6 +174,8 @@ def report(kernels: list[Kernel]) -> str:
         by_op[kernel["op"]][kernel["kernel"], names].append(kernel)
     for op, variants in sorted(by_op.items()):
         lines += ["", f"## {op}"]
+        mine = [case for case in moved if case["op"] == op]
+        lines += ["", *_table(_traffic_table(mine))] if mine else []
         for (name, _), versions in variants.items():
             shapes = [["shape", "programs", "MB", "GFLOP"]]
             for case in versions[0]["cases"]:
@@ -170,7 +201,7 @@ def main() -> None:
     kernels = []
     for directory in (*options.triton, None):
         kernels += compile_kernels(options.arch, triton=directory, ops=options.op)
-    text = report(kernels)
+    text = report(kernels, count_traffic(options.op))
     print(text, end="")
     if options.write:
         Path(options.write).write_text(text)

@@ -18,64 +18,71 @@ _gelu_op = define_op(
 )
 
 
-def _launch_config(num_tokens: int, width: int) -> tuple[int, int]:
-    """Columns per program and warps: 8 elements per thread, one 16-byte access in 16-bit types."""
-    return (1024, 4) if num_tokens * width >= 2**20 else (256, 1)
+def _launch_config(num_tokens: int, width: int, rows: int) -> tuple[int, int, int]:
+    """Rows and columns per program, and warps.
+
+    A thread takes 8 elements of a row, one 16-byte access in 16-bit types, and the same columns of
+    each of ``rows`` rows. Few tokens: more and smaller programs.
+    """
+    return (rows, 1024, 4) if num_tokens * width >= 2**20 else (1, 256, 1)
 
 
 @triton.jit
-def _tile(num_blocks, BLOCK: tl.constexpr):
-    """Row (int64: row * stride passes 2^31) and columns of this program."""
+def _tile(num_tokens, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [ROWS, 1] (int64: row * stride passes 2^31), columns [1, BLOCK], mask."""
+    num_blocks = tl.cdiv(width, BLOCK)
     pid = tl.program_id(0)
-    row = (pid // num_blocks).to(tl.int64)
-    cols = pid % num_blocks * BLOCK + tl.arange(0, BLOCK)
-    return row, cols
+    rows = (pid // num_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = pid % num_blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return rows, cols, (rows < num_tokens) & (cols < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # one variant for all lengths
 def _silu_mul_kernel(
-    gate_up_ptr, out_ptr, stride_gate_up, stride_out, width, num_blocks, BLOCK: tl.constexpr
-):
-    row, cols = _tile(num_blocks, BLOCK)
-    mask = cols < width
+    gate_up_ptr, out_ptr, stride_gate_up, stride_out, num_tokens, width,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, cols, mask = _tile(num_tokens, width, ROWS, BLOCK)
 
-    gate_ptr = gate_up_ptr + row * stride_gate_up
-    gate = tl.load(gate_ptr + cols, mask=mask, other=0.0)  # [BLOCK]
-    up = tl.load(gate_ptr + width + cols, mask=mask, other=0.0)  # [BLOCK]
+    gate_ptrs = gate_up_ptr + rows * stride_gate_up + cols
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0)  # [ROWS, BLOCK]
+    up = tl.load(gate_ptrs + width, mask=mask, other=0.0)  # [ROWS, BLOCK]
     gate_fp32 = gate.to(tl.float32)
     silu = (gate_fp32 / (1 + tl.exp(-gate_fp32))).to(gate.dtype)
     y = silu.to(tl.float32) * up.to(tl.float32)
-    tl.store(out_ptr + row * stride_out + cols, y.to(gate.dtype), mask=mask)
+    tl.store(out_ptr + rows * stride_out + cols, y.to(gate.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # one variant for all lengths
 def _gelu_kernel(
-    x_ptr, bias_ptr, out_ptr, stride_x, stride_out, width, num_blocks,
-    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, bias_ptr, out_ptr, stride_x, stride_out, num_tokens, width,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, cols = _tile(num_blocks, BLOCK)
-    mask = cols < width
+    rows, cols, mask = _tile(num_tokens, width, ROWS, BLOCK)
 
-    x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0)  # [BLOCK]
+    x = tl.load(x_ptr + rows * stride_x + cols, mask=mask, other=0.0)  # [ROWS, BLOCK]
     u = x.to(tl.float32)
-    if HAS_BIAS:
-        u += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)  # [1, BLOCK]
     if TANH:
         # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), which neither overflows nor cancels.
         z = 0.7978845608028654 * (u + 0.044715 * u * u * u)  # sqrt(2 / pi)
         y = u / (1 + tl.exp(-2 * z))
     else:
         y = 0.5 * u * (1 + tl.erf(u * 0.7071067811865476))
-    tl.store(out_ptr + row * stride_out + cols, y.to(x.dtype), mask=mask)
+    tl.store(out_ptr + rows * stride_out + cols, y.to(x.dtype), mask=mask)
+
+
+def _grid(num_tokens: int, width: int, rows: int, block: int) -> tuple[int]:
+    return (triton.cdiv(num_tokens, rows) * triton.cdiv(width, block),)
 
 
 def _silu_mul_triton(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     num_tokens, width = out.shape
-    block, num_warps = _launch_config(num_tokens, width)
-    num_blocks = triton.cdiv(width, block)
-    _silu_mul_kernel[(num_tokens * num_blocks,)](
-        gate_up, out, gate_up.stride(0), out.stride(0), width, num_blocks,
-        BLOCK=block, num_warps=num_warps,
+    rows, block, num_warps = _launch_config(num_tokens, width, rows=1)
+    _silu_mul_kernel[_grid(num_tokens, width, rows, block)](
+        gate_up, out, gate_up.stride(0), out.stride(0), num_tokens, width,
+        ROWS=rows, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -83,11 +90,10 @@ def _gelu_triton(
     x: torch.Tensor, approximate: str, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     num_tokens, width = x.shape
-    block, num_warps = _launch_config(num_tokens, width)
-    num_blocks = triton.cdiv(width, block)
-    _gelu_kernel[(num_tokens * num_blocks,)](
-        x, bias, out, x.stride(0), out.stride(0), width, num_blocks,
-        TANH=approximate == "tanh", HAS_BIAS=bias is not None, BLOCK=block, num_warps=num_warps,
+    rows, block, num_warps = _launch_config(num_tokens, width, rows=4)  # that share their bias
+    _gelu_kernel[_grid(num_tokens, width, rows, block)](
+        x, bias, out, x.stride(0), out.stride(0), num_tokens, width,
+        TANH=approximate == "tanh", ROWS=rows, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
 
 
