@@ -1,61 +1,109 @@
-"""Tower, prefill, decode and whole generation against transformers, with the same weights in both.
+"""Tower, prefill, decode step and whole requests against transformers, with the same weights.
 
-Peers: transformers' PaddleOCR-VL tower (descended from Keye's) and Qwen3 decoder, both with SDPA.
-Widths are the published checkpoint's; layers are two and two and the vocabulary is cut to 8192 on a
-CPU, so that the run fits a small machine. Results are compared before anything is timed.
+Peers: transformers' PaddleOCR-VL tower and projector (descended from Keye's) and Qwen3 decoder, all
+with SDPA. Widths are the published checkpoint's; on a CPU one layer each and a vocabulary of 2048
+fit a small machine. The weights are random: what is computed does not depend on them.
 """
 
 import dataclasses
+import time
 
 import pytest
 import torch
 
-from keye_model import KeyeConfig, KeyeForConditionalGeneration, KeyeTextConfig, KeyeVisionConfig
-from keye_model.cache import PagedCache
-from keye_model.config import V1_5
-from keye_model.generation import Generation
-from keye_model.inputs import Request
-from keye_model.sampling import SamplingParams
-from keye_model.weights import destinations
+from benchmarks.measure import difference
+from benchmarks.providers import Provider, our_model
+from benchmarks.shapes import REAL, TEXT, VISION, num_patches
+from benchmarks.timing import DEVICE, ON_GPU
 
+pytest.importorskip("av", reason="keye_model reads videos with it")
 transformers = pytest.importorskip("transformers", reason="the peer of this benchmark")
 paddle = pytest.importorskip("transformers.models.paddleocr_vl", reason="the tower's peer")
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-DTYPE = torch.bfloat16
-
-VISION = KeyeVisionConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27 if ON_GPU else 2,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-    spatial_merge_size=2,
+from keye_model import (  # noqa: E402
+    KeyeConfig,
+    KeyeForConditionalGeneration,
+    KeyeTextConfig,
+    KeyeVisionConfig,
 )
-TEXT = KeyeTextConfig(
-    vocab_size=151936 if ON_GPU else 8192,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_hidden_layers=36 if ON_GPU else 2,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    mrope_section=(16, 24, 24),
+from keye_model.cache import PAGE_SIZE, PagedCache  # noqa: E402
+from keye_model.config import PREVIEW  # noqa: E402
+from keye_model.generation import Generation  # noqa: E402
+from keye_model.inputs import Request  # noqa: E402
+from keye_model.sampling import SamplingParams  # noqa: E402
+from keye_model.weights import destinations  # noqa: E402
+
+DTYPE = torch.bfloat16
+IMAGE = 4  # placeholder id
+NEW_TOKENS = 16 if ON_GPU else 4
+VISION_CONFIG = KeyeVisionConfig(
+    hidden_size=VISION.hidden_size,
+    intermediate_size=VISION.intermediate_size,
+    num_hidden_layers=27 if ON_GPU else 1,
+    num_attention_heads=VISION.num_heads,
+    image_size=VISION.position_grid * VISION.patch_size,
+    patch_size=VISION.patch_size,
+    spatial_merge_size=VISION.merge_size,
+    tokens_per_second=2,
+)
+TEXT_CONFIG = KeyeTextConfig(
+    vocab_size=TEXT.vocab_size if ON_GPU else 2048,
+    hidden_size=TEXT.hidden_size,
+    intermediate_size=TEXT.intermediate_size,
+    num_hidden_layers=36 if ON_GPU else 1,
+    num_attention_heads=TEXT.num_heads,
+    num_key_value_heads=TEXT.num_kv_heads,
+    head_dim=TEXT.head_dim,
+    rms_norm_eps=TEXT.eps,
+    rope_theta=TEXT.rope_theta,
+    mrope_section=TEXT.mrope_section,
     max_position_embeddings=40960,
 )
-GRIDS = [[1, 16, 16], [1, 32, 32]] + ([[1, 64, 80], [1, 128, 128]] if ON_GPU else [])
-PREFILLS = [32, 128] + ([1024, 8192] if ON_GPU else [])
-BATCHES = [1, 4] + ([16, 64] if ON_GPU else [])
+GRIDS = (
+    REAL.images | {"64 frames of 512, each alone": [(1, 16, 32)] * 64}
+    if ON_GPU
+    else {"2 images": [(1, 8, 12), (1, 8, 8)]}
+)
+PREFILLS = [1024, 8192] if ON_GPU else [32]
+DECODES = [(1, 1024), (8, 1024), (64, 1024)] if ON_GPU else [(2, 64)]
+TOLERANCE = 0.1  # noise alone: fp32 agrees to 1e-6, bf16 to 0.05, a wrong layer is off by 1
+
+
+def tower_work(grids):
+    """Bytes: the weights. FLOP: patch embedding, four projections and attention of each layer."""
+    vision = VISION_CONFIG
+    hidden, patch = vision.hidden_size, 3 * vision.patch_size**2
+    layer = 4 * hidden**2 + 2 * hidden * vision.intermediate_size
+    parameters = vision.num_hidden_layers * layer + patch * hidden
+    pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
+    attention = 4 * pairs * hidden * vision.num_hidden_layers
+    flops = 2 * num_patches(grids) * parameters + attention
+    return {"num_bytes": parameters * DTYPE.itemsize, "flops": flops}
+
+
+def text_work(new, cached, text=TEXT_CONFIG):
+    """Of `new` tokens per sequence on top of `cached`, for each pair of two lists.
+
+    Bytes: the weights (the embedding is not read) and the keys and values seen. FLOP: projections
+    of each token, the head for the last of each sequence, attention to the keys each token sees.
+    """
+    qkv = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    out = text.num_attention_heads * text.head_dim
+    layer = text.hidden_size * (qkv + out + 3 * text.intermediate_size)
+    body, head = text.num_hidden_layers * layer, text.hidden_size * text.vocab_size
+    tokens = sum(n + c for n, c in zip(new, cached, strict=True))
+    key_value = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    pairs = sum(n * (n + c) - n * (n - 1) // 2 for n, c in zip(new, cached, strict=True))
+    attention = 4 * pairs * out * text.num_hidden_layers
+    return {
+        "num_bytes": (body + head + tokens * key_value) * DTYPE.itemsize,
+        "flops": 2 * (sum(new) * body + len(new) * head) + attention,
+    }
 
 
 @pytest.fixture(scope="module")
 def ours():
-    # 1.5's segments: the peer tower separates frames too.
-    config = KeyeConfig(TEXT, VISION, V1_5, 4, 5, 6, 7, dtype=DTYPE)
+    config = KeyeConfig(TEXT_CONFIG, VISION_CONFIG, PREVIEW, IMAGE, 5, 6, 7, dtype=DTYPE)
     with torch.device("meta"):
         model = KeyeForConditionalGeneration(config)
     model = model.to(DTYPE).to_empty(device=DEVICE).requires_grad_(False).eval()
@@ -70,26 +118,29 @@ def ours():
 
 @pytest.fixture(scope="module")
 def tower(ours):
-    config = paddle.PaddleOCRVisionConfig(
-        hidden_size=VISION.hidden_size,
-        intermediate_size=VISION.intermediate_size,
-        num_hidden_layers=VISION.num_hidden_layers,
-        num_attention_heads=VISION.num_attention_heads,
-        image_size=VISION.image_size,
-        patch_size=VISION.patch_size,
-        layer_norm_eps=VISION.layer_norm_eps,
-        attn_implementation="sdpa",
-    )
     from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionModel
 
-    model = PaddleOCRVisionModel(config).to(DEVICE, DTYPE).eval().requires_grad_(False)
+    model = PaddleOCRVisionModel(_paddle_vision()).to(DEVICE, DTYPE).eval().requires_grad_(False)
     model.load_state_dict(_published(ours, "visual."), strict=True)
     return model
 
 
 @pytest.fixture(scope="module")
+def projector(ours):
+    from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRProjector
+
+    vision = {"hidden_size": VISION.hidden_size, "spatial_merge_size": VISION.merge_size}
+    config = paddle.PaddleOCRVLConfig(
+        vision_config=vision, text_config={"hidden_size": TEXT.hidden_size}
+    )
+    model = PaddleOCRProjector(config).to(DEVICE, DTYPE).eval().requires_grad_(False)
+    model.load_state_dict(_published(ours, "mlp_AR."), strict=True)
+    return model
+
+
+@pytest.fixture(scope="module")
 def decoder(ours):
-    fields = dataclasses.asdict(TEXT)
+    fields = dataclasses.asdict(TEXT_CONFIG)
     del fields["mrope_section"]
     theta = {"rope_theta": fields.pop("rope_theta"), "rope_type": "default"}
     config = transformers.Qwen3Config(
@@ -102,93 +153,201 @@ def decoder(ours):
     return model
 
 
+def _paddle_vision():
+    vision = VISION_CONFIG
+    return paddle.PaddleOCRVisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=vision.num_hidden_layers,
+        num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        layer_norm_eps=vision.layer_norm_eps,
+        attn_implementation="sdpa",
+    )
+
+
 def _published(model, prefix):
     views = destinations(model, model.config)
     return {n.removeprefix(prefix): view for n, view in views.items() if n.startswith(prefix)}
 
 
-def _check(actual, expected):
-    """Noise only: in fp32 the two agree to 1e-6, in bf16 to 0.05, and a wrong layer is off by 1."""
-    error = (actual.float() - expected.float()).norm() / expected.float().norm()
-    assert error < 0.1, f"relative error {error:.4f}"
+def _pixels(grids):
+    size = VISION.patch_size
+    return torch.randn(num_patches(grids), 3, size, size, device=DEVICE, dtype=DTYPE)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[1] * g[2]} patches")
-@torch.inference_mode()
-def bench_tower(ours, tower, compare, grid):
-    pixels = torch.randn(grid[1] * grid[2], 3, 14, 14, device=DEVICE, dtype=DTYPE)
-    grid_thw = torch.tensor([grid], device=DEVICE)
+def _differs(got, want):
+    return difference(got, want, TOLERANCE)
 
-    def theirs():
-        return tower(pixels[None], grid_thw=grid_thw).last_hidden_state
 
-    _check(ours.model.visual(pixels, [grid]), theirs().view(len(pixels), -1))
-    providers = {"ours": lambda: ours.model.visual(pixels, [grid]), "transformers": theirs}
-    compare(f"tower, {len(pixels)} patches", providers)
+@pytest.mark.parametrize("name", GRIDS)
+def bench_tower(ours, tower, measure, name):
+    grids = GRIDS[name]
+    grid_thw = torch.tensor(grids, device=DEVICE)
+
+    def theirs(pixels):
+        return tower(pixels[None], grid_thw=grid_thw).last_hidden_state.flatten(0, -2)
+
+    measure.compare(
+        "tower",
+        name,
+        make=lambda: {"pixels": _pixels(grids)},
+        providers=our_model(lambda pixels: ours.model.visual(pixels, grids))
+        | {"transformers": Provider(theirs)},
+        definition=theirs,
+        differs=_differs,
+        capture=False,
+        size=num_patches(grids),
+        models=(ours,),
+        **tower_work(grids),
+    )
 
 
 @pytest.mark.parametrize("length", PREFILLS)
-@torch.inference_mode()
-def bench_prefill(ours, decoder, compare, length):
-    ids = torch.randint(100, 8000, (1, length), device=DEVICE)
+def bench_prefill(ours, decoder, measure, length):
+    cache = PagedCache(TEXT_CONFIG, -(-length // PAGE_SIZE), dtype=DTYPE, device=DEVICE)
+    step = cache.step([cache.add()], [length])
+    positions = torch.arange(length, device=DEVICE).expand(3, length).contiguous()
 
-    def mine():
-        positions = torch.arange(length, device=DEVICE).expand(3, length).contiguous()
-        cache = PagedCache(TEXT, -(-length // 64), dtype=DTYPE, device=DEVICE)
-        step = cache.step([cache.add()], [length])
-        hidden = ours.model.language_model.embed_tokens(ids[0])
+    def mine(ids):
+        hidden = ours.model.language_model.embed_tokens(ids)
         return ours.lm_head(ours.model(hidden, positions, cache, step)[-1:])
 
-    def theirs():
-        return decoder(ids, use_cache=True, logits_to_keep=1).logits[0]
+    def theirs(ids):
+        return decoder(ids[None], use_cache=True, logits_to_keep=1).logits[0]
 
-    _check(mine(), theirs())
-    compare(f"prefill, {length} tokens", {"ours": mine, "transformers": theirs})
+    measure.compare(
+        "prefill",
+        f"{length} tokens",
+        make=lambda: {"ids": torch.randint(100, 2000, (length,), device=DEVICE)},
+        providers=our_model(mine) | {"transformers": Provider(theirs)},
+        definition=theirs,
+        differs=_differs,
+        size=length,
+        models=(ours,),
+        **text_work([length], [0]),
+    )
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@torch.inference_mode()
-def bench_decode_step(ours, decoder, compare, batch):
-    """One step after 256 tokens; both caches grow by one token each turn."""
-    context = 256
-    ids = torch.randint(100, 8000, (batch, context + 1), device=DEVICE)
-    past = decoder(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-    cache = PagedCache(TEXT, batch * 64, dtype=DTYPE, device=DEVICE)
+@pytest.mark.parametrize(("batch", "context"), DECODES)
+def bench_decode_step(ours, decoder, measure, batch, context):
+    """The same step again and again: its token is stored where it was stored before."""
+    prompt = torch.randint(100, 2000, (batch, context), device=DEVICE)
+    past = decoder(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    num_pages = batch * -(-(context + 1) // PAGE_SIZE)
+    cache = PagedCache(TEXT_CONFIG, num_pages, dtype=DTYPE, device=DEVICE)
     handles = [cache.add() for _ in range(batch)]
+    hidden = ours.model.language_model.embed_tokens(prompt.flatten())
     positions = torch.arange(context, device=DEVICE).repeat(batch).expand(3, -1).contiguous()
-    step = cache.step(handles, [context] * batch)
-    prompt = ours.model.language_model.embed_tokens(ids[:, :-1].flatten())
-    ours.model(prompt, positions, cache, step)
+    ours.model(hidden, positions, cache, cache.step(handles, [context] * batch))
+    step = cache.step(handles, [1] * batch)
+    at = torch.full((3, batch), context, device=DEVICE)
 
-    def mine():
-        position = cache.num_tokens(handles[0])
-        step = cache.step(handles, [1] * batch)
-        positions = torch.full((3, batch), position, device=DEVICE)
-        hidden = ours.model.language_model.embed_tokens(ids[:, -1])
-        return ours.lm_head(ours.model(hidden, positions, cache, step))
+    def mine(ids):
+        hidden = ours.model.language_model.embed_tokens(ids)
+        return ours.lm_head(ours.model(hidden, at, cache, step))
 
-    def theirs():
-        return decoder(ids[:, -1:], past_key_values=past, use_cache=True).logits[:, -1]
+    def theirs(ids):
+        logits = decoder(ids[:, None], past_key_values=past, use_cache=True).logits[:, -1]
+        past.crop(-1)
+        return logits
 
-    _check(mine(), theirs())
-    compare(f"decode step, batch {batch} after {context}", {"ours": mine, "transformers": theirs})
+    measure.compare(
+        "decode step",
+        f"batch {batch} after {context}",
+        make=lambda: {"ids": torch.randint(100, 2000, (batch,), device=DEVICE)},
+        providers=our_model(mine) | {"transformers": Provider(theirs)},
+        definition=theirs,
+        differs=_differs,
+        size=batch,
+        models=(ours,),
+        **text_work([1] * batch, [context] * batch),
+    )
 
 
-@torch.inference_mode()
-def bench_generate(ours, decoder, compare):
-    """Prefill of 64 tokens and 16 greedy tokens, each side's own loop."""
-    ids = torch.randint(100, 8000, (1, 64), device=DEVICE)
-    params = SamplingParams(max_new_tokens=16)
+def bench_generate(ours, decoder, measure):
+    """Prefill of 64 tokens and greedy tokens, each side's own loop."""
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
 
-    def mine():
-        request = Request(ids[0].cpu())
-        run = Generation(ours.model, ours.lm_head, [request], [params], eos_token_ids=())
+    def mine(ids):
+        run = Generation(ours.model, ours.lm_head, [Request(ids)], [params], eos_token_ids=())
         return [token.token_id for token in run]
 
-    def theirs():
-        mask = torch.ones_like(ids)
-        options = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16}
-        return decoder.generate(ids, attention_mask=mask, **options)[0, 64:].tolist()
+    def theirs(ids):
+        ids = ids[None].to(DEVICE)
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        found = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return found[0, ids.shape[1] :].tolist()
 
-    assert len(mine()) == len(theirs()) == 16
-    compare("generate, 64 + 16 tokens", {"ours": mine, "transformers": theirs})
+    def differs(got, want):
+        """Near ties fall either way in bf16, and everything after one differs."""
+        return "" if len(got) == len(want) == NEW_TOKENS else f"{len(got)} tokens"
+
+    measure.compare(
+        "generate",
+        f"64 + {NEW_TOKENS} tokens",
+        make=lambda: {"ids": torch.randint(100, 2000, (64,))},
+        providers=our_model(mine) | {"transformers": Provider(theirs)},
+        definition=theirs,
+        differs=differs,
+        capture=False,
+    )
+
+
+@pytest.mark.parametrize("name", list(GRIDS)[:3])
+def bench_request(ours, tower, projector, decoder, measure, name):
+    """Images and a question to an answer, by stage. Their decoder gets plain 1D positions."""
+    grids = GRIDS[name]
+    pixels = _pixels(grids)
+    num_image_tokens = num_patches(grids) // VISION.merge_size**2
+    ids = torch.cat([torch.full((num_image_tokens,), IMAGE), torch.randint(100, 2000, (32,))])
+    # The placeholders of one image stand between the ids that mark its start and end.
+    pieces, start = [], 0
+    for t, h, w in grids:
+        count = t * h * w // VISION.merge_size**2
+        pieces += [torch.tensor([6]), ids[start : start + count], torch.tensor([7])]
+        start += count
+    ids = torch.cat([*pieces, ids[num_image_tokens:]])
+    request = Request(ids, pixel_values=pixels, image_grid_thw=tuple(grids))
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+
+    def mine():
+        run = Generation(ours.model, ours.lm_head, [request], [params], eos_token_ids=())
+        assert len(list(run)) == NEW_TOKENS
+        return dataclasses.asdict(run.timings)
+
+    grid_thw = torch.tensor(grids, device=DEVICE)
+    on_device = ids.to(DEVICE)
+
+    def features():
+        hidden = tower(pixels[None], grid_thw=grid_thw).last_hidden_state.flatten(0, -2)
+        return projector(hidden, grid_thw)
+
+    def theirs():
+        marks = [_now()]
+        found = features()
+        marks.append(_now())
+        hidden = decoder.model.embed_tokens(on_device)
+        hidden[on_device == IMAGE] = found
+        out = decoder(inputs_embeds=hidden[None], use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1].argmax(dim=-1)
+        token.tolist()
+        marks.append(_now())
+        for _ in range(NEW_TOKENS - 1):
+            out = decoder(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1].argmax(dim=-1)
+            token.tolist()  # each loop looks at its token, to know whether to go on
+        marks.append(_now())
+        names = ("vision", "prefill", "decode")
+        return {n: marks[i + 1] - marks[i] for i, n in enumerate(names)}
+
+    fault = _differs(ours.model.get_image_features(pixels, grids), features())
+    assert not fault, fault
+    measure.stages("request", f"{name} + 32 + {NEW_TOKENS}", {"ours": mine, "transformers": theirs})
+
+
+def _now():
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()

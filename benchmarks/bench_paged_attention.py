@@ -1,7 +1,7 @@
 """Attention over a paged cache, prefill and decode.
 
-SDPA cannot read pages: it is given the same keys and values in one piece, which a model that uses it
-keeps instead of pages. FlashInfer's plan is made once per step for all layers and is not timed.
+SDPA cannot read pages: it is given the same keys and values in one piece, which a model that uses
+it keeps instead of pages. FlashInfer's plan is made once per step for all layers and is not timed.
 """
 
 import pytest

@@ -29,7 +29,7 @@ def tables_2d(inputs):
 
 
 def tables_3d(inputs):
-    """cos, sin [3, num_tokens, head_dim], one per axis; section_cos, section_sin with axes chosen."""
+    """cos, sin [3, num_tokens, head_dim]; section_cos, section_sin with axes chosen."""
     tensor = inputs["q"] if "q" in inputs else inputs["qkv"]
     section = inputs["mrope_section"]
     frequencies = _frequencies(2 * sum(section), inputs["theta"], tensor.device)

@@ -1,4 +1,4 @@
-"""The next token. Draws of different libraries differ: theirs only have to be among the kept ones."""
+"""The next token. Draws of libraries differ: theirs only have to be among the kept tokens."""
 
 from dataclasses import replace
 

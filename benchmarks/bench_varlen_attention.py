@@ -1,4 +1,4 @@
-"""Packed attention at head_dim 72: SDPA, PyTorch's varlen, FlashInfer, FlashAttention 2, 3 and 4."""
+"""Packed attention at head_dim 72: SDPA, PyTorch's varlen, FlashInfer, FlashAttention 2 to 4."""
 
 import pytest
 import torch.nn.functional as F

@@ -132,6 +132,7 @@ class Measure:
         flops: int = 0,
         size: float | None = None,
         differs: Callable[[object, object], str] = difference,
+        capture: bool = True,
         models: tuple[nn.Module, ...] = (),
     ) -> None:
         """Check and time `providers` on what `make` makes.
@@ -146,6 +147,7 @@ class Measure:
             flops: Of matrix products alone (a multiply and an add are two), at the real sizes.
             size: Place on the x axis of a plot.
             differs: Why a result is wrong, from it and the right one; "" if it is not.
+            capture: As in `timing.race`.
             models: Whose stages and layers get ranges under a profiler.
 
         Raises:
@@ -166,17 +168,25 @@ class Measure:
                 _call(f"{op} {case}", right, make)
         else:
             row = Row(op, case, "", size=size, num_bytes=num_bytes, flops=flops)
-            self._time(row, providers, faults, make)
+            self._time(row, providers, faults, make, capture)
         broken = {n: f for n, f in faults.items() if f and providers[n].ours}
         assert not broken, f"{op}, {case}: {broken}"
 
-    def _time(self, row: Row, providers: Providers, faults: dict[str, str], make: Make) -> None:
+    def _time(
+        self,
+        row: Row,
+        providers: Providers,
+        faults: dict[str, str],
+        make: Make,
+        capture: bool,
+    ) -> None:
         """Record one row like `row` for each provider."""
         right = {name: p for name, p in providers.items() if not faults[name]}
         timings = race(
             {name: p.run for name, p in right.items()},
             make,
             seconds=self.seconds,
+            capture=capture,
             contexts={name: p.context for name, p in right.items()},
         )
         limit = self.report.ceilings.limit(row.num_bytes, row.flops) or None
@@ -186,6 +196,45 @@ class Measure:
             rows.append(mine if faults[name] else mine.timed(timings[name]))
         if rows:
             self.report.add(rows)
+
+    def stages(
+        self,
+        op: str,
+        case: str,
+        runs: dict[str, Callable[[], dict[str, float]]],
+        *,
+        turns: int = 5 if ON_GPU else 1,
+    ) -> None:
+        """Record runs that time their own stages; `runs` give seconds by stage.
+
+        The turn with the median total is the one recorded, after a turn that warms up.
+        """
+        if self.report is None:
+            return
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        for turn in range(turns + 1):
+            for name, run in runs.items():
+                stages = run()
+                if turn > 0:
+                    found[name].append(stages)
+        rows = []
+        for name, measured in found.items():
+            measured.sort(key=lambda stages: sum(stages.values()))
+            totals = [sum(stages.values()) for stages in measured]
+            middle = measured[len(measured) // 2]
+            rows.append(
+                Row(
+                    op,
+                    case,
+                    name,
+                    ours=name.startswith("ours"),
+                    seconds=sum(middle.values()),
+                    spread=(totals[-1] - totals[0]) / 2,
+                    stages=middle,
+                    note=", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in middle.items()),
+                )
+            )
+        self.report.add(rows)
 
     def _trace(
         self, title: str, right: Providers, make: Make, models: tuple[nn.Module, ...]

@@ -65,6 +65,15 @@ def ours(op: str, run: Run) -> Providers:
     return found
 
 
+def our_model(run: Run) -> Providers:
+    """Our model as a user gets it, and on the definitions alone where that is something else."""
+    found = {"ours": Provider(run, ours=True)}
+    if {served.backend for served in backends().values()} != {"reference"}:
+        context = functools.partial(_chosen, "reference")
+        found["ours (reference)"] = Provider(run, context=context, ours=True)
+    return found
+
+
 @contextmanager
 def _chosen(name: str) -> Iterator[None]:
     with use_backend(name):

@@ -27,6 +27,7 @@ DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
 _TURN_SECONDS = 4e-3 if ON_GPU else 1e-3  # so that events and clocks cost below a percent
+_LONG_SECONDS = 10.0  # a first call that compiles may take as long; more is the run itself
 _MAX_CALLS = 256  # per turn
 _MAX_SETS = 32
 _MIN_TURNS = 5
@@ -78,6 +79,7 @@ def race(
     make: Make,
     *,
     seconds: float = 1.0,
+    capture: bool = True,
     contexts: dict[str, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict[str, Timing]:
     """Time providers in turns, so that a clock that drifts or a noisy neighbour hits all alike.
@@ -87,14 +89,17 @@ def race(
         make: Makes one set of inputs; called several times on a GPU.
         seconds: How long all turns together may take, after a quarter of it as warm-up. At least
             five turns each are taken, however long.
+        capture: Try CUDA graphs. Not for calls that copy from the host: a graph would keep reading
+            the host memory of the call that was captured.
         contexts: Name to a context manager that is entered around the calls of that provider.
     """
     sets = _input_sets(make)
     contexts = contexts or {}
     turns = {
-        name: _Turn(run, sets, contexts.get(name, nullcontext)) for name, run in providers.items()
+        name: _Turn(run, sets, contexts.get(name, nullcontext), capture)
+        for name, run in providers.items()
     }
-    _until(time.perf_counter() + seconds / 4, 1, turns)
+    _until(time.perf_counter() + seconds / 4, 0, turns)
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -125,17 +130,21 @@ class _Turn:
     """A fixed number of calls of one provider, captured once if possible."""
 
     def __init__(
-        self, run: Run, sets: list[Inputs], context: Callable[[], AbstractContextManager]
+        self,
+        run: Run,
+        sets: list[Inputs],
+        context: Callable[[], AbstractContextManager],
+        capture: bool,
     ) -> None:
         self._run, self._sets, self._context = run, sets, context
         self._calls = len(sets)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self()  # compiles
-        once = self() if self._calls > 1 else min(self(), self())
-        if not ON_GPU or once * self._calls < _TURN_SECONDS:
-            calls = min(math.ceil(_TURN_SECONDS / max(once, 1e-9)), _MAX_CALLS)
-            self._calls = max(calls, len(sets))
-        if ON_GPU:
+        once = self()  # compiles
+        if once * self._calls < _LONG_SECONDS:
+            once = self()
+        calls = min(math.ceil(_TURN_SECONDS / max(once, 1e-9)), _MAX_CALLS)
+        self._calls = max(calls, len(sets))
+        if ON_GPU and capture:
             self.graph = self._capture()
 
     def __call__(self) -> float:
