@@ -30,9 +30,14 @@ from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.items import source_of
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.tokenizer import TokenIds
-from keye_model.processing.video import KeyeVideoProcessor
+from keye_model.processing.video import VIDEO_KEYWORDS, KeyeVideoProcessor
+from keye_model.processing.vision_info import process_vision_info
 
 Messages = Sequence[dict[str, Any]]
+
+# What a wrong request raises; each is made from one string.
+_REQUEST_ERRORS = (ValueError, TypeError, RuntimeError, NotImplementedError)
+_REQUEST_ERRORS += (FileNotFoundError, PermissionError)
 
 
 class KeyeProcessor:
@@ -79,19 +84,24 @@ class KeyeProcessor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         local_files_only: bool = False,
+        trust_remote_code: bool = False,
     ) -> KeyeProcessor:
         """Read a checkpoint's configuration, tokenizer, pixel rules and chat template.
 
         Args:
             path_or_id: A directory in the layout of the Hub, or a Hub id.
-            min_pixels, max_pixels: Instead of the bounds of `preprocessor_config.json`.
+            min_pixels, max_pixels: Instead of the bounds of `preprocessor_config.json`. A message
+                item's own ``max_pixels`` cannot exceed these.
             local_files_only: Never touch the network, for the checkpoint or for a picture's URL.
+            trust_remote_code: Ignored, and here because published snippets pass it: no code of a
+                checkpoint is ever run.
 
         Raises:
             FileNotFoundError: The checkpoint or one of its files is missing.
             ValueError: A file is not what it should be, or the tokenizer lacks a token of the
                 model's line.
         """
+        del trust_remote_code
         directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
         config = KeyeConfig.from_pretrained(directory, local_files_only=local_files_only)
         tokenizer = text_side.load_tokenizer(directory)
@@ -129,6 +139,16 @@ class KeyeProcessor:
             local_files_only=local_files_only,
         )
 
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills batches up."""
+        return self.token_ids.pad
+
+    @property
+    def eos_token_id(self) -> int:
+        """The first of the ids that end an answer; ``token_ids.eos`` has all of them."""
+        return self.token_ids.eos[0]
+
     def request(
         self,
         messages: Messages,
@@ -146,7 +166,8 @@ class KeyeProcessor:
         Args:
             messages: As for `normalize_messages`; every image and video names its source.
             thinking: True and False glue ``/think`` or ``/no_think`` to the last user text.
-            add_generation_prompt: Open the assistant's turn at the end.
+            add_generation_prompt: Open the assistant's turn at the end, which must not follow
+                another of its turns.
             add_vision_id: Number the pictures and videos: ``Picture 1: ``.
             max_tokens: Most tokens the prompt may have, say the model's context. What is too long
                 is refused as soon as that is known: a video file of 8B-Preview before its frames
@@ -157,6 +178,12 @@ class KeyeProcessor:
                 or the prompt too long; see `normalize_messages` and `load_image`.
         """
         budget = TokenBudget(max_tokens)
+        last = messages[-1] if isinstance(messages, (list, tuple)) and messages else None
+        if add_generation_prompt and isinstance(last, dict) and last.get("role") == "assistant":
+            raise ValueError(
+                "messages must not end with the assistant's turn when another is opened after it: "
+                "end with a user's, or pass add_generation_prompt=False"
+            )
         text, images, videos = self._prepare(
             messages, thinking, add_generation_prompt, add_vision_id, budget
         )
@@ -173,15 +200,37 @@ class KeyeProcessor:
         )
 
     def requests(self, conversations: Sequence[Messages], **options: Any) -> list[Request]:
-        """One `request` for each conversation; ``options`` as there, the same for all."""
-        return [self.request(messages, **options) for messages in conversations]
+        """One `request` for each conversation; ``options`` as there, the same for all.
+
+        An error among several says which one it is about, counted from 1: ``conversation 2: …``.
+        """
+        found = []
+        for number, messages in enumerate(conversations, start=1):
+            try:
+                found.append(self.request(messages, **options))
+            except _REQUEST_ERRORS as error:
+                if len(conversations) == 1 or type(error) not in _REQUEST_ERRORS:
+                    raise
+                raise type(error)(f"conversation {number}: {error}") from error
+        return found
+
+    def process_vision_info(
+        self, messages: Messages | Sequence[Messages], return_video_kwargs: bool = False
+    ) -> tuple[Any, ...]:
+        """`keye_model.process_vision_info` for this checkpoint's line."""
+        return process_vision_info(
+            messages,
+            return_video_kwargs,
+            version=self.config.variant.video_version,
+            local_files_only=self.local_files_only,
+        )
 
     def __call__(
         self,
-        *,
-        text: str | Sequence[str],
         images: Any = None,
+        text: str | Sequence[str] | None = None,
         videos: Any = None,
+        *,
         padding: bool | str = False,
         padding_side: str = "left",
         return_tensors: str | None = "pt",
@@ -193,9 +242,10 @@ class KeyeProcessor:
         in order over the whole batch, and is expanded here.
 
         Args:
-            text: One prompt or several.
             images: None, one picture, a list of them, or a list of lists (what `load_image` takes).
                 They are resized by the image processor's rule alone.
+            text: One prompt or several. Given before the images, as some snippets do, it is told
+                from them unless these are strings as well.
             videos: None, one video or a list: tensors [frames, 3, height, width] or lists of
                 pictures, as `process_vision_info` of ours or of keye-vl-utils returns them.
             padding: True or "longest" fills shorter rows up; needed for prompts of unequal length.
@@ -215,8 +265,21 @@ class KeyeProcessor:
         Raises:
             ValueError: Placeholders and pictures or videos differ in number, rows differ in length
                 without padding, or a value is out of range.
-            TypeError: An unknown keyword, or a source of the wrong kind.
+            TypeError: No text, an unknown keyword, or a source of the wrong kind.
         """
+        if unknown := sorted(set(video_kwargs) - set().union(*VIDEO_KEYWORDS.values())):
+            known = "images, text, videos, padding, padding_side, return_tensors"
+            videos_too = ", ".join(sorted(VIDEO_KEYWORDS[self.video_processor.version]))
+            raise TypeError(
+                f"unknown keyword {unknown[0]!r}; known: {known}, and of videos {videos_too}"
+            )
+        if text is None:
+            raise TypeError(
+                "text must be a prompt or a list of them, got None; the order is images, text, "
+                "videos"
+            )
+        if _is_text(images) and not _is_text(text):
+            images, text = text, images
         texts = [text] if isinstance(text, str) else list(text)
         cut = [self.image_processor.patches(image) for image in _flat(images)]
         films = self.video_processor.patches_of_each(videos, **video_kwargs)
@@ -391,6 +454,12 @@ class KeyeProcessor:
             else:
                 batch["num_frames"] = torch.tensor([len(grid) for grid in grids])
         return batch
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string or a list of nothing else."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return len(values) > 0 and all(isinstance(one, str) for one in values)
 
 
 def _flat(images: Any) -> list[Any]:

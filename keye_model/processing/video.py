@@ -30,7 +30,7 @@ from keye_model.processing.video_file import VideoFile
 from keye_model.processing.video_loading import sample_1_5, sample_preview
 from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR, preview_frame_size
 
-_KEYWORDS = {"1.0": {"fps"}, "1.5": {*FrameSizes._fields, "timestamps", "frame_types"}}
+VIDEO_KEYWORDS = {"1.0": {"fps"}, "1.5": {*FrameSizes._fields, "timestamps", "frame_types"}}
 
 
 class KeyeVideoProcessor:
@@ -50,7 +50,7 @@ class KeyeVideoProcessor:
         version: str = "1.0",
         local_files_only: bool = False,
     ) -> None:
-        if version not in _KEYWORDS:
+        if version not in VIDEO_KEYWORDS:
             raise ValueError(f"version must be '1.0' or '1.5', got {version!r}")
         self.image_processor = image_processor or KeyeImageProcessor(version=version)
         if self.image_processor.factor != FACTOR:
@@ -194,10 +194,10 @@ class KeyeVideoProcessor:
         return normalize(pixels, self.image_processor.image_mean, self.image_processor.image_std)
 
     def _check_keywords(self, options: Mapping[str, Any]) -> None:
-        if unknown := sorted(set(options) - _KEYWORDS[self.version]):
+        if unknown := sorted(set(options) - VIDEO_KEYWORDS[self.version]):
             raise TypeError(
                 f"video keywords for release {self.version} must be among "
-                f"{', '.join(sorted(_KEYWORDS[self.version]))}, got {', '.join(unknown)}"
+                f"{', '.join(sorted(VIDEO_KEYWORDS[self.version]))}, got {', '.join(unknown)}"
             )
 
     def _preview_patches(self, frames: Sequence[Any], fps: float) -> VideoPatches:

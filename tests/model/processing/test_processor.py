@@ -147,6 +147,37 @@ def test_requests(preview):
     assert [r.input_ids.tolist() for r in several] == [r.input_ids.tolist() for r in alone]
 
 
+@pytest.mark.parametrize(
+    ("broken", "error", "message"),
+    [
+        ({"type": "image", "image": "/no/such.png"}, FileNotFoundError, "image must be an existin"),
+        ({"type": "image", "image": 3}, TypeError, "image must be a path"),
+        ({"type": "image", "size": 3}, ValueError, r"messages\[0\]\['content'\]\[0\] has unknown"),
+        ({"type": "image", "image": "https://a.b/c.png"}, RuntimeError, "URL .* must not be fetch"),
+    ],
+)
+def test_requests_say_which_conversation_is_wrong(preview, monkeypatch, broken, error, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    good, bad = user(text_item("One")), user(broken)
+    with pytest.raises(error, match=f"^conversation 2: {message}") as caught:
+        preview.requests([good, bad, good])
+    assert type(caught.value) is error
+    with pytest.raises(error, match=f"^{message}"):
+        preview.requests([bad])
+
+
+def test_no_second_turn_of_the_assistant(preview):
+    messages = [*user(text_item("One?")), {"role": "assistant", "content": "Two"}]
+    with pytest.raises(
+        ValueError, match=r"must not end with the assistant's turn .* add_generation"
+    ):
+        preview.request(messages)
+    text = string(preview, preview.request(messages, add_generation_prompt=False).input_ids)
+    assert text.endswith("assistant\nTwo<|im_end|>\n")
+    prompt = preview.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == text + ASSISTANT
+
+
 def test_special_tokens_in_text_are_refused(processor):
     messages = user(image(), text_item("What is <|image_pad|>?"))
     for tokenize in (True, False):
@@ -226,7 +257,8 @@ def test_any_conversation(with_films, line, conversation):
         }
         for role, content in conversation
     ]
-    request = processor.request(messages)
+    opened = messages[-1]["role"] != "assistant"
+    request = processor.request(messages, add_generation_prompt=opened)
     assert isinstance(request, Request)  # patches match the grids, or it would not exist
     lists = [message["content"] for message in messages if isinstance(message["content"], list)]
     kinds = [item["type"] for content in lists for item in content]

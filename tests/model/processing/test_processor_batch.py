@@ -162,6 +162,14 @@ def test_empty_lists_of_the_helper(processor):
         ({"text": "a", "padding_side": "top"}, ValueError, "padding_side must be 'left' or"),
         ({"text": "a", "return_tensors": "tf"}, ValueError, "return_tensors must be 'pt' or None"),
         (
+            {"text": "a", "truncation": True},
+            TypeError,
+            r"unknown keyword 'truncation'; known: images, text, .* and of videos fps$",
+        ),
+        ({"images": picture()}, TypeError, "text must be a prompt or a list of them, got None"),
+        ({"images": "ab"}, TypeError, "got None; the order is images, text, videos"),
+        ({"images": ["/no/a.png"], "text": "a"}, FileNotFoundError, "existing file, got '/no/a"),
+        (
             {"text": "a", "height": [1]},
             TypeError,
             r"for release 1\.0 must be among fps, got height",
@@ -170,12 +178,25 @@ def test_empty_lists_of_the_helper(processor):
     ],
     ids=[
         *("no_image", "no_placeholder", "no_video", "empty", "no_text", "kind", "surrogate"),
-        *("ragged", "padding", "side", "tensors", "keyword", "number_of_keywords"),
+        *("ragged", "padding", "side", "tensors", "unknown"),
+        *("images_alone", "text_as_images", "two_strings", "keyword", "number_of_keywords"),
     ],
 )
 def test_bad_calls(preview, arguments, error, message):
     with pytest.raises(error, match=message):
         preview(**arguments)
+
+
+def test_order_of_hugging_face(preview):
+    pictures, text = [picture()], ["<|image_pad|>"]
+    named = preview(text=text, images=pictures)
+    assert_equal(preview(pictures, text), named)
+    assert_equal(preview(text, pictures), named)  # told apart
+    assert_equal(preview(picture(), text[0]), named)
+    video = _frames(2)
+    assert_equal(
+        preview(None, ["<|video_pad|>"], [video]), preview(text="<|video_pad|>", videos=[video])
+    )
 
 
 def test_batch_moves_as_one(preview):

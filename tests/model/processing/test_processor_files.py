@@ -37,6 +37,13 @@ def test_needs_no_weights(copied):
     )
 
 
+def test_keywords_of_published_snippets(copied):
+    (copied / "processing_keye.py").write_text("raise SystemExit")
+    processor = KeyeProcessor.from_pretrained(copied, trust_remote_code=True)
+    assert processor.pad_token_id == processor.token_ids.pad
+    assert processor.eos_token_id == processor.tokenizer.token_to_id("<|im_end|>")
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "preprocessor_config.json"])
 def test_missing_file(copied, file):
     (copied / file).unlink()

@@ -99,6 +99,21 @@ def test_equals_the_processor_alone(film, version):
         assert torch.equal(batch["second_per_grid_ts"], seconds)
 
 
+def test_processor_knows_its_line(film, processor):
+    version = processor.config.variant.video_version
+    found = processor.process_vision_info(_turn(film), return_video_kwargs=True)
+    expected = process_vision_info(_turn(film), True, version=version)
+    assert torch.equal(found[1][0], expected[1][0])
+    assert list(found[2]) == list(expected[2])
+    assert len(processor.process_vision_info(_turn(film))) == (2 if version == "1.0" else 3)
+
+
+def test_offline(film):
+    messages = _turn(film, {"image": "https://example.org/a.png"})
+    with pytest.raises(RuntimeError, match="must not be fetched while local_files_only is set"):
+        process_vision_info(messages, local_files_only=True)
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.5"])
 def test_nothing_to_see(version):
     images, videos, *rest = process_vision_info(
