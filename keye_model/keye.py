@@ -288,7 +288,8 @@ class _Run:
             )
         params = [defaults.params(seed=one, **sampling) for one in seeds]
         self._texts = [Detokenizer(keye.processor.tokenizer, stop_strings) for _ in seeds]
-        requests = _requests(keye.processor, conversations, thinking)
+        context = keye.model.config.text_config.max_position_embeddings
+        requests = _requests(keye.processor, conversations, thinking, context - 1)
         merge = keye.model.config.vision_config.spatial_merge_size**2
         self._prompts = [_prompt_usage(request, merge) for request in requests]
         self._processing = time.perf_counter() - started
@@ -342,11 +343,14 @@ class _Run:
 
 
 def _requests(
-    processor: KeyeProcessor, conversations: list[Messages | Request], thinking: Thinking
+    processor: KeyeProcessor,
+    conversations: list[Messages | Request],
+    thinking: Thinking,
+    max_tokens: int,
 ) -> list[Request]:
     prepared = [isinstance(one, Request) for one in conversations]
     if not any(prepared):
-        return processor.requests(conversations, thinking=thinking)
+        return processor.requests(conversations, thinking=thinking, max_tokens=max_tokens)
     if not all(prepared) or thinking != "auto":
         raise TypeError("messages must be all conversations, or all requests with thinking 'auto'")
     return conversations

@@ -300,7 +300,7 @@ def test_missing_picture_is_named(keye):
 
 def test_prompt_longer_than_the_context(keye):
     words = [{"role": "user", "content": "never " * 5000}]
-    with pytest.raises(ValueError, match="must be shorter than the context of 4096 tokens"):
+    with pytest.raises(ValueError, match="prompt must have at most 4095 tokens"):
         keye.generate(words)
 
 
