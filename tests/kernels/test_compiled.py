@@ -1,5 +1,10 @@
 """The compiler's output for the launches of the real shapes: the gate, and that it can fail."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks.kernels import compile_kernels, faults, report
@@ -24,6 +29,40 @@ def test_one_launch_of_each_op_compiles_well_elsewhere(cache):
     kernels = compile_kernels([80, 100], first=True, cache=cache)
     assert {(80, "gelu"), (100, "gelu")} <= names(kernels)
     assert not faults(kernels), "\n".join(faults(kernels))
+
+
+def test_a_launch_is_noted_as_it_is_and_a_crash_is_contained(cache):
+    """Rows at odd addresses need 2-byte accesses; a compiler that aborts is reported."""
+    code = """
+import json, os, torch
+from benchmarks import compiled
+from benchmarks.cases import Case
+
+def odd(device):
+    x = torch.empty(300, 8193, dtype=torch.bfloat16, device=device)[:, 1:]
+    return {"gate_up": x, "out": torch.empty(300, 4096, dtype=torch.bfloat16, device=device)}
+
+launches = compiled.launches_of([Case("silu_mul", "odd", odd, 1)], 90)
+found = list(compiled.compile_all([(launch, 90) for launch in launches]))
+compiled._compile = lambda launch, arch: os.abort()
+found += compiled.compile_all([(launch, 90) for launch in launches])
+print(json.dumps(found))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = cache
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    odd, crashed = json.loads(done.stdout)
+    assert odd["cases"][0]["num_programs"] == 300 * 4
+    assert odd["num_warps"] == 4
+    assert odd["loads"] == {"16": 16}
+    assert odd["stores"] == {"128": 1}
+    assert [fault.rpartition(": ")[2] for fault in faults([odd])] == [
+        "narrow loads 16 x 16",
+        "no loads of 16 bytes",
+    ]
+    assert crashed["error"] == "the compiler died with code -6"
 
 
 def kernel(**changes):
