@@ -1,0 +1,3 @@
+"""As in PyAV."""
+
+Disposition = None

@@ -1,0 +1,61 @@
+"""hardware.sh: every failure is written down, and none ends the run."""
+
+import os
+import subprocess
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "hardware.sh"
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_goes_on_after_failures(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'nothing works here'\nexit 3\n")
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = run("1", PYTHON=str(python), OUT=str(out))
+    assert done.returncode == 0, done.stderr
+    summary = (out / "summary.txt").read_text()
+    assert "tests: FAILED with 3, " in summary
+    assert "nothing works here" in summary
+    assert "benchmark, sampling: FAILED with 3" in summary
+    assert "total: " in summary.splitlines()[-1]
+    assert {path.name for path in out.iterdir()} <= {"summary.txt", "tests.txt"}
+
+
+def test_stops_inside_its_budget(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *pytest*) exec sleep 100;; esac\n')
+    python.chmod(0o755)
+    script = SCRIPT.read_text().replace("budget=$((60 * minutes))", "budget=$((24 * minutes))")
+    short = tmp_path / "hardware.sh"
+    short.write_text(script.replace('"$(dirname "$0")/.."', f'"{SCRIPT.parents[1]}"'))
+    short.chmod(0o755)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [str(short), "1"],
+        env=os.environ | {"PYTHON": str(python), "OUT": str(out)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    summary = (out / "summary.txt").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "tests: stopped after 3 s" in summary
+    assert "benchmark, sampling: not run, the time is used up" in summary
+    assert int(summary.splitlines()[-1].split()[1]) <= 24
+
+
+def test_minutes_must_be_a_number():
+    done = run("soon")
+    assert done.returncode == 2
+    assert "minutes must be a positive whole number, got soon" in done.stderr
