@@ -88,9 +88,10 @@ def sample_1_5(
 
     Args:
         item: As for `sample_preview`, with ``video_total_pixels`` for the token budget and
-            ``min_frame_similarity`` (0.9), without ``min_frames`` and ``total_pixels``.
-            ``video_start``, ``video_end`` and ``nframes``, which the published helper does not
-            serve, work as there.
+            ``min_frame_similarity`` (0.9), without ``min_frames`` and ``total_pixels``;
+            ``resized_height`` with ``resized_width`` for frames alone, of which ``nframes`` or
+            ``max_frames`` are taken. ``video_start``, ``video_end`` and ``nframes``, which the
+            published helper does not serve, work as there.
 
     Returns:
         frames: [3, height, width] uint8 in their original size; may be iterated more than once.
