@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test  ## the test suite
 bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
 
-kernels: $(VENV)/.installed-bench $(VENV)/triton-$(OLDEST_TRITON)  ## what every kernel compiles to, without a GPU
+kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON)  ## what every kernel compiles to, without a GPU
 	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
 		--triton $(VENV)/triton-$(OLDEST_TRITON) --write docs/kernels.md
 
