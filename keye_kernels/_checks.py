@@ -4,6 +4,7 @@ The functions on tensors look at metadata only. Those on lists look at contents;
 which has the contents on the host, calls them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -67,18 +68,32 @@ def check_divides(name: str, value: int, divisor: int) -> None:
         raise ValueError(f"{name} must be a positive multiple of {divisor}, got {value}")
 
 
+def check_length(name: str, value: int) -> None:
+    """Check that ``value`` is a count known on the host."""
+    if not isinstance(value, (int, torch.SymInt)) or value < 0:
+        raise ValueError(f"{name} must be a non-negative int, got {value!r}")
+
+
+def check_finite(name: str, value: float, *, low: float = -math.inf) -> None:
+    """Check that ``value`` is a finite number above ``low``."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or not value > low:
+        above = "" if low == -math.inf else f" above {low:g}"
+        raise ValueError(f"{name} must be a finite number{above}, got {value!r}")
+
+
 def flatten_grid(grid_thw: Grid, num_tokens: int, *, merge_size: int = 1) -> list[int]:
     """Check rows (t, h, w) against the number of patches and return them one after the other."""
-    if isinstance(grid_thw, torch.Tensor):
-        if grid_thw.device.type != "cpu":
-            raise ValueError(
-                f"grid_thw must be a list or a CPU tensor, got a tensor on {grid_thw.device}"
-            )
+    if isinstance(grid_thw, torch.Tensor) and grid_thw.device.type != "cpu":
+        raise ValueError(
+            f"grid_thw must be a list or a CPU tensor, got a tensor on {grid_thw.device}"
+        )
+    if hasattr(grid_thw, "tolist"):  # a tensor or an array
         grid_thw = grid_thw.tolist()
     flat: list[int] = []
     total = 0
     for row in grid_thw:
-        if len(row) != 3 or any(not isinstance(size, int) or size < 1 for size in row):
+        is_row = isinstance(row, Sequence) and len(row) == 3
+        if not is_row or any(not isinstance(size, int) or size < 1 for size in row):
             raise ValueError(f"grid_thw must hold rows of positive ints (t, h, w), got {row}")
         t, h, w = row
         if h % merge_size or w % merge_size:

@@ -6,8 +6,10 @@ from keye_kernels import reference
 from keye_kernels._checks import (
     FLOAT_DTYPES,
     check_divides,
+    check_finite,
     check_head_dim,
     check_heads,
+    check_length,
     check_tensor,
 )
 from keye_kernels._ops import define_op
@@ -32,8 +34,10 @@ def _check_paged(
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     max_seqlen_k: int,
+    softmax_scale: float | None,
     out: torch.Tensor | None,
-) -> None:
+) -> float:
+    """Check what both ops take; returns the scale."""
     check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
     _, num_heads, head_dim = q.shape
     check_tensor("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
@@ -45,6 +49,7 @@ def _check_paged(
     check_tensor("block_table", block_table, (None, None), torch.int32, q.device)
     batch_size, max_pages = block_table.shape
     check_tensor("cache_seqlens", cache_seqlens, (batch_size,), torch.int32, q.device)
+    check_length("max_seqlen_k", max_seqlen_k)
     if max_seqlen_k > max_pages * page_size:
         raise ValueError(
             f"max_seqlen_k must be at most the {max_pages * page_size} tokens that block_table can "
@@ -52,6 +57,9 @@ def _check_paged(
         )
     if out is not None:
         check_tensor("out", out, q.shape, q.dtype, q.device)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    check_finite("softmax_scale", scale)
+    return scale
 
 
 def paged_prefill_attention(
@@ -95,13 +103,15 @@ def paged_prefill_attention(
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the
             contents of cu_seqlens_q, cache_seqlens or the part of block_table in use do.
     """
-    _check_paged(q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, out)
+    scale = _check_paged(
+        q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, softmax_scale, out
+    )
     batch_size = block_table.shape[0]
     check_tensor("cu_seqlens_q", cu_seqlens_q, (batch_size + 1,), torch.int32, q.device)
+    check_length("max_seqlen_q", max_seqlen_q)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if q.shape[0] > 0:
-        scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
         _paged_prefill_attention_op(
             q,
             k_cache,
@@ -150,7 +160,9 @@ def paged_decode_attention(
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the
             contents of cache_seqlens or the part of block_table in use do.
     """
-    _check_paged(q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, out)
+    scale = _check_paged(
+        q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, softmax_scale, out
+    )
     if q.shape[0] != block_table.shape[0]:
         raise ValueError(
             f"q must have one row per row of block_table ({block_table.shape[0]}), got {q.shape[0]}"
@@ -158,7 +170,6 @@ def paged_decode_attention(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if q.shape[0] > 0:
-        scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
         _paged_decode_attention_op(
             q, k_cache, v_cache, block_table, cache_seqlens, scale, max_seqlen_k, out
         )

@@ -3,7 +3,14 @@
 import torch
 
 from keye_kernels import reference
-from keye_kernels._checks import FLOAT_DTYPES, check_head_dim, check_heads, check_tensor
+from keye_kernels._checks import (
+    FLOAT_DTYPES,
+    check_finite,
+    check_head_dim,
+    check_heads,
+    check_length,
+    check_tensor,
+)
 from keye_kernels._ops import define_op
 
 _varlen_attention_op = define_op(
@@ -53,7 +60,8 @@ def varlen_attention(
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the
             contents of cu_seqlens do.
 
-    Source: argument order and masks of flash_attn_varlen_func (flash-attn 2.1 and later).
+    Source: argument order and masks of flash_attn_varlen_func (flash-attn 2.1 and later), which
+    also has dropout_p, window_size, softcap, alibi_slopes and block_table: leave them out.
     """
     check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
     num_tokens, num_heads, head_dim = q.shape
@@ -63,6 +71,10 @@ def varlen_attention(
     check_head_dim(head_dim)
     check_tensor("cu_seqlens_q", cu_seqlens_q, (None,), torch.int32, q.device)
     check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, torch.int32, q.device)
+    check_length("max_seqlen_q", max_seqlen_q)
+    check_length("max_seqlen_k", max_seqlen_k)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    check_finite("softmax_scale", scale)
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q must have at least 1 element, got 0")
     if out is None:
@@ -71,7 +83,6 @@ def varlen_attention(
         check_tensor("out", out, q.shape, q.dtype, q.device)
     lse = q.new_empty((num_heads, num_tokens), dtype=torch.float32) if return_lse else None
     if num_tokens > 0:
-        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         _varlen_attention_op(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, out, lse
         )

@@ -210,6 +210,10 @@ def test_errors(device):
         "max_seqlen_k must be at most the 64 tokens that block_table can name, got 65",
         max_seqlen=65,
     )
+    check(r"max_seqlen_k must be a non-negative int, got 4\.5", max_seqlen=4.5)
+    for attend in (lambda **k: decode(q, cache, **k), lambda **k: prefill(q, [1], cache, **k)):
+        with pytest.raises(ValueError, match="softmax_scale must be a finite number, got inf"):
+            attend(softmax_scale=float("inf"))
     with pytest.raises(ValueError, match=r"out must have shape \(1, 4, 32\), got \(1, 2, 32\)"):
         decode(q, cache, out=q[:, :2])
     with pytest.raises(ValueError, match=r"out must have shape \(1, 4, 32\), got \(1, 2, 32\)"):

@@ -174,6 +174,8 @@ def test_errors(device):
         run(4, [(2, 2)])
     with pytest.raises(ValueError, match=r"grid_thw must hold rows of positive ints .*, got \(0,"):
         run(4, [(0, 2, 2), (1, 2, 2)])
+    with pytest.raises(ValueError, match=r"grid_thw must hold rows of positive ints .*, got 1"):
+        run(4, (1, 2, 2))
     with pytest.raises(
         ValueError, match="grid_thw must be a list or a CPU tensor, got a tensor on"
     ):

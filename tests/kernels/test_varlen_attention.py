@@ -194,6 +194,14 @@ def test_errors(device):
         attend(cu_q=cu[:0], cu_k=cu[:0])
     with pytest.raises(ValueError, match=r"out must have shape \(4, 4, 16\), got \(4, 2, 16\)"):
         attend(out=k)
+    for scale in (math.nan, math.inf, "a"):
+        with pytest.raises(ValueError, match=f"softmax_scale must be a finite number, got {scale!r}"):
+            attend(softmax_scale=scale)
+    for length in (None, 4.0, -1):
+        with pytest.raises(ValueError, match="max_seqlen_q must be a non-negative int, got"):
+            kk.varlen_attention(q, k, v, cu, cu, length, 4)
+        with pytest.raises(ValueError, match="max_seqlen_k must be a non-negative int, got"):
+            kk.varlen_attention(q, k, v, cu, cu, 4, length)
 
 
 @pytest.mark.parametrize(
