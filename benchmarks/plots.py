@@ -67,6 +67,8 @@ def _latency(rows: list[Row], title: str, path: Path) -> Path:
             )
             style = {"color": colours[provider], "marker": "o", "markersize": 3}
             style["linewidth"] = 2 if provider.startswith("ours") else 1
+            if len({size for size, *_ in points}) < len(points):
+                style["linestyle"] = ""  # kinds of one size: a line through them would mean nothing
             above.plot([p[0] for p in points], [p[1] for p in points], **style)
             shown = [(size, percent) for size, _, percent in points if percent is not None]
             if shown:
@@ -96,7 +98,7 @@ def _stages(rows: list[Row], title: str, path: Path) -> Path:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.invert_yaxis()
     axis.set(xlabel="ms", title=title)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
     return path
