@@ -1,10 +1,15 @@
 """LayerNorm and the gather of each square of patches into one token, in either order."""
 
 import torch
+import triton
+import triton.language as tl
 
-from keye_kernels import reference
+from keye_kernels import _backends, reference
 from keye_kernels._checks import FLOAT_DTYPES, Grid, check_tensor, flatten_grid, grid_rows
 from keye_kernels._ops import define_op
+from keye_kernels._rows import layer_norm_rows, load_rows, power_of_2, store_rows
+
+_SEGMENTS = 16  # per launch
 
 
 def _merge_patches_reference(
@@ -28,6 +33,96 @@ _merge_patches_op = define_op(
     "int merge_size, bool norm_first, Tensor(a!) out) -> ()",
     reference=_merge_patches_reference,
 )
+
+
+def _segments(flat_grid: list[int], merge_size: int) -> list[tuple[int, int]]:
+    """Runs of tokens from rows of one width: (first token, tokens per row).
+
+    Frames do not show: merge_size rows of patches make a row of tokens, and the rows of a frame
+    divide by merge_size. So a video is one run, and so are images of one width in a row.
+    """
+    segments: list[tuple[int, int]] = []
+    first = 0
+    for t, h, w in grid_rows(flat_grid):
+        if not segments or segments[-1][1] != w // merge_size:
+            segments.append((first, w // merge_size))
+        first += t * h * w // merge_size**2
+    return segments
+
+
+def _launch_config(hidden_size: int, merge_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows and columns of a chunk, and warps: one token per program, 2x2 of 1152 in 4 warps.
+
+    About 36 elements per thread, 16-byte accesses, whole patches per warp where they fit.
+    """
+    rows = triton.next_power_of_2(merge_size**2)
+    num_warps = power_of_2(rows * hidden_size // 1024, 1, 16)
+    chunk = max(num_warps * 32 * 16 // dtype.itemsize // rows, 1)
+    return rows, min(chunk, triton.next_power_of_2(hidden_size)), num_warps
+
+
+@triton.jit(do_not_specialize=["first_token"])
+def _merge_patches_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, stride_x, stride_out, first_token, segments, eps,
+    NORM_FIRST: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One token: its patches are the rows. segments: 2 n + 3 for each n of ``_segments``."""
+    SQUARE: tl.constexpr = MERGE * MERGE
+    token = first_token + tl.program_id(0)
+    start, width = segments[0], segments[1]
+    for i in tl.static_range(2, len(segments), 2):
+        later = 2 * token + 3 >= segments[i]
+        start, width = tl.where(later, segments[i], start), tl.where(later, segments[i + 1], width)
+    start, width = (start - 3) // 2, (width - 3) // 2
+
+    slot = tl.arange(0, ROWS)[:, None]  # a * MERGE + b for patch (a, b) of the square
+    mask_row = True if ROWS == SQUARE else slot < SQUARE
+    column = (token - start) % width
+    row = (slot // MERGE).to(tl.int64) * (width * MERGE)  # patches
+    patch = (token - column).to(tl.int64) * SQUARE + row + column * MERGE + slot % MERGE
+    x = load_rows(x_ptr, patch * stride_x, mask_row, WIDTH, CHUNK)
+
+    offs_norm = slot * (0 if NORM_FIRST else WIDTH)
+    weight = load_rows(weight_ptr, offs_norm, mask_row, WIDTH, CHUNK)
+    bias = load_rows(bias_ptr, offs_norm, mask_row, WIDTH, CHUNK)
+    NUM_ROWS: tl.constexpr = 1 if NORM_FIRST else SQUARE
+    y = layer_norm_rows(x, weight, bias, eps, mask_row, NUM_ROWS, WIDTH, CHUNK)
+    offs_out = token.to(tl.int64) * stride_out + slot * WIDTH
+    store_rows(out_ptr, offs_out, mask_row, y, WIDTH, CHUNK)
+
+
+def _merge_patches_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    flat_grid: list[int],
+    merge_size: int,
+    norm_first: bool,
+    out: torch.Tensor,
+) -> None:
+    num_tokens, hidden_size = out.shape[0], x.shape[1]
+    rows, chunk, num_warps = _launch_config(hidden_size, merge_size, x.dtype)
+    segments = _segments(flat_grid, merge_size)
+    # The runs travel as launch parameters: no copy to the device, nothing to keep for a CUDA graph.
+    # One or _SEGMENTS of them, odd and above 1: else Triton would compile a kernel for each number
+    # of them, and for each that is 1 or divides by 16.
+    for i in range(0, len(segments), _SEGMENTS):
+        part = segments[i : i + _SEGMENTS]
+        first_token = part[0][0]
+        end = segments[i + _SEGMENTS][0] if i + _SEGMENTS < len(segments) else num_tokens
+        if len(part) > 1:
+            part += [(end, 1)] * (_SEGMENTS - len(part))
+        _merge_patches_kernel[(end - first_token,)](
+            x, weight, bias, out, x.stride(0), out.stride(0), first_token,
+            tuple(2 * n + 3 for segment in part for n in segment), eps,
+            NORM_FIRST=norm_first, MERGE=merge_size, WIDTH=hidden_size, ROWS=rows, CHUNK=chunk,
+            num_warps=num_warps,
+        )  # fmt: skip
+
+
+_backends.register("merge_patches", "triton", _merge_patches_triton)
 
 
 def merge_patches(

@@ -1,10 +1,21 @@
 """Normalisation over the last dim: RMSNorm and LayerNorm, each with an optional residual add."""
 
 import torch
+import triton
+import triton.language as tl
 
-from keye_kernels import reference
+from keye_kernels import _backends, reference
 from keye_kernels._checks import FLOAT_DTYPES, check_tensor
+from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
+from keye_kernels._rows import (
+    add_rows,
+    layer_norm_rows,
+    load_rows,
+    mean_square,
+    row_tiles,
+    store_rows,
+)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -46,6 +57,109 @@ _layer_norm_op = define_op(
     "Tensor(a!) out, Tensor(b!)? residual_out) -> ()",
     reference=_layer_norm_reference,
 )
+
+
+@triton.jit
+def _inputs(
+    x_ptr, residual_ptr, residual_out_ptr, stride_x, stride_residual, stride_residual_out,
+    rows, num_tokens, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Rows to normalise; with a residual their sum with it, which is written too.
+
+    Rows past the end read the last row, so that loads need no mask, and are never stored.
+    """
+    at = tl.minimum(rows, num_tokens - 1)
+    x = load_rows(x_ptr, at * stride_x, True, WIDTH, CHUNK)
+    if HAS_RESIDUAL:
+        x = add_rows(x, load_rows(residual_ptr, at * stride_residual, True, WIDTH, CHUNK))
+        offs_row = rows * stride_residual_out
+        store_rows(residual_out_ptr, offs_row, rows < num_tokens, x, WIDTH, CHUNK)
+    return x
+
+
+# num_tokens changes with every request; no new kernel for each that is 1 or divides by 16.
+@triton.jit(do_not_specialize=["num_tokens"])
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, residual_ptr, out_ptr, residual_out_ptr,
+    stride_x, stride_residual, stride_out, stride_residual_out, num_tokens, eps,
+    HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    x = _inputs(
+        x_ptr, residual_ptr, residual_out_ptr, stride_x, stride_residual, stride_residual_out,
+        rows, num_tokens, HAS_RESIDUAL, WIDTH, CHUNK,
+    )  # fmt: skip
+    weight = load_rows(weight_ptr, rows * 0, True, WIDTH, CHUNK)
+    scale = tl.rsqrt(mean_square(x, WIDTH) + eps)
+    y = ()
+    for i in tl.static_range(len(x)):
+        scaled = (x[i].to(tl.float32) * scale).to(x[i].dtype)
+        y += (scaled.to(tl.float32) * weight[i].to(tl.float32),)
+    store_rows(out_ptr, rows * stride_out, rows < num_tokens, y, WIDTH, CHUNK)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _layer_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, residual_out_ptr,
+    stride_x, stride_residual, stride_out, stride_residual_out, num_tokens, eps,
+    HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    x = _inputs(
+        x_ptr, residual_ptr, residual_out_ptr, stride_x, stride_residual, stride_residual_out,
+        rows, num_tokens, HAS_RESIDUAL, WIDTH, CHUNK,
+    )  # fmt: skip
+    weight = load_rows(weight_ptr, rows * 0, True, WIDTH, CHUNK)
+    bias = load_rows(bias_ptr, rows * 0, True, WIDTH, CHUNK)
+    y = layer_norm_rows(x, weight, bias, eps, True, 1, WIDTH, CHUNK)
+    store_rows(out_ptr, rows * stride_out, rows < num_tokens, y, WIDTH, CHUNK)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    x: torch.Tensor,
+    vectors: tuple[torch.Tensor, ...],
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    residual_out: torch.Tensor | None,
+) -> None:
+    num_tokens, width = x.shape
+    tiles = row_tiles(num_tokens, width, x.dtype, device_of(x).num_sms)
+    kernel[(triton.cdiv(num_tokens, tiles.rows),)](
+        x, *vectors, residual, out, residual_out,
+        x.stride(0), 0 if residual is None else residual.stride(0),
+        out.stride(0), 0 if residual_out is None else residual_out.stride(0), num_tokens, eps,
+        HAS_RESIDUAL=residual is not None, WIDTH=width, ROWS=tiles.rows, CHUNK=tiles.chunk,
+        num_warps=tiles.num_warps,
+    )  # fmt: skip
+
+
+def _rms_norm_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    residual_out: torch.Tensor | None,
+) -> None:
+    _launch(_rms_norm_kernel, x, (weight,), eps, residual, out, residual_out)
+
+
+def _layer_norm_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    residual_out: torch.Tensor | None,
+) -> None:
+    _launch(_layer_norm_kernel, x, (weight, bias), eps, residual, out, residual_out)
+
+
+_backends.register("rms_norm", "triton", _rms_norm_triton)
+_backends.register("layer_norm", "triton", _layer_norm_triton)
 
 
 def _destinations(

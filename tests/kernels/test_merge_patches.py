@@ -5,15 +5,19 @@ import torch
 import torch.nn.functional as F
 
 import keye_kernels as kk
+from keye_kernels.merge_patches import _launch_config, _segments
 from tests.compare import assert_close
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 GRIDS = {
     2: [[(1, 2, 2)], [(1, 4, 6), (3, 2, 4), (1, 2, 2)]],
-    1: [[(2, 3, 5)]],
+    1: [[(2, 1, 3)]],
     3: [[(2, 3, 6), (1, 6, 3)]],
 }
+by_order = pytest.mark.parametrize("norm_first", [True, False], ids=["norm first", "merge first"])
 CASES = [(merge, grid) for merge, grids in GRIDS.items() for grid in grids]
 
 
@@ -50,7 +54,7 @@ def one_by_one(x, weight, bias, grid, merge, norm_first):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm_first", [True, False], ids=["norm first", "merge first"])
+@by_order
 @pytest.mark.parametrize(("merge", "grid"), CASES, ids=str)
 def test_matches_one_by_one(merge, grid, norm_first, dtype, device):
     x, weight, bias = make(grid, merge, norm_first, dtype, device)
@@ -60,22 +64,74 @@ def test_matches_one_by_one(merge, grid, norm_first, dtype, device):
     assert_close(got, plain, one_by_one(*doubles, grid, merge, norm_first))
 
 
-@pytest.mark.parametrize("norm_first", [True, False], ids=["norm first", "merge first"])
-def test_strided_rows_out_and_tensor_grid(norm_first, device):
+@by_order
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_hidden_size(norm_first, dtype, device):
+    grid = [(1, 2, 4)]
+    x, weight, bias = make(grid, 2, norm_first, dtype, device, hidden=1152)
+    got = kk.merge_patches(x, weight, bias, EPS, grid, norm_first=norm_first)
+    plain = one_by_one(x, weight, bias, grid, 2, norm_first)
+    doubles = (tensor.double() for tensor in (x, weight, bias))
+    assert_close(got, plain, one_by_one(*doubles, grid, 2, norm_first))
+
+
+@by_order
+def test_many_images(norm_first, device):
+    grid = [(1, 2, 2), (1, 2, 4)] * 9  # 18 runs of one width: two launches
+    x, weight, bias = make(grid, 2, norm_first, torch.float32, device)
+    got = kk.merge_patches(x, weight, bias, EPS, grid, norm_first=norm_first)
+    plain = one_by_one(x, weight, bias, grid, 2, norm_first)
+    doubles = (tensor.double() for tensor in (x, weight, bias))
+    assert_close(got, plain, one_by_one(*doubles, grid, 2, norm_first))
+    last = kk.merge_patches(x[-8:], weight, bias, EPS, grid[-1:], norm_first=norm_first)
+    assert torch.equal(got[-2:], last)
+
+
+def test_segments():
+    assert _segments([1, 4, 6], 2) == [(0, 3)]
+    assert _segments([3, 4, 6, 1, 2, 6, 1, 2, 4, 1, 6, 2], 2) == [(0, 3), (21, 2), (23, 1)]
+
+
+def test_launch_configuration():
+    assert _launch_config(1152, 2, torch.bfloat16) == (4, 256, 4)
+    assert _launch_config(1152, 2, torch.float32) == (4, 128, 4)
+    assert _launch_config(1152, 3, torch.bfloat16) == (16, 256, 16)
+    assert _launch_config(1, 16, torch.bfloat16) == (256, 1, 1)
+
+
+@by_order
+@pytest.mark.parametrize("start", [8, 7], ids=["aligned", "unaligned"])
+def test_strided_rows_out_and_tensor_grid(norm_first, start, device):
     grid = [(1, 2, 4), (2, 2, 2)]
     x, weight, bias = make(grid, 2, norm_first, torch.bfloat16, device)
     expected = kk.merge_patches(x, weight, bias, EPS, grid, norm_first=norm_first)
-    wide = torch.randn(16, 40, device=device).bfloat16()
-    wide[:, 8:32] = x
+    wide = torch.full((16, 40), float("nan"), device=device, dtype=torch.bfloat16)
+    strided = wide[:, start : start + 24]
+    strided.copy_(x)
     target = torch.full((4, 128), 7.0, device=device).bfloat16()
-    out = target[:, 16:112]
+    out = target[:, 2 * start : 2 * start + 96]
     got = kk.merge_patches(
-        wide[:, 8:32], weight, bias, EPS, torch.tensor(grid), norm_first=norm_first, out=out
+        strided, weight, bias, EPS, torch.tensor(grid), norm_first=norm_first, out=out
     )
     assert got is out
     assert torch.equal(out, expected)
-    assert (target[:, :16] == 7).all()
-    assert (target[:, 112:] == 7).all()
+    assert (target[:, : 2 * start] == 7).all()
+    assert (target[:, 2 * start + 96 :] == 7).all()
+
+
+@by_order
+def test_offsets_past_2_to_the_31(norm_first, device, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    grid = [(1, 2, 8)]
+    x, weight, bias = make(grid, 2, norm_first, torch.bfloat16, device)
+    near = kk.merge_patches(x, weight, bias, EPS, grid, norm_first=norm_first)
+    # Only the pages that are touched take memory on a CPU.
+    memory = torch.empty(2**31 + 256, dtype=torch.bfloat16, device=device)
+    far = memory.as_strided((16, 24), (2**31 // 15 + 1, 1))
+    far_out = memory[128:].as_strided((4, 96), (2**31 // 3 + 1, 1))
+    far.copy_(x)
+    kk.merge_patches(far, weight, bias, EPS, grid, norm_first=norm_first, out=far_out)
+    assert torch.equal(far_out, near)
 
 
 def test_no_patches(device):

@@ -5,11 +5,17 @@ import torch
 import torch.nn.functional as F
 
 import keye_kernels as kk
+from keye_kernels import _device
+from keye_kernels._rows import RowTiles, row_tiles
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# One element, odd sizes, the tower's and the decoder's hidden size; 300 rows span several blocks.
-SHAPES = [(1, 1), (3, 77), (5, 1152), (300, 1152), (2, 4096)]
+# One element, odd sizes, the tower's and the decoder's hidden size.
+SHAPES = [(1, 1), (3, 77), (2, 1152), (2, 4096)]
+# More rows than multiprocessors, the last program not full: heads, tower, decoder, a cut chunk.
+MANY = [(17, 128), (6, 1152), (3, 4096), (2, 2100)]
 EPS = 1e-6
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,9 +54,62 @@ def test_norm_matches_fp64(op, shape, dtype, device):
     assert_close(got, plain(op, x, params), exact(op, x, params))
 
 
+@by_op
+@by_dtype
+@pytest.mark.parametrize("shape", MANY, ids=str)
+def test_many_rows(op, shape, dtype, backend, device, monkeypatch):
+    monkeypatch.setattr(_device, "elsewhere", _device.Device((9, 0), 1))
+    num_rows, width = shape
+    if device.type == "cuda":
+        num_rows += 300
+    elif backend == "reference":
+        num_rows += 2**17 // width  # two of its blocks
+    x, params = make(op, (num_rows, width), dtype, device)
+    residual = torch.randn_like(x)
+    y, total = getattr(kk, op)(x, *params, EPS, residual=residual)
+    assert torch.equal(total, x + residual)
+    assert_close(y, plain(op, total, params), exact(op, total, params))
+
+
+@by_op
+def test_rows_know_nothing_of_each_other(op, device):
+    x, params = make(op, (3, 1152), torch.bfloat16, device)
+    run = getattr(kk, op)
+    together = run(x, *params, EPS)
+    assert torch.equal(together, run(x, *params, EPS))
+    x[0], x[2] = float("nan"), 1e30
+    assert torch.equal(run(x, *params, EPS)[1], together[1])
+    assert torch.equal(run(x[1:2], *params, EPS)[0], together[1])
+
+
+@by_op
+def test_offsets_past_2_to_the_31(op, device, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    x, params = make(op, (3, 64), torch.bfloat16, device)
+    run = getattr(kk, op)
+    y, total = run(x, *params, EPS, residual=x)
+    # Only the pages that are touched take memory on a CPU.
+    memory = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
+    far, far_out = (memory[start:].as_strided((3, 64), (2**30, 1)) for start in (0, 64))
+    far.copy_(x)
+    run(far, *params, EPS, residual=far, out=(far_out, far))
+    assert torch.equal(far_out, y)
+    assert torch.equal(far, total)
+
+
+def test_launch_configuration():
+    assert row_tiles(64, 4096, torch.bfloat16, 132) == RowTiles(1, 2048, 8)
+    assert row_tiles(133, 4096, torch.bfloat16, 132) == RowTiles(1, 1024, 4)
+    assert row_tiles(576, 1152, torch.bfloat16, 132) == RowTiles(4, 256, 4)
+    assert row_tiles(576, 1152, torch.float32, 132) == RowTiles(4, 128, 4)
+    assert row_tiles(4096, 128, torch.bfloat16, 132) == RowTiles(16, 128, 4)
+    assert row_tiles(1, 1, torch.float32, 132) == RowTiles(1, 1, 1)
+    assert row_tiles(1, 2**17, torch.bfloat16, 132) == RowTiles(1, 4096, 16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_rms_norm_rounds_before_the_weight(dtype, device):
-    x, (weight,) = make("rms_norm", (64, 512), dtype, device)
+    x, (weight,) = make("rms_norm", (16, 2048), dtype, device)
     u = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
     got = kk.rms_norm(x, weight, EPS)
     twice = (got == u.to(dtype) * weight).double().mean()
@@ -78,10 +137,13 @@ def test_residual_adds_first(op, dtype, device):
 
 
 @by_op
-def test_strided_rows(op, device):
-    wide, _ = make(op, (6, 200), torch.bfloat16, device)
-    _, params = make(op, (6, 64), torch.bfloat16, device)
-    x, residual = wide[:, 8:72], wide[:, 100:164]
+@pytest.mark.parametrize("start", [8, 7], ids=["aligned", "unaligned"])
+def test_strided_rows(op, start, device):
+    wide = torch.full((6, 201), float("nan"), device=device, dtype=torch.bfloat16)
+    values, params = make(op, (12, 60), torch.bfloat16, device)
+    x, residual = wide[:, start : start + 60], wide[:, 100:160]
+    x.copy_(values[:6])
+    residual.copy_(values[6:])
     run = getattr(kk, op)
     assert torch.equal(run(x, *params, EPS), run(x.contiguous(), *params, EPS))
     strided = run(x, *params, EPS, residual=residual)
@@ -101,8 +163,9 @@ def test_out_is_written_and_nothing_round_it(op, device):
 
 
 @by_op
-def test_in_place(op, device):
-    x, params = make(op, (300, 640), torch.bfloat16, device)
+def test_in_place(op, backend, device):
+    num_rows = 300 if backend == "reference" else 3  # 300: several of the reference's blocks
+    x, params = make(op, (num_rows, 640), torch.bfloat16, device)
     residual = torch.randn_like(x)
     run = getattr(kk, op)
     y, total = run(x, *params, EPS, residual=residual)
@@ -110,6 +173,10 @@ def test_in_place(op, device):
     run(x2, *params, EPS, residual=residual2, out=(x2, residual2))
     assert torch.equal(x2, y)
     assert torch.equal(residual2, total)
+    x2, residual2 = x.clone(), residual.clone()
+    run(x2, *params, EPS, residual=residual2, out=(residual2, x2))
+    assert torch.equal(residual2, y)
+    assert torch.equal(x2, total)
     x3 = x.clone()
     assert run(x3, *params, EPS, out=x3) is x3
     assert torch.equal(x3, run(x, *params, EPS))

@@ -1,0 +1,126 @@
+"""Whole rows in registers, for Triton kernels that normalise over the last dim.
+
+A row is a tuple of chunks [ROWS, CHUNK] that lie side by side, so its width need not be a power of
+two: 1152 takes five chunks of 256, 40 registers per thread, where one block of 2048 takes 64. All
+chunks have one layout, so they add up element by element before the one reduction.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class RowTiles(NamedTuple):
+    """What a program holds: ``rows`` whole rows, in chunks of ``chunk`` columns."""
+
+    rows: int
+    chunk: int
+    num_warps: int
+
+
+def row_tiles(num_rows: int, width: int, dtype: torch.dtype, num_sms: int) -> RowTiles:
+    """Tiles in which a thread's part of a chunk is one 16-byte access.
+
+    Up to one row per multiprocessor latency counts: a program per row, 16 elements per thread. More
+    warps would issue more instructions in all than they save each (4096 wide, with residual:
+    149 x 16 warps, 197 x 8, 296 x 4). Beyond that bytes in flight count, about 32 elements per
+    thread. A row up to 2048 belongs to one warp then, so that its reductions are shuffles alone;
+    rows of one chunk or less come so many that each thread still has
+    two accesses.
+    """
+    warp = 32 * 16 // dtype.itemsize  # elements of one access of a warp
+    few = num_rows <= num_sms
+    if few or width > 2048:
+        num_warps = power_of_2(width // (512 if few else 1024), 1, 16)
+        return RowTiles(1, min(num_warps * warp, triton.next_power_of_2(width)), num_warps)
+    chunk = min(warp, triton.next_power_of_2(width))
+    return RowTiles(4 * warp // chunk * (2 if chunk >= width else 1), chunk, 4)
+
+
+def power_of_2(value: int, low: int, high: int) -> int:
+    """Largest power of 2 up to ``value``, inside [low, high]."""
+    return min(max(1 << max(value, 1).bit_length() - 1, low), high)
+
+
+@triton.jit
+def _columns(mask_row, START: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns and mask of the chunk at START. Only a chunk that is cut needs a look at columns."""
+    cols = tl.arange(START, START + CHUNK)[None, :]
+    if START + CHUNK > WIDTH:
+        mask_row = mask_row & (cols < WIDTH)
+    return cols, mask_row
+
+
+@triton.jit
+def load_rows(ptr, offs_row, mask_row, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows at ``ptr + offs_row`` ([ROWS, 1]); 0 outside. ``mask_row`` [ROWS, 1], or True."""
+    chunks = ()
+    for start in tl.static_range(0, WIDTH, CHUNK):
+        cols, mask = _columns(mask_row, start, WIDTH, CHUNK)
+        chunks += (tl.load(ptr + offs_row + cols, mask=mask, other=0.0),)  # [ROWS, CHUNK]
+    return chunks
+
+
+@triton.jit
+def store_rows(ptr, offs_row, mask_row, chunks, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Round rows to the dtype of ``ptr`` and write them at ``ptr + offs_row``."""
+    for i in tl.static_range(len(chunks)):
+        cols, mask = _columns(mask_row, i * CHUNK, WIDTH, CHUNK)
+        tl.store(ptr + offs_row + cols, chunks[i].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_rows(chunks, others):
+    """Sum, rounded to the dtype of ``chunks``."""
+    total = ()
+    for i in tl.static_range(len(chunks)):
+        x = chunks[i].to(tl.float32) + others[i].to(tl.float32)
+        total += (x.to(chunks[i].dtype),)
+    return total
+
+
+@triton.jit
+def mean_square(chunks, WIDTH: tl.constexpr):
+    """Mean of the squares of each row, fp32 [ROWS, 1]."""
+    total = 0.0
+    for i in tl.static_range(len(chunks)):
+        x = chunks[i].to(tl.float32)
+        total += x * x
+    return tl.sum(total, axis=1, keep_dims=True) / WIDTH
+
+
+@triton.jit
+def _sum(total, JOINT: tl.constexpr):
+    sums = tl.sum(total, axis=1, keep_dims=True)
+    return tl.sum(sums, axis=0, keep_dims=True) if JOINT else sums
+
+
+@triton.jit
+def layer_norm_rows(
+    chunks, weights, biases, eps, mask_row,
+    NUM_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm, fp32, not rounded: of each row, or of NUM_ROWS > 1 rows taken as one.
+
+    The variance is that of centred values in registers: no cancellation, no second read.
+    """
+    JOINT: tl.constexpr = NUM_ROWS > 1
+    total = 0.0
+    for i in tl.static_range(len(chunks)):
+        total += chunks[i].to(tl.float32)
+    mean = _sum(total, JOINT) / (NUM_ROWS * WIDTH)
+    squares = 0.0
+    for i in tl.static_range(len(chunks)):
+        centred = chunks[i].to(tl.float32) - mean
+        if JOINT or (i + 1) * CHUNK > WIDTH:
+            _, mask = _columns(mask_row, i * CHUNK, WIDTH, CHUNK)
+            centred = tl.where(mask, centred, 0.0)
+        squares += centred * centred
+    scale = tl.rsqrt(_sum(squares, JOINT) / (NUM_ROWS * WIDTH) + eps)
+    y = ()
+    for i in tl.static_range(len(chunks)):
+        scaled = (chunks[i].to(tl.float32) - mean) * scale
+        y += (scaled * weights[i].to(tl.float32) + biases[i].to(tl.float32),)
+    return y
