@@ -193,11 +193,10 @@ def bench_tower(ours, tower, measure, name):
         "tower",
         name,
         make=lambda: {"pixels": _pixels(grids)},
-        providers=our_model(lambda pixels: ours.model.visual(pixels, grids))
-        | {"transformers": Provider(theirs)},
+        providers=our_model(lambda pixels: ours.model.visual(pixels, grids), capture=False)
+        | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=_differs,
-        capture=False,
         size=num_patches(grids),
         models=(ours,),
         **tower_work(grids),
@@ -257,7 +256,7 @@ def bench_decode_step(ours, decoder, measure, batch, context):
         "decode step",
         f"batch {batch} after {context}",
         make=lambda: {"ids": torch.randint(100, 2000, (batch,), device=DEVICE)},
-        providers=our_model(mine) | {"transformers": Provider(theirs)},
+        providers=our_model(mine) | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=_differs,
         size=batch,
@@ -288,10 +287,10 @@ def bench_generate(ours, decoder, measure):
         "generate",
         f"64 + {NEW_TOKENS} tokens",
         make=lambda: {"ids": torch.randint(100, 2000, (64,))},
-        providers=our_model(mine) | {"transformers": Provider(theirs)},
+        providers=our_model(mine, capture=False)
+        | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=differs,
-        capture=False,
     )
 
 

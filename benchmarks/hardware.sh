@@ -104,8 +104,8 @@ elif on_gpu; then
 fi
 
 # Each family in a process of its own: a fault ends the CUDA context of its process only.
-for family in varlen_attention rope paged_attention generate norm patch_embed activation \
-  merge_patches sampling; do
+ops=(varlen_attention rope paged_attention norm patch_embed activation merge_patches sampling)
+for family in "${ops[@]:0:3}" generate "${ops[@]:3}"; do
   room=$(($(left) - budget / 10)) # the rest is for ncu
   ((room <= budget / 5)) || room=$((budget / 5))
   step "benchmark, $family" "$room" "$out/tests.txt" \
@@ -113,6 +113,8 @@ for family in varlen_attention rope paged_attention generate norm patch_embed ac
 done
 
 if on_gpu && command -v ncu >/dev/null; then
+  files=("${ops[@]/#/benchmarks/bench_}")
+  files=("${files[@]/%/.py}")
   metrics=gpu__time_duration.sum,dram__bytes.sum
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
@@ -120,7 +122,7 @@ if on_gpu && command -v ncu >/dev/null; then
   metrics+=,launch__registers_per_thread,launch__waves_per_multiprocessor
   step ncu "$(left)" "$out/ncu.txt" ncu --clock-control none --csv --page raw \
     --metrics "$metrics" --kernel-name 'regex:^_[a-z0-9_]+_kernel' --launch-count 60 \
-    "${pytest[@]}" benchmarks --nvtx --provider '(triton)' --provider '(cuda)' -k '1k or 4k or 5k'
+    "${pytest[@]}" "${files[@]}" --nvtx --provider '(triton)' --provider '(cuda)' -k '1k or 4k or 5k'
 elif on_gpu; then
   note "ncu: not run, it is not there"
 fi

@@ -132,7 +132,6 @@ class Measure:
         flops: int = 0,
         size: float | None = None,
         differs: Callable[[object, object], str] = difference,
-        capture: bool = True,
         models: tuple[nn.Module, ...] = (),
     ) -> None:
         """Check and time `providers` on what `make` makes.
@@ -147,7 +146,6 @@ class Measure:
             flops: Of matrix products alone (a multiply and an add are two), at the real sizes.
             size: Place on the x axis of a plot.
             differs: Why a result is wrong, from it and the right one; "" if it is not.
-            capture: As in `timing.race`.
             models: Whose stages and layers get ranges under a profiler.
 
         Raises:
@@ -168,7 +166,7 @@ class Measure:
                 _call(f"{op} {case}", right, make)
         else:
             row = Row(op, case, "", size=size, num_bytes=num_bytes, flops=flops)
-            self._time(row, providers, faults, make, capture)
+            self._time(row, providers, faults, make)
         broken = {n: f for n, f in faults.items() if f and providers[n].ours}
         assert not broken, f"{op}, {case}: {broken}"
 
@@ -178,7 +176,6 @@ class Measure:
         providers: Providers,
         faults: dict[str, str],
         make: Make,
-        capture: bool,
     ) -> None:
         """Record one row like `row` for each provider."""
         right = {name: p for name, p in providers.items() if not faults[name]}
@@ -186,7 +183,7 @@ class Measure:
             {name: p.run for name, p in right.items()},
             make,
             seconds=self.seconds,
-            capture=capture,
+            launched=[name for name, p in right.items() if not p.capture],
             contexts={name: p.context for name, p in right.items()},
         )
         limit = self.report.ceilings.limit(row.num_bytes, row.flops) or None
@@ -211,6 +208,7 @@ class Measure:
         """
         if self.report is None:
             return
+        runs = only(runs, self.names)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
         for turn in range(turns + 1):
             for name, run in runs.items():
@@ -234,7 +232,8 @@ class Measure:
                     note=", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in middle.items()),
                 )
             )
-        self.report.add(rows)
+        if rows:
+            self.report.add(rows)
 
     def _trace(
         self, title: str, right: Providers, make: Make, models: tuple[nn.Module, ...]

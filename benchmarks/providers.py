@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,6 +37,7 @@ class Provider:
         absent: Why there is nothing to run.
         context: Entered around the calls, outside of each of them.
         ours: Not a peer.
+        capture: False: no CUDA graph; see `launched` of `timing.race`.
         differs: Why its result is wrong ("" if it is not), where it need not be the definition's.
     """
 
@@ -43,10 +45,12 @@ class Provider:
     absent: str = ""
     context: Callable[[], AbstractContextManager] = nullcontext
     ours: bool = False
+    capture: bool = True
     differs: Callable[[object, object], str] | None = None
 
 
 Providers = dict[str, Provider]
+T = TypeVar("T")
 
 
 def absent(reason: str) -> Provider:
@@ -65,12 +69,12 @@ def ours(op: str, run: Run) -> Providers:
     return found
 
 
-def our_model(run: Run) -> Providers:
+def our_model(run: Run, *, capture: bool = True) -> Providers:
     """Our model as a user gets it, and on the definitions alone where that is something else."""
-    found = {"ours": Provider(run, ours=True)}
+    found = {"ours": Provider(run, ours=True, capture=capture)}
     if {served.backend for served in backends().values()} != {"reference"}:
         context = functools.partial(_chosen, "reference")
-        found["ours (reference)"] = Provider(run, context=context, ours=True)
+        found["ours (reference)"] = Provider(run, context=context, ours=True, capture=False)
     return found
 
 
@@ -178,7 +182,7 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
-def only(providers: Providers, names: Sequence[str]) -> Providers:
+def only(providers: dict[str, T], names: Sequence[str]) -> dict[str, T]:
     """Those whose name contains one of `names`; all if there are none."""
     if not names:
         return providers

@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +79,7 @@ def race(
     make: Make,
     *,
     seconds: float = 1.0,
-    capture: bool = True,
+    launched: Collection[str] = (),
     contexts: dict[str, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict[str, Timing]:
     """Time providers in turns, so that a clock that drifts or a noisy neighbour hits all alike.
@@ -89,14 +89,14 @@ def race(
         make: Makes one set of inputs; called several times on a GPU.
         seconds: How long all turns together may take, after a quarter of it as warm-up. At least
             five turns each are taken, however long.
-        capture: Try CUDA graphs. Not for calls that copy from the host: a graph would keep reading
-            the host memory of the call that was captured.
+        launched: Providers that no CUDA graph may hold: they copy from the host, or keep tensors
+            from one call to the next, and a graph would go on reading memory that was given back.
         contexts: Name to a context manager that is entered around the calls of that provider.
     """
     sets = _input_sets(make)
     contexts = contexts or {}
     turns = {
-        name: _Turn(run, sets, contexts.get(name, nullcontext), capture)
+        name: _Turn(run, sets, contexts.get(name, nullcontext), name not in launched)
         for name, run in providers.items()
     }
     _until(time.perf_counter() + seconds / 4, 0, turns)

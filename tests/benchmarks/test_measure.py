@@ -128,7 +128,7 @@ def test_providers_take_turns():
         {"slow": provider("slow", 0.004), "fast": provider("fast", 0.002)},
         lambda: {"x": torch.ones(1)},
         seconds=0.05,
-        capture=False,
+        launched=("slow", "fast"),
     )
     if not ON_GPU:  # there a turn holds as many calls as there are sets of inputs
         tail = calls[-10:]
