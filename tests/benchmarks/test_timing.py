@@ -62,6 +62,7 @@ def gpu(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(timing, "ON_GPU", True)
+    monkeypatch.setattr(timing, "_TURN_SECONDS", 4e-3)
     return state
 
 
