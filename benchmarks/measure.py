@@ -92,7 +92,6 @@ class Measure:
             size: Place on the x axis of a plot; default: rows of the first tensor.
             differs: As in `compare`.
         """
-
         shapes = case.arguments(torch.device("meta"))
 
         def call(function: Run) -> Run:
@@ -179,6 +178,8 @@ class Measure:
     ) -> None:
         """Record one row like `row` for each provider."""
         right = {name: p for name, p in providers.items() if not faults[name]}
+        if not providers:
+            return
         timings = race(
             {name: p.run for name, p in right.items()},
             make,
@@ -191,8 +192,7 @@ class Measure:
         for name, p in providers.items():
             mine = replace(row, provider=name, ours=p.ours, limit=limit, note=faults[name])
             rows.append(mine if faults[name] else mine.timed(timings[name]))
-        if rows:
-            self.report.add(rows)
+        self.report.add(rows)
 
     def stages(
         self,
@@ -209,6 +209,8 @@ class Measure:
         if self.report is None:
             return
         runs = only(runs, self.names)
+        if not runs:
+            return
         found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
         for turn in range(turns + 1):
             for name, run in runs.items():
@@ -232,8 +234,7 @@ class Measure:
                     note=", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in middle.items()),
                 )
             )
-        if rows:
-            self.report.add(rows)
+        self.report.add(rows)
 
     def _trace(
         self, title: str, right: Providers, make: Make, models: tuple[nn.Module, ...]

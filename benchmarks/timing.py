@@ -27,7 +27,6 @@ DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
 _TURN_SECONDS = 4e-3 if ON_GPU else 1e-3  # so that events and clocks cost below a percent
-_LONG_SECONDS = 10.0  # a first call that compiles may take as long; more is the run itself
 _MAX_CALLS = 256  # per turn
 _MAX_SETS = 32
 _MIN_TURNS = 5
@@ -107,10 +106,7 @@ def race(
     finally:
         if enabled:
             gc.enable()
-    cold = ON_GPU and _num_bytes(sets) > 2 * _l2_bytes()
-    return {
-        name: _summary(times[name], turn.graph is not None, cold) for name, turn in turns.items()
-    }
+    return {name: turn.summary(times[name]) for name, turn in turns.items()}
 
 
 def measure_ceilings() -> Ceilings:
@@ -137,13 +133,11 @@ class _Turn:
         capture: bool,
     ) -> None:
         self._run, self._sets, self._context = run, sets, context
-        self._calls = len(sets)
+        self._calls = 1
         self.graph: torch.cuda.CUDAGraph | None = None
-        once = self()  # compiles
-        if once * self._calls < _LONG_SECONDS:
-            once = self()
-        calls = min(math.ceil(_TURN_SECONDS / max(once, 1e-9)), _MAX_CALLS)
-        self._calls = max(calls, len(sets))
+        self()  # compiles
+        self._calls = min(math.ceil(_TURN_SECONDS / max(self(), 1e-9)), _MAX_CALLS)
+        self.cold = ON_GPU and _num_bytes(sets[: self._calls]) > 2 * _l2_bytes()
         if ON_GPU and capture:
             self.graph = self._capture()
 
@@ -163,6 +157,11 @@ class _Turn:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / self._calls
+
+    def summary(self, times: list[float]) -> Timing:
+        first, median, third = statistics.quantiles(times, n=4)
+        spread = (third - first) / 2
+        return Timing(median, spread, len(times), self.graph is not None, self.cold)
 
     def _call_all(self) -> None:
         # As many outputs stay alive as there are sets, else every call would write to one buffer
@@ -185,17 +184,17 @@ class _Turn:
         return graph
 
     def _reads_back(self) -> bool:
-        """Whether a call waits for the GPU. A failed capture can leave generators unusable, so
-        this is asked first."""
-        mode = torch.cuda.get_sync_debug_mode()
+        """Whether a call waits for the GPU.
+
+        Asked before a capture, for one that fails can leave random generators unusable. Asked on a
+        side stream, as a capture runs on one: libraries set things up on their first call there.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            with (
-                torch.cuda.stream(stream),
-                self._context(),
-            ):  # libraries set up streams on first use
+            with torch.cuda.stream(stream), self._context():
                 self._run(**self._sets[0])
         except RuntimeError:
             return True
@@ -231,8 +230,3 @@ def _num_bytes(sets: list[Inputs]) -> int:
 
 def _l2_bytes() -> int:
     return torch.cuda.get_device_properties(DEVICE).L2_cache_size
-
-
-def _summary(times: list[float], graph: bool, cold: bool) -> Timing:
-    first, median, third = statistics.quantiles(times, n=4)
-    return Timing(median, (third - first) / 2, len(times), graph, cold)

@@ -76,8 +76,7 @@ def test_calls_are_replayed_from_a_graph(gpu):
     assert found.cold
     assert found.turns == 5
     assert (gpu.captures, gpu.replays) == (1, 5)
-    # 4 calls, one for each set of inputs, took the millisecond of the fake event.
-    assert found.median == pytest.approx(1e-3 / 16), "16 calls fill the 4 ms of a turn"
+    assert found.median == pytest.approx(1e-3 / 4), "4 calls, as one took 1 ms and a turn takes 4"
 
 
 def test_what_waits_for_the_gpu_is_not_captured(gpu):
