@@ -1,11 +1,20 @@
-"""Rotary position embedding: 2D for the vision tower, 3D (t, h, w) for the text decoder."""
+"""Rotary position embedding: 2D for the vision tower, 3D (t, h, w) for the text decoder.
 
+One kernel serves both: 2D is 3D without a third axis, over a table of frequencies that repeats.
+"""
+
+import functools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-from keye_kernels import reference
-from keye_kernels._checks import FLOAT_DTYPES, check_divides, check_heads, check_tensor
+from keye_kernels import _backends, reference
+from keye_kernels._checks import FLOAT_DTYPES, check_divides, check_tensor
+from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
 
 _rope_2d_op = define_op(
@@ -17,12 +26,192 @@ _mrope_op = define_op(
     "bool interleaved) -> ()",
     reference=reference.mrope_,
 )
-_qk_norm_mrope_store_op = define_op(
-    "qk_norm_mrope_store(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor positions, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, int num_heads, "
-    "int num_kv_heads, int[] mrope_section, float theta, float eps, Tensor(c!) out) -> ()",
-    reference=reference.qk_norm_mrope_store,
-)
+
+
+class Tiles(NamedTuple):
+    """A program turns ``pairs`` pairs of consecutive tokens, for ``heads`` heads at a time.
+
+    ``width`` pairs are one access. ``num_splits`` programs share the head blocks of the same pairs.
+    """
+
+    width: int
+    pairs: int
+    heads: int
+    num_splits: int
+
+
+def _launch_config(
+    num_tokens: int, heads: tuple[int, int], half: int, itemsize: int, num_sms: int
+) -> Tiles:
+    """Tiles of one warp for ``heads`` heads of q and of k, with ``half`` pairs each.
+
+    An access is as wide as rows and halves of rows are aligned. For head_dim 128 that is 16 bytes.
+    For 72 it is 8, since the second half begins 72 bytes into a row of 144: with 16 the partners of
+    a thread's channels would lie in other threads.
+
+    Many tokens: a thread has 128 bytes in flight and turns up to four blocks of heads, so that the
+    angles cost little and no program is long. Few: one access per half, as many programs as there
+    are blocks.
+    """
+    width = math.gcd(half, 16 // itemsize)
+    pairs, block = 32 * width, 64 // (width * itemsize)
+    num_blocks = triton.cdiv(num_tokens * half, pairs)
+    head_blocks = sum(triton.cdiv(n, block) for n in heads)
+    if num_blocks * head_blocks >= 4 * num_sms:
+        splits = max(triton.cdiv(head_blocks, 4), 16 * num_sms // num_blocks)
+        return Tiles(width, pairs, block, min(splits, head_blocks))
+    pairs = min(pairs, triton.next_power_of_2(half))
+    block = 32 * width // pairs
+    return Tiles(width, pairs, block, sum(triton.cdiv(n, block) for n in heads))
+
+
+@functools.cache
+def frequencies(dim: int, theta: float, repeats: int, device: torch.device) -> torch.Tensor:
+    """theta^(-2k / dim) for k < dim / 2, ``repeats`` times over: fp32 on ``device``.
+
+    A table, because the angle must be the reference's: at position 1e5 one unit in the last place
+    of a frequency near 1 turns the pair by 0.006 rad. The reference's own values, computed on the
+    CPU as the published code does, are copied once; later calls, those captured in a CUDA graph
+    among them, copy nothing.
+    """
+    return reference._frequencies(dim, theta, torch.device("cpu")).repeat(repeats).to(device)
+
+
+@triton.jit
+def cos_sin(angle):
+    """cos and sin of fp32 angles, within one unit in the last place of 1, up to 2^22 rad.
+
+    tl.cos and tl.sin are as good, but reduce the angle twice, and for large ones through memory on
+    the stack.
+    """
+    # Adding 1.5 * 2^23 rounds to an integer and leaves its last bits at the end of the mantissa.
+    shifted = angle * 0.6366197723675814 + 12582912.0  # 2 / pi
+    turns = shifted - 12582912.0  # quarter turns
+    quadrant = shifted.to(tl.int32, bitcast=True)
+    # pi / 2 in four parts. The first three have 7 bits: up to 2^17 quarter turns their products are
+    # exact even where fma is not one operation, as in the interpreter.
+    r = tl.fma(turns, -1.578125, angle)
+    r = tl.fma(turns, 0.00732421875, r)
+    r = tl.fma(turns, 4.470348358154297e-06, r)
+    r = tl.fma(turns, -1.5893254712295857e-08, r)
+    # Fitted on [-pi/4, pi/4] to the smallest maximal error: 2e-9 and 1e-10.
+    z = r * r
+    sin = r + r * z * (-0.16666651 + z * (0.0083319675 + z * -0.00019494264))
+    cos = 1 - 0.5 * z + z * z * (0.041666646 + z * (-0.0013887355 + z * 2.4437008e-05))
+    odd = (quadrant & 1) != 0
+    turned_cos = tl.where(odd, sin, cos)
+    turned_sin = tl.where(odd, cos, sin)
+    cos = tl.where(((quadrant + 1) & 2) != 0, -turned_cos, turned_cos)
+    sin = tl.where((quadrant & 2) != 0, -turned_sin, turned_sin)
+    return cos, sin
+
+
+@triton.jit
+def axis_of(
+    pair, SECTION_T: tl.constexpr, SECTION_H: tl.constexpr, SECTION_W: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Axis of each pair: 0 (t), 1 (h) or 2 (w)."""
+    if INTERLEAVED:
+        axis = pair % 3
+        size = tl.where(axis == 1, SECTION_H, SECTION_W)
+        return tl.where(pair < 3 * size, axis, 0)
+    return tl.where(pair < SECTION_T, 0, tl.where(pair < SECTION_T + SECTION_H, 1, 2))
+
+
+@triton.jit
+def rotate(low, high, cos, sin):
+    """Pairs (low, high) turned, fp32. low, high: [heads, pairs] of any float type."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+# These change with every request: a kernel for each divisibility would be compiled on the way.
+@triton.jit(do_not_specialize=["stride_axis", "num_tokens"])
+def _rope_kernel(
+    q_ptr, k_ptr, positions_ptr, frequencies_ptr,
+    stride_q, stride_k, stride_position, stride_axis, num_tokens, num_heads, num_kv_heads,
+    STRIDE_Q_HEAD: tl.constexpr, STRIDE_K_HEAD: tl.constexpr, HALF: tl.constexpr,
+    SECTION_T: tl.constexpr, SECTION_H: tl.constexpr, SECTION_W: tl.constexpr,
+    INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    # Pairs of all tokens in one line, so that no lane is idle where HALF is no power of two.
+    first_pair = tl.program_id(0).to(tl.int64) * PAIRS
+    start = tl.multiple_of((first_pair % HALF).to(tl.int32), WIDTH)
+    pair = start + tl.arange(0, PAIRS)
+    token = first_pair // HALF + pair // HALF  # [PAIRS] int64
+    pair = pair % HALF
+    mask = token < num_tokens
+
+    axis = axis_of(pair, SECTION_T, SECTION_H, SECTION_W, INTERLEAVED)
+    offs_position = token * stride_position + axis.to(tl.int64) * stride_axis
+    position = tl.load(positions_ptr + offs_position, mask=mask, other=0)
+    cos, sin = cos_sin(position.to(tl.float32) * tl.load(frequencies_ptr + pair))
+
+    q_blocks = tl.cdiv(num_heads, HEADS)
+    k_blocks = tl.cdiv(num_kv_heads, HEADS)
+    for block in range(tl.program_id(1), q_blocks + k_blocks, tl.num_programs(1)):
+        is_q = block < q_blocks
+        head = tl.where(is_q, block, block - q_blocks) * HEADS + tl.arange(0, HEADS)[:, None]
+        mask_head = (head < tl.where(is_q, num_heads, num_kv_heads)) & mask[None, :]
+        stride_head = tl.where(is_q, STRIDE_Q_HEAD, STRIDE_K_HEAD)
+        offs = token * tl.where(is_q, stride_q, stride_k) + pair
+        ptrs = tl.where(is_q, q_ptr, k_ptr) + head.to(tl.int64) * stride_head + offs[None, :]
+        low = tl.load(ptrs, mask=mask_head, other=0.0)  # [HEADS, PAIRS]
+        high = tl.load(ptrs + HALF, mask=mask_head, other=0.0)
+        turned_low, turned_high = rotate(low, high, cos[None, :], sin[None, :])
+        tl.store(ptrs, turned_low.to(low.dtype), mask=mask_head)
+        tl.store(ptrs + HALF, turned_high.to(low.dtype), mask=mask_head)
+
+
+def _rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    strides: tuple[int, int],
+    table: torch.Tensor,
+    section: Sequence[int],
+    interleaved: bool,
+) -> None:
+    """strides: of ``positions``, from token to token and from axis to axis."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, half = k.shape[1], head_dim // 2
+    heads = num_heads, num_kv_heads
+    tiles = _launch_config(num_tokens, heads, half, q.itemsize, device_of(q).num_sms)
+    num_blocks = triton.cdiv(num_tokens * half, tiles.pairs)
+    _rope_kernel[(num_blocks, tiles.num_splits)](
+        q, k, positions, table, q.stride(0), k.stride(0), *strides,
+        num_tokens, num_heads, num_kv_heads,
+        STRIDE_Q_HEAD=q.stride(1), STRIDE_K_HEAD=k.stride(1), HALF=half,
+        SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2], INTERLEAVED=interleaved,
+        WIDTH=tiles.width, PAIRS=tiles.pairs, HEADS=tiles.heads, num_warps=1,
+    )  # fmt: skip
+
+
+def _rope_2d_triton(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float
+) -> None:
+    half = q.shape[2] // 2
+    table = frequencies(half, theta, 2, q.device)
+    strides = positions.stride(0), positions.stride(1)
+    _rope(q, k, positions, strides, table, (half // 2, half // 2, 0), False)
+
+
+def _mrope_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    mrope_section: list[int],
+    theta: float,
+    interleaved: bool,
+) -> None:
+    table = frequencies(q.shape[2], theta, 1, q.device)
+    strides = positions.stride(1), positions.stride(0)
+    _rope(q, k, positions, strides, table, mrope_section, interleaved)
+
+
+_backends.register("rope_2d_", "triton", _rope_2d_triton)
+_backends.register("mrope_", "triton", _mrope_triton)
 
 
 def _check_pair(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
@@ -33,7 +222,7 @@ def _check_pair(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
     return num_tokens, head_dim
 
 
-def _check_mrope(mrope_section: Sequence[int], theta: float, head_dim: int) -> list[int]:
+def check_mrope(mrope_section: Sequence[int], theta: float, head_dim: int) -> list[int]:
     section = list(mrope_section)
     if len(section) != 3 or min(section) < 0 or 2 * sum(section) != head_dim:
         raise ValueError(
@@ -113,85 +302,7 @@ def mrope_(
     Qwen3VLTextRotaryEmbedding in transformers for the interleaved form.
     """
     num_tokens, head_dim = _check_pair(q, k)
-    section = _check_mrope(mrope_section, theta, head_dim)
+    section = check_mrope(mrope_section, theta, head_dim)
     check_tensor("positions", positions, (3, num_tokens), torch.int64, q.device)
     if num_tokens > 0:
         _mrope_op(q, k, positions, section, theta, interleaved)
-
-
-def qk_norm_mrope_store(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    mrope_section: Sequence[int],
-    theta: float,
-    eps: float,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Normalise and rotate q and k of a packed qkv, and write k and v to the paged cache.
-
-    Args:
-        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], fp32 / fp16 / bf16: q heads,
-            k heads, v heads. Rows may be strided.
-        q_weight, k_weight: [head_dim], dtype of ``qkv``: RMSNorm weights shared by all heads.
-        positions: [3, num_tokens] int64: t, h, w.
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], dtype of ``qkv``,
-            page_size a multiple of 16. Rows that no slot names keep their content.
-        slot_mapping: [num_tokens] int64, ``page * page_size + row`` of each token; -1: k and v of
-            this token are not stored. No slot may occur twice.
-        mrope_section, theta: As in ``mrope_`` (contiguous sections).
-        eps: Added to the mean square of a head.
-        out: [num_tokens, num_heads, head_dim], dtype of ``qkv``. Must not overlap ``qkv``.
-
-    Returns:
-        q: [num_tokens, num_heads, head_dim], normalised and rotated. The norm is that of
-        ``rms_norm`` with its two roundings; rotation in fp32, rounded once; v is copied bit by bit.
-
-    Raises:
-        ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, a slot
-            lies outside the cache.
-
-    Source: KeyeAttention in modeling_keye.py of Keye-VL-8B-Preview.
-    """
-    check_tensor("q_weight", q_weight, (None,), FLOAT_DTYPES)
-    head_dim, dtype, device = q_weight.shape[0], q_weight.dtype, q_weight.device
-    check_heads(num_heads, num_kv_heads)
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    check_tensor("qkv", qkv, (None, width), dtype, device)
-    num_tokens = qkv.shape[0]
-    check_tensor("k_weight", k_weight, (head_dim,), dtype, device)
-    section = _check_mrope(mrope_section, theta, head_dim)
-    check_tensor("positions", positions, (3, num_tokens), torch.int64, device)
-    check_tensor("k_cache", k_cache, (None, None, num_kv_heads, head_dim), dtype, device)
-    check_tensor("v_cache", v_cache, k_cache.shape, dtype, device)
-    check_divides("page_size", k_cache.shape[1], 16)
-    check_tensor("slot_mapping", slot_mapping, (num_tokens,), torch.int64, device)
-    shape = (num_tokens, num_heads, head_dim)
-    if out is None:
-        out = qkv.new_empty(shape)
-    else:
-        check_tensor("out", out, shape, dtype, device)
-    if num_tokens > 0:
-        _qk_norm_mrope_store_op(
-            qkv,
-            q_weight,
-            k_weight,
-            positions,
-            k_cache,
-            v_cache,
-            slot_mapping,
-            num_heads,
-            num_kv_heads,
-            section,
-            theta,
-            eps,
-            out,
-        )
-    return out

@@ -72,7 +72,9 @@ def cases(shapes: Shapes) -> list[Case]:
     for name, grids in shapes.grids.items():
         count = num_patches(grids)
         token = 4 * VISION.num_heads * VISION.head_dim * DTYPE.itemsize + 2 * POSITION
-        found.append(Case("rope_2d_", name, partial(_rope_2d, grids), count * token))
+        # The second half of a row of 144 bytes begins 72 bytes into it.
+        widths = {"load_width": 8, "store_width": 8}
+        found.append(Case("rope_2d_", name, partial(_rope_2d, grids), count * token, **widths))
     tokens = shapes.prefill | {f"batch {n}": n for n in sorted(shapes.decode_batches)}
     for name, count in tokens.items():
         heads = 2 * (TEXT.num_heads + TEXT.num_kv_heads)
@@ -82,5 +84,7 @@ def cases(shapes: Shapes) -> list[Case]:
         token = heads * TEXT.head_dim * DTYPE.itemsize + 4 * POSITION
         num_bytes = count * token + 2 * TEXT.head_dim * DTYPE.itemsize
         arguments = partial(_qk_norm_mrope_store, count)
-        found.append(Case("qk_norm_mrope_store", name, arguments, num_bytes))
+        # A few tokens: half a head of 256 bytes over the 32 lanes of a warp.
+        widths = {"load_width": 4, "store_width": 4} if count <= 33 else {}
+        found.append(Case("qk_norm_mrope_store", name, arguments, num_bytes, **widths))
     return found

@@ -10,69 +10,37 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 import keye_kernels as kk
+from keye_kernels.rope import Tiles, _launch_config
 from tests.compare import assert_close
+from tests.kernels.rotation import (
+    angles_2d,
+    angles_3d,
+    axes,
+    fp32_angles,
+    half_rotation,
+    rotated,
+)
+from tests.memory import far_apart
+
+pytestmark = pytest.mark.usefixtures("backend", "num_sms")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KEYE = [16, 24, 24]
 SMALL = [2, 3, 3]
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# A few tokens get the tiles of many where there is but one multiprocessor.
+few_and_many = pytest.mark.parametrize("num_sms", [132, 1], ids=["few", "many"], indirect=True)
+by_dtype_and_tiles = pytest.mark.parametrize(
+    ("dtype", "num_sms"),
+    [*((dtype, 1) for dtype in DTYPES), (torch.bfloat16, 132)],
+    ids=["float32", "float16", "bfloat16", "bfloat16-few"],
+    indirect=["num_sms"],
+)
 
 
-def rotated(x, angles):
-    """x [N, heads, d] as complex numbers of channels (j, j + d/2), turned by angles [N, d/2]."""
-    low, high = x.double().chunk(2, dim=-1)
-    turned = torch.complex(low, high) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat((turned.real, turned.imag), dim=-1)
-
-
-def angles_2d(positions, head_dim, theta=10000.0):
-    """fp64 angles [N, head_dim / 2], pair by pair."""
-    quarter = head_dim // 4
-    columns = [
-        positions[:, j // quarter].double() * theta ** (-4 * (j % quarter) / head_dim)
-        for j in range(head_dim // 2)
-    ]
-    return torch.stack(columns, dim=1)
-
-
-def axes(section, interleaved=False):
-    """Axis of each pair."""
-    if not interleaved:
-        return [0] * section[0] + [1] * section[1] + [2] * section[2]
-    layout = [0] * sum(section)
-    for axis in (1, 2):
-        for n in range(section[axis]):
-            layout[axis + 3 * n] = axis
-    return layout
-
-
-def angles_3d(positions, section, theta, interleaved=False):
-    """fp64 angles [N, head_dim / 2], pair by pair."""
-    columns = [
-        positions[axis].double() * float(theta) ** (-j / sum(section))
-        for j, axis in enumerate(axes(section, interleaved))
-    ]
-    return torch.stack(columns, dim=1)
-
-
-def fp32_angles(positions, dim, theta):
-    """Angles [..., dim / 2] as transformers computes them."""
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    return positions.float()[..., None] * (1.0 / theta**exponents)
-
-
-def half_rotation(x, positions, choice, theta):
-    """The usual rotate-half form in the dtype of x, with cos and sin rounded to it first."""
-    per_axis = fp32_angles(positions, x.shape[-1], theta)  # [3, N, head_dim / 2]
-    angles = torch.stack([per_axis[axis, :, j] for j, axis in enumerate(choice)], dim=1)
-    cos, sin = (f.to(x.dtype)[:, None].repeat(1, 1, 2) for f in (angles.cos(), angles.sin()))
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
-
-
-@by_dtype
-@pytest.mark.parametrize("shape", [(1, 1, 4), (9, 3, 20), (70, 16, 72)], ids=str)
+@by_dtype_and_tiles
+@pytest.mark.parametrize("shape", [(1, 1, 4), (5, 3, 20), (4, 16, 72)], ids=str)
 def test_rope_2d_matches_complex_rotation(shape, dtype, device):
     packed = torch.randn(shape[0], 3, *shape[1:], device=device).to(dtype)
     positions = torch.randint(0, 100, (shape[0], 2), device=device)
@@ -158,16 +126,16 @@ def test_mrope_frequencies_and_axes(theta, published):
     assert turn([0, 0, 1]).nonzero().squeeze(1).tolist() == list(range(40, 64))
 
 
-@by_dtype
+@by_dtype_and_tiles
 @pytest.mark.parametrize(
     ("section", "interleaved", "tokens", "heads"),
     [
         ([1, 0, 1], False, 1, 1),
-        (SMALL, False, 9, 3),
-        (KEYE, False, 33, 8),
+        ([4, 3, 3], False, 5, 3),
+        (KEYE, False, 3, 8),
         ([1, 1, 0], True, 1, 1),
-        ([4, 2, 2], True, 9, 3),
-        ([24, 20, 20], True, 33, 8),
+        ([4, 3, 3], True, 5, 3),
+        ([24, 20, 20], True, 3, 8),
     ],
     ids=str,
 )
@@ -215,136 +183,98 @@ def test_mrope_with_equal_positions_is_plain_rope(device):
     assert torch.equal(orders[0][1], orders[1][1])
 
 
-HEADS, KV_HEADS, PAGE = 6, 2, 16
-
-
-def make_store(tokens, dtype, device, head_dim=16, pages=4):
-    width = (HEADS + 2 * KV_HEADS) * head_dim
-    qkv = torch.randn(tokens, width, device=device).mul_(2).to(dtype)
-    weights = [torch.rand(head_dim, device=device).add_(0.5).to(dtype) for _ in range(2)]
-    positions = torch.randint(0, 50, (3, tokens), device=device)
-    caches = torch.randn(2, pages, PAGE, KV_HEADS, head_dim, device=device).to(dtype)
-    # Never the last slot, where an index of -1 would end up.
-    slots = torch.randperm(pages * PAGE - 1, device=device)[:tokens]
-    return qkv, weights, positions, caches, slots
-
-
-def store(qkv, weights, positions, caches, slots, section=SMALL, **keywords):
-    options = {
-        "num_heads": HEADS,
-        "num_kv_heads": KV_HEADS,
-        "mrope_section": section,
-        "theta": 1e6,
-        "eps": 1e-6,
-    }
-    return kk.qk_norm_mrope_store(
-        qkv, *weights, positions, *caches, slots, **{**options, **keywords}
-    )
-
-
-def norm_then_rotate(heads, weight, positions, section, double):
-    """Per-head RMSNorm with its rounding points, then rotation; in fp64 or in the dtype given."""
-    x = heads.double()
-    u = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    if double:
-        return rotated(u * weight.double(), angles_3d(positions, section, 1e6))
-    return half_rotation(u.to(heads.dtype) * weight, positions, axes(section), 1e6)
+def test_height_and_width_turn_their_own_channels(device):
+    """Of several tokens: positions read as one row per token would mix the axes."""
+    q, k = torch.randn(2, 5, 2, 128, device=device)
+    positions = torch.arange(15, device=device).view(3, 5) * 7 % 50
+    start = q.clone()
+    kk.mrope_(start, k.clone(), positions, mrope_section=KEYE, theta=1e6)
+    for axis, channels in ((0, range(16)), (1, range(16, 40)), (2, range(40, 64))):
+        moved, got = positions.clone(), q.clone()
+        moved[axis, 3] += 9
+        kk.mrope_(got, k.clone(), moved, mrope_section=KEYE, theta=1e6)
+        changed = (got != start).any(1).nonzero().tolist()
+        assert changed == [[3, j] for j in (*channels, *(j + 64 for j in channels))]
 
 
 @by_dtype
-@pytest.mark.parametrize(
-    ("tokens", "section"), [(1, SMALL), (21, SMALL), (40, KEYE)], ids=["one", "21", "keye"]
-)
-def test_store_matches_norm_then_rotation(tokens, section, dtype, device):
-    head_dim = 2 * sum(section)
-    qkv, weights, positions, caches, slots = make_store(tokens, dtype, device, head_dim)
-    before = caches.clone()
-    q = store(qkv, weights, positions, caches, slots, section)
-    heads = qkv.unflatten(1, (-1, head_dim))
-    parts = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    k_rows, v_rows = (cache.flatten(0, 1)[slots] for cache in caches)
-    for got, part, weight in ((q, parts[0], weights[0]), (k_rows, parts[1], weights[1])):
-        plain = norm_then_rotate(part, weight, positions, section, double=False)
-        assert_close(got, plain, norm_then_rotate(part, weight, positions, section, double=True))
-    assert torch.equal(v_rows, parts[2])
-    untouched = torch.ones(caches.shape[1] * PAGE, dtype=torch.bool, device=device)
-    untouched[slots] = False
-    for cache, old in zip(caches, before, strict=True):
-        assert torch.equal(cache.flatten(0, 1)[untouched], old.flatten(0, 1)[untouched])
+def test_far_positions_turn_as_in_the_reference(dtype, device):
+    """At 1e5 one unit in the last place of a frequency near 1 is 0.006 rad."""
+    q, k = torch.randn(2, 6, 2, 128, device=device).to(dtype)
+    positions = 131071 - torch.arange(18, device=device).view(3, 6) * 1999
+    expected = q.cpu(), k.cpu()
+    keywords = {"mrope_section": KEYE, "theta": 8e6}
+    kk.reference.mrope_(*expected, positions.cpu(), interleaved=False, **keywords)
+    kk.mrope_(q, k, positions, **keywords)
+    unit = torch.finfo(dtype).eps
+    for got, want in zip((q, k), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=unit, atol=unit / 4 + 5e-7)
 
 
-@by_dtype
-def test_store_is_rms_norm_then_mrope(dtype, device):
-    """The fused op and its parts agree to the bit up to the order of fp32 sums."""
-    qkv, weights, positions, caches, slots = make_store(12, dtype, device)
-    q = store(qkv, weights, positions, caches, slots)
-    heads = qkv.unflatten(1, (-1, 16))
-    q_parts, k_parts = (
-        kk.rms_norm(part.flatten(0, 1), weight, 1e-6).view_as(part)
-        for part, weight in (
-            (heads[:, :HEADS], weights[0]),
-            (heads[:, HEADS:-KV_HEADS], weights[1]),
-        )
-    )
-    kk.mrope_(q_parts, k_parts, positions, mrope_section=SMALL, theta=1e6)
-    k = caches[0].flatten(0, 1)[slots]
-    for got, expected in ((q, q_parts), (k, k_parts)):
-        unit = torch.finfo(dtype).eps
-        torch.testing.assert_close(got, expected, rtol=unit, atol=unit)
+def test_cos_and_sin_of_large_angles(device):
+    """With theta 1 angles are the positions themselves, exact in fp32."""
+    angles = torch.randint(0, 2**17, (1, 127), device=device)
+    angles = torch.cat((angles, torch.tensor([[0, 1, 2**17]], device=device)), dim=1)
+    q, k = torch.tensor([1.0, 0.0], device=device).expand(2, 130, 1, 2).clone()
+    kk.mrope_(q, k, angles.expand(3, -1), mrope_section=[1, 0, 0], theta=1.0)
+    exact = torch.stack((angles[0].double().cos(), angles[0].double().sin()), dim=1)
+    assert torch.equal(q, k)
+    assert (q[:, 0] - exact).abs().max() < 2**-23
 
 
-def test_store_copies_v_bit_by_bit_and_reads_poisoned_caches_nowhere(device):
-    qkv, weights, positions, caches, slots = make_store(5, torch.bfloat16, device)
-    v = qkv.unflatten(1, (-1, 16))[:, -KV_HEADS:]
-    v[0, 0, 0], v[1, 0, 0], v[2, 1, 3] = float("nan"), float("-inf"), -0.0
-    caches.fill_(float("nan"))
-    q = store(qkv, weights, positions, caches, slots)
-    assert q.isfinite().all()
-    rows = caches.flatten(1, 2)[:, slots]
-    assert rows[0].isfinite().all()
-    assert torch.equal(rows[1].view(torch.int16), v.contiguous().view(torch.int16))
+def test_positions_may_be_strided(device):
+    q, k = torch.randn(2, 4, 2, 16, device=device).bfloat16()
+    wide = torch.randint(0, 99, (3, 9), device=device)
+    results = []
+    for positions in (wide[:, 2:6], wide[:, 2:6].contiguous()):
+        results.append((q.clone(), k.clone()))
+        kk.mrope_(*results[-1], positions, mrope_section=SMALL, theta=1e6)
+    wide = torch.randint(0, 99, (4, 5), device=device)
+    for positions in (wide[:, 1:3], wide[:, 1:3].contiguous()):
+        results.append((q.clone(), k.clone()))
+        kk.rope_2d_(*results[-1], positions)
+    for (q1, k1), (q2, k2) in (results[:2], results[2:]):
+        assert torch.equal(q1, q2)
+        assert torch.equal(k1, k2)
+        assert not torch.equal(q1, q)
 
 
-def test_store_skips_negative_slots(device):
-    qkv, weights, positions, caches, slots = make_store(8, torch.float32, device)
-    full = caches.clone()
-    q = store(qkv, weights, positions, full, slots)
-    skipped = slots.clone()
-    skipped[[0, 3]] = -1
-    kept = caches.clone()
-    assert torch.equal(store(qkv, weights, positions, kept, skipped), q)
-    for old, new, everything in zip(caches, kept, full, strict=True):
-        old, new, everything = (cache.flatten(0, 1) for cache in (old, new, everything))
-        assert torch.equal(new[slots[[0, 3]]], old[slots[[0, 3]]])
-        rest = [i for i in range(8) if i not in (0, 3)]
-        assert torch.equal(new[slots[rest]], everything[slots[rest]])
-        assert torch.equal(new[-1], old[-1])
-    nothing = caches.clone()
-    store(qkv, weights, positions, nothing, torch.full_like(slots, -1))
-    assert torch.equal(nothing, caches)
+@few_and_many
+def test_offsets_past_2_to_the_31(device):
+    q = far_apart((3, 2, 72), torch.bfloat16, device)
+    q.copy_(torch.randn(3, 2, 72))
+    # heads far apart instead of tokens
+    k = far_apart((3, 3, 72), torch.bfloat16, device).transpose(0, 1)
+    k.copy_(torch.randn(3, 3, 72))
+    near = q.clone(), k.clone()
+    positions = torch.randint(1, 50, (3, 2), device=device)
+    kk.rope_2d_(q, k, positions)
+    kk.rope_2d_(*near, positions)
+    assert torch.equal(q, near[0])
+    assert torch.equal(k, near[1])
 
 
-def test_store_strided_inputs_and_out(device):
-    qkv, weights, positions, caches, slots = make_store(9, torch.bfloat16, device)
-    expected_caches = caches.clone()
-    expected = store(qkv, weights, positions, expected_caches, slots)
-    wide = torch.randn(9, qkv.shape[1] + 32, device=device).bfloat16()
-    wide[:, 16:-16] = qkv
-    target = torch.full((9, HEADS + 2, 16), 7.0, device=device).bfloat16()
-    # k and v of a page side by side, as some engines keep them
-    together = caches.transpose(0, 1).contiguous()
-    got = store(
-        wide[:, 16:-16],
-        weights,
-        positions,
-        (together[:, 0], together[:, 1]),
-        slots,
-        out=target[:, 1:-1],
-    )
-    assert torch.equal(got, expected)
-    assert torch.equal(together.transpose(0, 1), expected_caches)
-    assert (target[:, 0] == 7).all()
-    assert (target[:, -1] == 7).all()
+def test_tokens_do_not_depend_on_their_neighbours(device):
+    q, k = torch.randn(2, 7, 3, 72, device=device).bfloat16()
+    positions = torch.randint(1, 50, (7, 2), device=device)
+    alone = q[2:5].clone(), k[2:5].clone()
+    q[:2], q[5:] = float("nan"), float("nan")
+    kk.rope_2d_(q, k, positions)
+    kk.rope_2d_(*alone, positions[2:5])
+    assert torch.equal(q[2:5], alone[0])
+    assert torch.equal(k[2:5], alone[1])
+
+
+def test_launch_config():
+    # tower: 8-byte accesses; 8 heads at a time; one to four programs for the 2 x 16 heads
+    for num_patches, num_splits in ((576, 4), (1024, 4), (5040, 1), (16384, 1)):
+        tiles = _launch_config(num_patches, (16, 16), 36, 2, 132)
+        assert tiles == Tiles(4, 128, 8, num_splits)
+    # decoder: 16-byte accesses; a short program per block of heads for a few tokens
+    assert _launch_config(1, (32, 8), 64, 2, 132) == Tiles(8, 64, 4, 10)
+    assert _launch_config(64, (32, 8), 64, 2, 132) == Tiles(8, 64, 4, 10)
+    assert _launch_config(32768, (32, 8), 64, 2, 132) == Tiles(8, 256, 4, 3)
+    assert _launch_config(32768, (32, 8), 64, 4, 132) == Tiles(4, 128, 4, 3)
 
 
 def test_no_tokens(device):
@@ -352,8 +282,6 @@ def test_no_tokens(device):
     kk.rope_2d_(q, q, torch.empty(0, 2, dtype=torch.int64, device=device))
     none = torch.empty(3, 0, dtype=torch.int64, device=device)
     kk.mrope_(q, q, none, mrope_section=SMALL, theta=1e6)
-    qkv, weights, positions, caches, slots = make_store(0, torch.float32, device)
-    assert store(qkv, weights, positions, caches, slots).shape == (0, HEADS, 16)
 
 
 def test_rotation_errors(device):
@@ -379,37 +307,3 @@ def test_rotation_errors(device):
         kk.mrope_(q, k, positions[:2], mrope_section=SMALL, theta=1e6)
     with pytest.raises(ValueError, match="q must be contiguous in its last dim"):
         kk.mrope_(q.transpose(1, 2), k, positions, mrope_section=SMALL, theta=1e6)
-
-
-def test_store_errors(device):
-    qkv, weights, positions, caches, slots = make_store(4, torch.float32, device)
-    with pytest.raises(
-        ValueError, match=r"num_heads must be a .* multiple of num_kv_heads 2, got 5"
-    ):
-        store(qkv, weights, positions, caches, slots, num_heads=5)
-    with pytest.raises(ValueError, match=r"qkv must have shape \(\*, 160\), got \(4, 128\)"):
-        store(qkv[:, :128], weights, positions, caches, slots)
-    with pytest.raises(ValueError, match=r"k_weight must have shape \(16,\), got \(8,\)"):
-        store(qkv, (weights[0], weights[1][:8]), positions, caches, slots)
-    with pytest.raises(ValueError, match=r"k_cache must have shape \(\*, \*, 2, 16\), got"):
-        store(qkv, weights, positions, caches[..., :1, :], slots)
-    with pytest.raises(ValueError, match=r"v_cache must have shape \(4, 16, 2, 16\), got \(3, 16"):
-        store(qkv, weights, positions, (caches[0], caches[1, :3]), slots)
-    with pytest.raises(ValueError, match="page_size must be a positive multiple of 16, got 8"):
-        store(qkv, weights, positions, caches[:, :, :8], slots)
-    with pytest.raises(ValueError, match=r"slot_mapping must have dtype torch.int64, got .*int32"):
-        store(qkv, weights, positions, caches, slots.int())
-    with pytest.raises(ValueError, match=r"out must have shape \(4, 6, 16\), got \(4, 2, 16\)"):
-        store(qkv, weights, positions, caches, slots, out=qkv.new_empty(4, 2, 16))
-
-
-@pytest.mark.parametrize("slot", [-2, 64])
-def test_store_checks_slots_before_it_writes(slot):
-    qkv, weights, positions, caches, slots = make_store(4, torch.float32, "cpu")
-    before = caches.clone()
-    slots[2] = slot
-    with pytest.raises(
-        ValueError, match=rf"slot_mapping must hold values in \[-1, 64\), got {slot}"
-    ):
-        store(qkv, weights, positions, caches, slots)
-    assert torch.equal(caches, before)
