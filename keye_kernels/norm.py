@@ -66,7 +66,8 @@ def _inputs(
 ):  # fmt: skip
     """Rows to normalise; with a residual their sum with it, which is written too.
 
-    Rows past the end read the last row, so that loads need no mask, and are never stored.
+    Rows past the end read the last row, whatever it holds by then, so that loads need no mask; they
+    are never stored.
     """
     at = tl.minimum(rows, num_tokens - 1)
     x = load_rows(x_ptr, at * stride_x, True, WIDTH, CHUNK)

@@ -30,7 +30,8 @@ def _merge_patches(grids: list[Grid], norm_first: bool, device: torch.device) ->
 def cases(shapes: Shapes) -> list[Case]:
     """Each patch read and written once, weight and bias read."""
     found = []
-    for name, grids in shapes.grids.items():
+    mixed = [grids[0] for grids in shapes.grids.values()]  # many widths: a kernel of its own
+    for name, grids in (shapes.grids | {"all of them": mixed}).items():
         for line, norm_first in (("8B-Preview", True), ("1.5", False)):
             vectors = 2 * (1 if norm_first else VISION.merge_size**2)
             elements = (2 * num_patches(grids) + vectors) * VISION.hidden_size
