@@ -39,12 +39,12 @@ step() {
   local name=$1 limit=$2 file=$3 code began=$SECONDS
   shift 3
   ((limit <= $(left))) || limit=$(left)
-  if ((limit < 5)); then
+  if ((limit < 8)); then
     note "$name: not run, the time is used up"
     return
   fi
   # An interrupt lets pytest print what it has; a process that ignores it is killed.
-  timeout --signal=INT --kill-after=5 "$((limit - 3))" "$@" >"$log" 2>&1 </dev/null
+  timeout --signal=INT --kill-after=5 "$((limit - 5))" "$@" >"$log" 2>&1 </dev/null
   code=$?
   {
     printf '\n== %s (exit %d)\n' "$name" "$code"
