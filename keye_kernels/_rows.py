@@ -27,8 +27,7 @@ def row_tiles(num_rows: int, width: int, dtype: torch.dtype, num_sms: int) -> Ro
     warps would issue more instructions in all than they save each (4096 wide, with residual:
     149 x 16 warps, 197 x 8, 296 x 4). Beyond that bytes in flight count, about 32 elements per
     thread. A row up to 2048 belongs to one warp then, so that its reductions are shuffles alone;
-    rows of one chunk or less come so many that each thread still has
-    two accesses.
+    rows of one chunk or less come in such number that each thread still has two accesses.
     """
     warp = 32 * 16 // dtype.itemsize  # elements of one access of a warp
     few = num_rows <= num_sms
