@@ -1,14 +1,23 @@
 """patch_embed against conv2d and interpolate."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import keye_kernels as kk
+from keye_kernels._device import Device
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.usefixtures("backend")
+
+module = importlib.import_module("keye_kernels.patch_embed")  # the package holds the function
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.27, 0.26, 0.28]}
+# No center and scale give all its bytes in 16 bits: the kernel must divide.
+STUBBORN = {"image_mean": [0.5, 0.604, 0.5], "image_std": [0.5, 0.25, 0.5]}
 
 
 def make(num_patches, dtype, device, hidden=40, patch=14, side=27):
@@ -45,8 +54,14 @@ def conv_and_interpolate(pixels, weight, bias, table, grid):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "grid",
-    [[(1, 1, 1)], [(1, 4, 6)], [(1, 2, 34), (3, 4, 2), (1, 27, 1)]],
-    ids=["one patch", "image", "image video image"],
+    [
+        [(1, 1, 1)],
+        [(1, 4, 6)],
+        [(1, 2, 34), (3, 4, 2), (1, 27, 1)],  # 68 patches: a tile and a bit
+        [(1, 2, size) for size in range(2, 11)],  # more sizes than one launch takes
+        [(1, 2, 3), (2, 2, 3), (1, 3, 2), (1, 2, 3)],  # neighbours of one size
+    ],
+    ids=["one patch", "image", "image video image", "many sizes", "same sizes"],
 )
 def test_matches_conv_and_interpolate(grid, dtype, device):
     num_patches = sum(t * h * w for t, h, w in grid)
@@ -64,21 +79,33 @@ def test_matches_conv_and_interpolate(grid, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_float_pixels_give_the_same(dtype, device):
     pixels, weight, bias, table = make(24, dtype, device)
-    clip = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.27, 0.26, 0.28]}
-    from_bytes = kk.patch_embed(pixels, weight, bias, table, [(1, 4, 6)], **clip)
-    floats = published_pixels(pixels, **clip)
+    from_bytes = kk.patch_embed(pixels, weight, bias, table, [(1, 4, 6)], **CLIP)
+    floats = published_pixels(pixels, **CLIP)
     for given in (floats, floats.to(dtype)):
-        got = kk.patch_embed(given, weight, bias, table, [(1, 4, 6)], **clip)
+        got = kk.patch_embed(given, weight, bias, table, [(1, 4, 6)], **CLIP)
         assert torch.equal(got, from_bytes)
 
 
-def test_every_byte_is_normalised_as_published(device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalise", [HALF, CLIP, STUBBORN], ids=["half", "clip", "stubborn"])
+def test_every_byte_is_normalised_as_published(normalise, dtype, device):
     pixels = torch.arange(256, dtype=torch.uint8, device=device)[:, None, None, None]
     pixels = pixels.expand(256, 3, 1, 1).contiguous()
-    eye = torch.eye(3, device=device)[:, :, None, None].contiguous()
-    zero = torch.zeros(4, 3, device=device)
-    got = kk.patch_embed(pixels, eye, zero[0], zero, [(1, 16, 16)], **HALF)
-    assert torch.equal(got, published_pixels(pixels)[:, :, 0, 0])
+    eye = torch.eye(3, device=device)[:, :, None, None].to(dtype).contiguous()
+    zero = torch.zeros(4, 3, dtype=dtype, device=device)
+    got = kk.patch_embed(pixels, eye, zero[0], zero, [(1, 16, 16)], **normalise)
+    assert torch.equal(got, published_pixels(pixels, **normalise)[:, :, 0, 0].to(dtype))
+
+
+def test_normalising_divides_only_where_it_must():
+    def pair(normalise, dtype):
+        return module._center_and_scale(*map(tuple, normalise.values()), dtype)
+
+    assert pair(HALF, torch.bfloat16) == ((127.5,) * 3, (pytest.approx(1 / 127.5),) * 3)
+    assert pair(CLIP, torch.bfloat16) is not None
+    assert pair(STUBBORN, torch.bfloat16) is None
+    assert pair(STUBBORN, torch.float16) is None
+    assert pair(HALF, torch.float32) is None
 
 
 def only_positions(table, h, w):
@@ -89,7 +116,7 @@ def only_positions(table, h, w):
     return kk.patch_embed(pixels, weight, bias, table, [(1, h, w)], **HALF)
 
 
-@pytest.mark.parametrize("size", [(4, 6), (27, 27), (40, 10), (52, 94)], ids=str)
+@pytest.mark.parametrize("size", [(4, 6), (27, 27), (40, 10), (5, 94)], ids=str)
 def test_position_map_equals_interpolate(size, device):
     table = torch.randn(27 * 27, 8, device=device)
     difference = only_positions(table, *size) - interpolated(table, *size)
@@ -113,10 +140,10 @@ def test_source_coordinates(size, coordinates, device):
     """A table that holds its own coordinates shows where each patch samples it."""
     rows = torch.arange(27.0, device=device)
     table = torch.stack((rows.repeat_interleave(27), rows.repeat(27)), dim=1)
-    got = only_positions(table, size, size).view(size, size, 2)
+    column, row = only_positions(table, size, 1), only_positions(table, 1, size)
     for i, value in coordinates.items():
-        assert got[i, 0, 0].item() == pytest.approx(value, abs=6e-5)
-        assert got[0, i, 1].item() == pytest.approx(value, abs=6e-5)
+        assert column[i, 0].item() == pytest.approx(value, abs=6e-5)
+        assert row[i, 1].item() == pytest.approx(value, abs=6e-5)
 
 
 def test_frames_share_their_map_and_images_are_independent(device):
@@ -129,6 +156,55 @@ def test_frames_share_their_map_and_images_are_independent(device):
     torch.testing.assert_close(got[24:], second, rtol=1e-6, atol=1e-6)
     as_tensor = kk.patch_embed(pixels, weight, bias, table, torch.tensor(grid), **HALF)
     assert torch.equal(as_tensor, got)
+
+
+def test_rows_do_not_depend_on_others(device):
+    pixels, weight, bias, table = make(70, torch.bfloat16, device)
+    grid = [(1, 33, 2), (1, 2, 2)]
+    got = kk.patch_embed(pixels, weight, bias, table, grid, **HALF)
+    assert torch.equal(kk.patch_embed(pixels, weight, bias, table, grid, **HALF), got)
+    floats = published_pixels(pixels)
+    floats[1:66] = torch.nan
+    poisoned = kk.patch_embed(floats, weight, bias, table, grid, **HALF)
+    assert torch.equal(poisoned[[0, 66, 67, 68, 69]], got[[0, 66, 67, 68, 69]])
+    assert poisoned[1:66].isnan().all()
+
+
+def test_reads_nothing_beside_its_tensors(device):
+    """Neighbours in memory are NaN, and no start divides by 16 bytes."""
+    given = make(5, torch.float32, device)
+    given = (published_pixels(given[0]), *given[1:])
+    framed = []
+    for x in given:
+        memory = torch.full((x.numel() + 1303,), torch.nan, device=device)
+        framed.append(memory[3 : 3 + x.numel()].view(x.shape).copy_(x))
+    exact = kk.patch_embed(*given, [(1, 1, 5)], **HALF)
+    assert torch.equal(kk.patch_embed(*framed, [(1, 1, 5)], **HALF), exact)
+    pixels = torch.randint(0, 256, (5 * 588 + 1,), dtype=torch.uint8, device=device)[1:]
+    pixels = pixels.view(5, 3, 14, 14)
+    got = kk.patch_embed(pixels, *given[1:], [(1, 1, 5)], **HALF)
+    assert torch.equal(got, kk.patch_embed(pixels.clone(), *given[1:], [(1, 1, 5)], **HALF))
+
+
+def test_rows_past_2_to_31_elements(device, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    pixels, weight, bias, table = make(3, torch.bfloat16, device)
+    near = kk.patch_embed(pixels, weight, bias, table, [(1, 1, 3)], **HALF)
+    memory = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=device)
+    far = memory.as_strided((3, 40), (2**30, 1))
+    kk.patch_embed(pixels, weight, bias, table, [(1, 1, 3)], **HALF, out=far)
+    assert torch.equal(far, near)
+
+
+def test_launch_config():
+    """Real sizes: all multiprocessors at work with few patches, large tiles with many."""
+    hopper, ampere = Device((9, 0), 132), Device((8, 0), 108)
+    sixteen = (torch.bfloat16, torch.uint8)
+    assert module._launch_config(576, 1152, *sixteen, hopper) == (64, 64, 64, 4, 4, None)
+    assert module._launch_config(5040, 1152, *sixteen, hopper) == (128, 128, 64, 8, 3, 128)
+    assert module._launch_config(5040, 1152, *sixteen, ampere) == (128, 128, 64, 8, 3, None)
+    floats = (torch.float32, torch.uint8)
+    assert module._launch_config(5040, 1152, *floats, hopper) == (64, 64, 32, 8, 2, None)
 
 
 def test_out_and_empty(device):
