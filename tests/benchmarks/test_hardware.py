@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "hardware.sh"
@@ -60,3 +61,18 @@ def test_minutes_must_be_a_number():
     done = run("soon")
     assert done.returncode == 2
     assert "minutes must be a positive whole number, got soon" in done.stderr
+
+
+def test_model_is_importable_with_the_stand_in_for_pyav():
+    stand_ins = SCRIPT.parent / "stand_ins"
+    code = "import av, keye_model; print(av.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=SCRIPT.parents[1],
+        env=os.environ | {"PYTHONPATH": f"{stand_ins}:{SCRIPT.parents[1]}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(stand_ins))

@@ -1,3 +1,8 @@
-"""As in PyAV."""
+"""The flags that are read when a module is imported."""
 
-Disposition = None
+import enum
+
+
+class Disposition(enum.IntFlag):
+    attached_pic = enum.auto()
+    timed_thumbnails = enum.auto()
