@@ -44,7 +44,11 @@ def eager_top_k(width):
     return run
 
 
-def eager_greedy(logits, **_):
+def eager_greedy(logits, repetition_penalty=None, seen=None, **_):
+    if seen is not None:
+        scores, penalty = logits.float(), repetition_penalty[:, None]
+        penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+        logits = torch.where(seen, penalised, scores)
     return logits.argmax(dim=-1)
 
 

@@ -127,8 +127,8 @@ def patch_embed(
     """weight @ normalised pixels + bias + position, summed in fp32, rounded once."""
     if pixels.dtype == torch.uint8:
         # In fp32 this division gives the published processor's fp32(value * (1 / 255) in fp64)
-        # for each of the 256 bytes.
-        scaled = pixels.float().div_(255)
+        # for each of the 256 bytes. By a tensor: CUDA multiplies by the reciprocal of a number.
+        scaled = pixels.float().div_(torch.full((), 255.0, device=pixels.device))
         mean = torch.tensor(image_mean, dtype=torch.float32, device=pixels.device)
         std = torch.tensor(image_std, dtype=torch.float32, device=pixels.device)
         pixels = scaled.sub_(mean[:, None, None]).div_(std[:, None, None])
@@ -509,15 +509,16 @@ def _kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) ->
     if 0 < top_k < logits.shape[0]:
         keep &= logits >= logits.topk(top_k).values[-1]
     tokens = keep.nonzero().squeeze(1)
-    scores = logits[tokens].double()
-    scores = (scores - scores.max()) / temperature
+    kept = logits[tokens].double()
+    largest, scale = kept.max(), 1 / temperature
     if top_p < 1:
-        probs = scores.softmax(dim=0)
-        ranked = probs.sort(descending=True).values
-        before = ranked.cumsum(dim=0) - ranked  # mass of those more probable
-        count = max(int((before < top_p).sum()), 1)
-        keep = probs >= ranked[count - 1]
-        tokens, scores = tokens[keep], scores[keep]
+        ranked = kept.sort(descending=True).values
+        weights = ((ranked - largest) * scale).exp()
+        before = F.pad(weights.cumsum(dim=0)[:-1], (1, 0))  # weight of those ranked higher
+        count = max(int((before < top_p * weights.sum()).sum()), 1)
+        keep = kept >= ranked[count - 1]
+        tokens, kept = tokens[keep], kept[keep]
+    scores = (kept - largest) * scale
     return tokens, scores
 
 

@@ -74,6 +74,13 @@ def _umulhi_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _scalar_condition_kernel(x_ptr, limit_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    mask = (offs > 0) & (tl.load(limit_ptr) < 1)
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=mask, other=-1.0))
+
+
+@triton.jit
 def _strided_sum_kernel(x_ptr, out_ptr, n, STEP: tl.constexpr):
     total = 0.0
     for i in tl.range(0, n, STEP):
@@ -119,6 +126,13 @@ def test_bf16_arithmetic(kind):
     _binary_kernel[(1,)](x, y, out, KIND=kind, BLOCK=x.shape[0])
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.5])
+def test_condition_on_a_scalar_masks_a_block(limit):
+    x, out = torch.arange(4.0), torch.empty(4)
+    _scalar_condition_kernel[(1,)](x, torch.tensor(limit), out, BLOCK=4)
+    assert out.tolist() == ([-1.0, 1.0, 2.0, 3.0] if limit < 1 else [-1.0] * 4)
 
 
 def test_bf16_maximum():

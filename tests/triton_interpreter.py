@@ -139,6 +139,18 @@ def _repair_index() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
+def _repair_splat() -> None:
+    """A comparison of fp32 scalars became fp32 when spread over a block, and `&` then failed."""
+    original = InterpreterBuilder.create_splat
+
+    def create_splat(self, ret_ty, arg):
+        if arg.data.dtype == np.bool_:
+            arg = TensorHandle(arg.data, tl.int1)
+        return original(self, ret_ty, arg)
+
+    InterpreterBuilder.create_splat = create_splat
+
+
 def _repair_umulhi() -> None:
     """Before 3.9 signed operands were widened with their sign."""
     original = InterpreterBuilder.create_umulhi
@@ -291,6 +303,7 @@ def install() -> None:
     _repair_dot()
     _repair_reductions()
     _repair_index()
+    _repair_splat()
     _repair_umulhi()
     _repair_calls()
     _skip_copies()

@@ -1,9 +1,16 @@
-"""sample: its filters against transformers, its noise against published vectors and statistics."""
+"""sample: its filters against transformers, its noise against published vectors and statistics.
+
+Kernels are compared with the reference token by token; so in the interpreter, where a row takes a
+tenth of a second, the tests that need hundreds of draws are left to the reference.
+"""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -13,9 +20,18 @@ from transformers.generation.logits_process import (
 )
 
 import keye_kernels as kk
-from keye_kernels import reference
+from keye_kernels import reference, sampling
+from tests.memory import far_apart
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def many_rows(backend, device):
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("hundreds of rows take minutes in the interpreter")
 
 
 def run(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, step=0, **keywords):
@@ -56,10 +72,12 @@ def test_temperature_zero_is_argmax(shape, dtype, device):
 
 
 def test_greedy_takes_the_lowest_token_on_ties(device):
-    logits = torch.zeros(3, 1000, device=device)
+    logits = torch.zeros(4, 1000, device=device)
     logits[1, [700, 31, 999]] = 2.5
     logits[2, 999] = 1
-    assert run(logits, temperature=0.0).tolist() == [0, 31, 999]
+    logits[3] -= 1
+    logits[3, 40], logits[3, 41] = -0.0, 0.0
+    assert run(logits, temperature=0.0).tolist() == [0, 31, 999, 40]
 
 
 def expected_probabilities(row, temperature, top_k, top_p, seen=None, penalty=1.0):
@@ -87,6 +105,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.usefixtures("many_rows")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_frequencies_follow_the_probabilities(setting, device):
     """Chi-square at fixed seeds: deterministic, and far below the 1e-4 quantile when right."""
@@ -108,6 +127,7 @@ def test_frequencies_follow_the_probabilities(setting, device):
         assert chi_square < quantile
 
 
+@pytest.mark.usefixtures("many_rows")
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 1, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.5), (0.9, 20, 0.8), (1.0, 0, 0.05)],
@@ -123,6 +143,7 @@ def test_kept_tokens_are_those_of_transformers(temperature, top_k, top_p, device
     assert likely <= drawn
 
 
+@pytest.mark.usefixtures("many_rows")
 def test_ties_stay(device):
     row = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 2.0], device=device)
     assert support(row, top_k=2) == {1, 2, 3, 5}
@@ -132,12 +153,14 @@ def test_ties_stay(device):
     assert support(row, top_p=0.0) == {1}
 
 
+@pytest.mark.usefixtures("many_rows")
 @pytest.mark.parametrize("top_k", [0, 6, 100])
 def test_top_k_off(top_k, device):
     row = torch.tensor([0.3, 0.0, 0.1, -0.2, 0.2, -0.1], device=device)
     assert support(row, top_k=top_k) == set(range(6))
 
 
+@pytest.mark.usefixtures("many_rows")
 def test_top_p_acts_on_what_top_k_left_and_after_temperature(device):
     probs = torch.tensor([0.4, 0.3, 0.2, 0.1], device=device)
     # Of the two left by top-k the first has 4/7 > 0.5; of all four it would need the second.
@@ -148,7 +171,7 @@ def test_top_p_acts_on_what_top_k_left_and_after_temperature(device):
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
-def test_repetition_penalty_equals_transformers(penalty, device):
+def test_repetition_penalty_equals_transformers(penalty, backend, device):
     logits = torch.randn(4, 60, device=device).mul_(3)
     seen = torch.rand(4, 60, device=device) < 0.5
     penalties = [penalty, 1.0, penalty, 2.0]
@@ -161,57 +184,127 @@ def test_repetition_penalty_equals_transformers(penalty, device):
     greedy = run(logits, temperature=0.0, repetition_penalty=penalties, seen=seen)
     assert torch.equal(greedy, processed.argmax(dim=1))
     # Hot enough to draw from the negative logits too, which the penalty multiplies.
-    hot = {"temperature": 4.0, "seed": list(range(120))}
-    penalties, seen = penalties * 30, seen.repeat(30, 1)
-    drawn = run(logits.repeat(30, 1), repetition_penalty=penalties, seen=seen, **hot)
-    assert torch.equal(drawn, run(processed.repeat(30, 1), **hot))
+    copies = 2 if backend == "triton" and device.type == "cpu" else 30
+    hot = {"temperature": 4.0, "seed": list(range(4 * copies))}
+    penalties, seen = penalties * copies, seen.repeat(copies, 1)
+    drawn = run(logits.repeat(copies, 1), repetition_penalty=penalties, seen=seen, **hot)
+    assert torch.equal(drawn, run(processed.repeat(copies, 1), **hot))
+
+
+def philox(counter, key):
+    """Philox4x32-10 in Python integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def gumbel(token, seed, step):
+    """The formula of the docstring."""
+    w0, w1, _, _ = philox(
+        [token, step % 2**32, step >> 32, 0], [seed % 2**32, seed >> 32 & 2**32 - 1]
+    )
+    return -math.log(-math.log((w0 * 2**20 + w1 // 2**12 + 0.5) / 2**52))
 
 
 def test_philox_known_answers():
     """Vectors of the Random123 distribution, philox4x32 with 10 rounds."""
+    ones, pi = [0xFFFFFFFF] * 4, [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(ones, ones[:2]) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    expected = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    assert philox(pi, [0xA4093822, 0x299F31D0]) == expected
     zero = torch.zeros(1, dtype=torch.int64)
     assert [int(word) for word in reference._philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D]
 
 
+SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 123456789012345]
+STEPS = [0, 7, 2**31, 2**33 + 5, 1, 99]
+
+
+@triton.jit
+def _gumbel_kernel(seed_ptr, step_ptr, out_ptr, BLOCK: tl.constexpr):
+    seed, step = tl.load(seed_ptr), tl.load(step_ptr)
+    tokens = tl.arange(0, BLOCK)
+    tl.store(out_ptr + tokens, sampling._gumbel(tokens, seed, step))
+
+
+def test_noise_of_the_kernel_is_the_documented_function(backend, device):
+    if backend != "triton":
+        pytest.skip("of a kernel")
+    for seed, step in zip(SEEDS, STEPS, strict=True):
+        out = torch.empty(128, dtype=torch.float64, device=device)
+        scalars = [torch.tensor(value, device=device) for value in (seed, step)]
+        _gumbel_kernel[(1,)](*scalars, out, BLOCK=128)
+        expected = [gumbel(token, seed, step) for token in range(128)]
+        np.testing.assert_allclose(out.tolist(), expected, rtol=1e-13)
+
+
 def test_noise_is_the_documented_function(device):
-    """Philox in Python integers, and the formula of the docstring."""
-
-    def philox(counter, key):
-        c, k = list(counter), list(key)
-        for _ in range(10):
-            high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
-            high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
-            c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
-            k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-        return c
-
-    assert philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [
-        0x408F276D,
-        0x41C83B0E,
-        0xA20BC7C6,
-        0x6D5451FD,
-    ]
-    assert philox([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [
-        0xD16CFE09,
-        0x94FDCCEB,
-        0x5001E420,
-        0x24126EA1,
-    ]
-
     logits = torch.randn(6, 50, device=device)
-    seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789012345]
-    steps = [0, 7, 2**31, 2**33 + 5, 1, 99]
-    tokens = run(logits, temperature=0.8, seed=seeds, step=steps)
-    for row, seed, step, token in zip(logits.tolist(), seeds, steps, tokens.tolist(), strict=True):
-        scores = []
-        for i, logit in enumerate(row):
-            w0, w1, _, _ = philox(
-                [i, step % 2**32, step >> 32, 0], [seed % 2**32, (seed >> 32) % 2**32]
-            )
-            u = (w0 * 2**20 + w1 // 2**12 + 0.5) / 2**52
-            temperature = torch.tensor(0.8).item()
-            scores.append((logit - max(row)) / temperature - math.log(-math.log(u)))
+    tokens = run(logits, temperature=0.8, seed=SEEDS, step=STEPS)
+    for row, seed, step, token in zip(logits.tolist(), SEEDS, STEPS, tokens.tolist(), strict=True):
+        temperature = torch.tensor(0.8).item()
+        scores = [
+            (logit - max(row)) / temperature + gumbel(i, seed, step) for i, logit in enumerate(row)
+        ]
         assert token == max(range(50), key=scores.__getitem__)
+
+
+# Temperature, top-k, top-p. 2500 tokens are 40 groups, two tiles of the search.
+ROWS = [
+    (0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 20, 1.0), (0.6, 20, 0.95), (1.0, 0, 0.9), (9.0, 0, 0.05),
+    (2.0, 700, 0.8), (1.0, 1, 1.0), (1.0, 0, 0.0), (5.0, 2499, 0.3), (1e20, 0, 0.5),
+]  # fmt: skip
+
+
+def both_ways(logits, **keywords):
+    """Tokens for ROWS of the backend and of the reference."""
+    device = logits.device
+    columns = [torch.tensor(column, device=device) for column in zip(*ROWS, strict=True)]
+    seeds = torch.randint(-(2**62), 2**62, (2, len(ROWS)), device=device)
+    args = [logits, *columns, seeds[0], seeds[1].abs()]
+    return kk.sample(*args, **keywords), reference.sample(*args, **keywords)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_are_those_of_the_reference(dtype, backend, device):
+    if backend == "reference":
+        pytest.skip("the reference itself")
+    logits = torch.randn(len(ROWS), 2500, device=device).mul_(3).to(dtype)
+    seen = torch.rand(logits.shape, device=device) < 0.3
+    penalty = torch.tensor([1.0, 1.3, 0.7] * 4, device=device)[: len(ROWS)]
+    got, expected = both_ways(logits, repetition_penalty=penalty, seen=seen)
+    assert torch.equal(got, expected)
+
+
+def test_ties_and_few_logits_as_in_the_reference(backend, device):
+    if backend == "reference":
+        pytest.skip("the reference itself")
+    levels = torch.randint(0, 3, (len(ROWS), 2500), device=device).half()
+    got, expected = both_ways(levels)
+    assert torch.equal(got, expected)
+    few = torch.full_like(levels, -math.inf)
+    few[:, 1000:1700:100] = levels[:, :7]  # fewer than top-k asks for
+    got, expected = both_ways(few)
+    assert torch.equal(got, expected)
+
+
+def test_rows_past_2_to_the_31_elements(device):
+    logits = far_apart((3, 80), torch.bfloat16, device).normal_()
+    seen = far_apart((3, 80), torch.bool, device).copy_(logits > 1)
+    options = {"temperature": [1.0, 0.0, 0.9], "top_k": [0, 0, 9], "repetition_penalty": 3.0}
+    near = run(logits.contiguous(), seen=seen.contiguous(), **options)
+    assert torch.equal(run(logits, seen=seen, **options), near)
+
+
+def test_launch_of_the_real_vocabulary():
+    assert sampling._launch_config(2384) == (4096, 4, 8)
+    assert sampling._launch_config(16) == (16, 4, 8)
+    assert sampling._launch_config(60_000) == (65536, 4, 32)
 
 
 def test_neighbours_and_order_do_not_matter(device):
@@ -233,6 +326,7 @@ def test_neighbours_and_order_do_not_matter(device):
     assert torch.equal(run(logits[order], **shuffled), together[order])
 
 
+@pytest.mark.usefixtures("many_rows")
 def test_seed_and_step_matter(device):
     logits = torch.zeros(64, 1000, device=device)
     same = run(logits, seed=3, step=4)
@@ -254,17 +348,18 @@ def test_logits_that_are_not_finite(device):
         device=device,
     )
     assert run(logits, temperature=0.0).tolist() == [1, 2, 1, -1, -1]
-    assert run(logits, top_k=2, top_p=0.9).tolist()[1:] == [2, 1, -1, -1]
-    assert support(logits[0]) == {1, 3}
+    for filters in ({"top_k": 2, "top_p": 0.9}, {"top_p": 0.9}):
+        assert run(logits[1:], **filters).tolist() == [2, 1, -1, -1]
+    assert support(logits[0], draws=8) == {1, 3}
     both = torch.tensor([inf, 0.0, inf], device=device)
-    assert support(both) == {0, 2}
-    assert support(both, temperature=0.5, top_p=0.9) == {0, 2}
+    assert support(both, draws=8) == {0, 2}
+    assert support(both, draws=8, temperature=0.5, top_p=0.9) == {0, 2}
 
 
 def test_small_temperatures_do_not_overflow(device):
     row = torch.tensor([60000.0, 59000.0, -60000.0], device=device).half()
-    assert support(row, temperature=1e-6, top_p=0.99) == {0}
-    assert support(row.float() * 1e33, temperature=1e-30) == {0}
+    assert support(row, draws=4, temperature=1e-6, top_p=0.99) == {0}
+    assert support(row.float() * 1e33, draws=4, temperature=1e-30) == {0}
 
 
 def test_strided_rows_out_and_no_rows(device):
@@ -324,5 +419,5 @@ def test_errors(device):
 def test_values_are_checked_on_a_cpu(options, message):
     if "repetition_penalty" in options:
         options = {**options, "seen": torch.ones(1, 4, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=message):
+    with kk.use_backend("reference"), pytest.raises(ValueError, match=message):
         run(torch.randn(1, 4), **options)
