@@ -164,7 +164,7 @@ def test_store_strided_inputs_and_out(device):
     assert (target[:, -1] == 7).all()
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(12, 4), (5, 5), (3, 1)], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(24, 8), (5, 5), (3, 1)], ids=str)
 @few_and_many
 def test_store_shares_any_number_of_heads(num_heads, num_kv_heads, device):
     qkv = torch.randn(1, (num_heads + 2 * num_kv_heads) * 16, device=device).bfloat16()
