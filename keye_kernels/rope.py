@@ -146,7 +146,7 @@ def _rope_kernel(
     axis = axis_of(pair, SECTION_T, SECTION_H, SECTION_W, INTERLEAVED)
     offs_position = token * stride_position + axis.to(tl.int64) * stride_axis
     position = tl.load(positions_ptr + offs_position, mask=mask, other=0)
-    # The angle is rounded to fp32, as the reference's: no sum follows that could absorb the product.
+    # Rounded to fp32 as in the reference: no sum follows that could absorb the product.
     cos, sin = cos_sin(position.to(tl.float32) * tl.load(frequencies_ptr + pair))
 
     q_blocks = tl.cdiv(num_heads, HEADS)
