@@ -1,4 +1,4 @@
-"""The direction of imports: kernels know no model, and the model's two wings know each other not."""
+"""The direction of imports: kernels know no model; the model's two wings do not know each other."""
 
 import ast
 from pathlib import Path
