@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,14 @@ def _checked(source: str, name: str) -> str:
     return name
 
 
-_requested = os.environ.get(_VARIABLE, "auto")  # checked at first use: importing never fails
+_default = os.environ.get(_VARIABLE, "auto")  # checked at first use: importing never fails
+# Of this thread, as torch.no_grad: two servers in one process must not choose for each other.
+_asked: ContextVar[str | None] = ContextVar("keye_kernels_backend", default=None)
+
+
+def requested() -> str:
+    """The backend asked for here and now."""
+    return _asked.get() or _default
 
 
 def register(
@@ -98,16 +106,16 @@ def find(op: str, device_type: str) -> Callable[..., None]:
     Raises:
         RuntimeError: The backend asked for cannot serve; the message says why.
     """
-    chosen, requested = _chosen, _requested
-    run = chosen.get((op, device_type, requested))
+    chosen, asked = _chosen, requested()
+    run = chosen.get((op, device_type, asked))
     if run is None:
-        served = _choose(op, device_type, requested)
+        served = _choose(op, device_type, asked)
         if served.backend is None:
             raise RuntimeError(
-                f"backend {requested!r} cannot serve {op}: {served.why_not[requested]}; "
+                f"backend {asked!r} cannot serve {op}: {served.why_not[asked]}; "
                 "backend 'auto' falls back"
             )
-        run = chosen[op, device_type, requested] = _registry[op][served.backend].run
+        run = chosen[op, device_type, asked] = _registry[op][served.backend].run
     return run
 
 
@@ -129,15 +137,16 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device_type must be 'cpu' or 'cuda', got {device_type!r}")
-    return {op: _choose(op, device_type, _requested) for op in _registry}
+    return {op: _choose(op, device_type, requested()) for op in _registry}
 
 
 class use_backend:
     """Choose the backend of every op from here on, or inside a ``with`` block.
 
     ``auto`` takes the fastest that serves, per op. A named backend is binding: an op that it
-    cannot serve raises RuntimeError when called. The choice holds for all threads of the process;
-    its first value is the environment variable KEYE_KERNELS_BACKEND, else ``auto``.
+    cannot serve raises RuntimeError when called. The choice holds for this thread, as that of
+    ``torch.no_grad``; where none was made, the environment variable KEYE_KERNELS_BACKEND holds,
+    else ``auto``.
 
     Args:
         backend: "auto", "cuda", "triton" or "reference".
@@ -147,16 +156,10 @@ class use_backend:
     """
 
     def __init__(self, backend: str) -> None:
-        self._before = _requested
-        self._set(_checked("backend", backend))
-
-    @staticmethod
-    def _set(name: str) -> None:
-        global _requested
-        _requested = name
+        self._token = _asked.set(_checked("backend", backend))
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *exception: object) -> None:
-        self._set(self._before)
+        _asked.reset(self._token)

@@ -21,7 +21,7 @@ from keye_model.config import KeyeConfig
 from keye_model.detokenizer import Detokenizer
 from keye_model.hub import locate
 from keye_model.keye import Keye
-from keye_model.plan import plan
+from keye_model.plan import Costs, plan
 from keye_model.processing.processor import KeyeProcessor
 from keye_model.sampling import GenerationDefaults
 
@@ -117,15 +117,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    # Everything that can be wrong is found before the weights are read.
-    options, thinking = _options(arguments), _THINKING[arguments.thinking]
-    local = {"local_files_only": arguments.local_files_only}
-    directory = locate(arguments.model, weights=False, **local)
-    chosen = {name: value for name, value in options.items() if name != "stop_strings"}
-    GenerationDefaults.from_directory(directory).params(**chosen)
-    processor = KeyeProcessor.from_pretrained(directory, max_pixels=arguments.max_pixels, **local)
-    Detokenizer(processor.tokenizer, arguments.stop)
-    request = processor.request(_messages(arguments), thinking=thinking)
+    processor, options = _checked(arguments)
+    context = processor.config.text_config.max_position_embeddings
+    request = processor.request(
+        _messages(arguments), thinking=_THINKING[arguments.thinking], max_tokens=context - 1
+    )
     stream = _load(arguments, processor).stream(request, **options)
     for piece in stream:
         if not arguments.json:
@@ -134,9 +130,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    local = {"local_files_only": arguments.local_files_only}
-    keye = _load(arguments, KeyeProcessor.from_pretrained(arguments.model, **local))
-    options = _options(arguments) | {"thinking": _THINKING[arguments.thinking]}
+    processor, options = _checked(arguments)
+    keye = _load(arguments, processor)
+    options["thinking"] = _THINKING[arguments.thinking]
     print("/image PATH_OR_URL, /video PATH_OR_URL, /reset, /quit", file=sys.stderr)
     messages: list[dict[str, Any]] = []
     items: list[dict[str, Any]] = []
@@ -160,7 +156,6 @@ def _chat(arguments: argparse.Namespace) -> None:
             print(f"keye: error: unknown command {command}", file=sys.stderr)
         elif line:
             turn = {"role": "user", "content": [*items, {"type": "text", "text": line}]}
-            items = []
             said = ""
             try:
                 for piece in keye.stream([*messages, turn], **options):
@@ -169,10 +164,11 @@ def _chat(arguments: argparse.Namespace) -> None:
             except KeyboardInterrupt:
                 print(" (stopped)", file=sys.stderr)
             except _ERRORS as error:
-                print(f"keye: error: {error}", file=sys.stderr)
+                print(f"keye: error: {error}; /reset forgets all", file=sys.stderr)
                 continue
             print()
             messages += [turn, {"role": "assistant", "content": said}]
+            items = []
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -191,9 +187,9 @@ def _info(arguments: argparse.Namespace) -> None:
         config = KeyeConfig.from_pretrained(
             arguments.model, local_files_only=arguments.local_files_only
         )
-        counts = plan(config, [], 1)
+        weight_bytes = Costs.of(config).weight_bytes
         print(f"model         {config.variant.name}")
-        print(f"parameters    {counts.weight_bytes // config.dtype.itemsize:,}")
+        print(f"parameters    {weight_bytes // config.dtype.itemsize:,}")
         print(f"dtype         {str(config.dtype).removeprefix('torch.')}")
         print(f"context       {config.text_config.max_position_embeddings:,} tokens")
 
@@ -243,6 +239,27 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
 
 
+def _checked(arguments: argparse.Namespace) -> tuple[KeyeProcessor, dict[str, Any]]:
+    """The processor and the options of an answer: what can be wrong before weights are read."""
+    options = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": False if arguments.greedy else None,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "repetition_penalty": arguments.repetition_penalty,
+        "seed": arguments.seed,
+    }
+    local = {"local_files_only": arguments.local_files_only}
+    resolve_device("device", arguments.device)
+    directory = locate(arguments.model, weights=False, **local)
+    GenerationDefaults.from_directory(directory).params(**options)
+    max_pixels = getattr(arguments, "max_pixels", None)
+    processor = KeyeProcessor.from_pretrained(directory, max_pixels=max_pixels, **local)
+    Detokenizer(processor.tokenizer, arguments.stop)
+    return processor, options | {"stop_strings": arguments.stop}
+
+
 def _load(arguments: argparse.Namespace, processor: KeyeProcessor) -> Keye:
     model = KeyeForConditionalGeneration.from_pretrained(
         arguments.model,
@@ -261,19 +278,6 @@ def _messages(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     content.append({"type": "text", "text": arguments.text})
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     return [*system, {"role": "user", "content": content}]
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "max_new_tokens": arguments.max_new_tokens,
-        "stop_strings": arguments.stop,
-        "do_sample": False if arguments.greedy else None,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "repetition_penalty": arguments.repetition_penalty,
-        "seed": arguments.seed,
-    }
 
 
 def _version(package: str) -> str:

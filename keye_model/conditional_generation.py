@@ -19,7 +19,7 @@ from keye_model.config import KeyeConfig
 from keye_model.detokenizer import Detokenizer
 from keye_model.generation import Generation, Limits
 from keye_model.hub import locate
-from keye_model.inputs import Request, host_grid
+from keye_model.inputs import Request, host_grid, upload
 from keye_model.model import KeyeModel
 from keye_model.positions import BatchRow, pack, split_batch
 from keye_model.sampling import GenerationDefaults
@@ -101,7 +101,7 @@ class KeyeForConditionalGeneration(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: callers may change the logits, or train a head on them
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -147,12 +147,14 @@ class KeyeForConditionalGeneration(nn.Module):
             self.config.text_config, packed.seqlens, dtype=self.dtype, device=self.device
         )
         hidden = self.model.embed(packed)
-        hidden = self.model(hidden, positions.to(self.device), cache, step)
+        hidden = self.model(hidden, upload(positions, self.device), cache, step)
         logits = self.lm_head(hidden)
-        padded = logits.new_zeros((*input_ids.shape, logits.shape[1]))
-        batch_rows = [torch.full_like(row.kept, i) for i, row in enumerate(rows)]
+        if logits.shape[0] == input_ids.numel():  # nothing was padded
+            return KeyeOutput(logits.view(*input_ids.shape, -1))
+        batch_rows = torch.cat([torch.full_like(row.kept, i) for i, row in enumerate(rows)])
         columns = torch.cat([row.kept for row in rows])
-        padded[torch.cat(batch_rows).to(self.device), columns.to(self.device)] = logits
+        padded = logits.new_zeros((*input_ids.shape, logits.shape[1]))
+        padded[upload(batch_rows, self.device), upload(columns, self.device)] = logits
         return KeyeOutput(padded)
 
     def generate(
@@ -218,7 +220,10 @@ class KeyeForConditionalGeneration(nn.Module):
             for value in seeds
         ]
         requests = _requests(rows, pixel_values, pixel_values_videos)
-        watchers = [Detokenizer(self._tokenizer(), stop_strings) for _ in rows if stop_strings]
+        watchers = []
+        if stop_strings is not None and stop_strings != []:
+            tokenizer = self._tokenizer()
+            watchers = [Detokenizer(tokenizer, stop_strings) for _ in rows]
         generation = Generation(
             self.model,
             self.lm_head,

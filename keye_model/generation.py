@@ -181,7 +181,8 @@ class Generation:
             chunk = slice(start, start + sum(lengths))
             out = self._model(hidden[chunk], positions[:, chunk], self._cache, step)
             ends = zip(pieces, itertools.accumulate(lengths), strict=True)
-            last.extend(out[end - 1 : end] for (_, _, is_last), end in ends if is_last)
+            # Copies: views would keep the output of every chunk.
+            last.extend(out[end - 1 : end].clone() for (_, _, is_last), end in ends if is_last)
         params = [self._params[state.request] for state in admitted]
         batch = DecodeBatch.start(
             params, requests, packed.next_positions, self._lm_head.weight, self._penalised
@@ -286,7 +287,10 @@ class Generation:
         # Input, residual, norm, qkv (3) and attention, beside the widest part of the MLP.
         tower = patches * (7 * vision.hidden_size + 2 * vision.intermediate_size)
         decoder = tokens * (7 * text.hidden_size + 3 * text.intermediate_size)
-        return max(tower, decoder) * self._lm_head.weight.dtype.itemsize
+        # Logits twice, as fp32 too, and the tokens seen.
+        logits = len(self._requests) * text.vocab_size * (4 + 1)
+        itemsize = self._lm_head.weight.dtype.itemsize
+        return max(tower, decoder, len(self._requests) * text.vocab_size) * itemsize + logits
 
     def _mark(self) -> float | torch.cuda.Event:
         """A stage's edge: in the GPU's queue if there is one, so that nothing waits for it."""

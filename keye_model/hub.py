@@ -60,7 +60,9 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
             f"was not reached (offline, or local_files_only)"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"path_or_id {name!r} is no repository on the Hub") from error
+        raise FileNotFoundError(
+            f"path_or_id {name!r} is no repository on the Hub that you may read: {error}"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise RuntimeError(
             f"path_or_id {name!r} could not be fetched from the Hub: {error}"
@@ -86,3 +88,53 @@ def read_json(directory: Path, filename: str, *, required: bool = True) -> dict[
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
+
+
+def added_tokens(directory: Path) -> dict[str, int]:
+    """Ids of the tokens that `tokenizer.json` adds to its vocabulary; empty without the file.
+
+    Raises:
+        ValueError: The file's list of them is broken.
+    """
+    raw = read_json(directory, "tokenizer.json", required=False) or {}
+    try:
+        return {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory / 'tokenizer.json'} must list 'added_tokens' as objects with 'id' and "
+            f"'content', got {type(error).__name__}: {error}"
+        ) from error
+
+
+def end_ids(directory: Path) -> tuple[tuple[int, ...], int]:
+    """Ids that end an answer, and the id that fills batches up.
+
+    `generation_config.json` decides. What it leaves open has the published values, looked up by
+    string in `tokenizer.json`: ``<|im_end|>`` and ``<|endoftext|>`` end, ``<|endoftext|>`` fills.
+    Only without these does `config.json` count, which names one end id of the two.
+
+    Raises:
+        ValueError: No file names an end id, so that generation would never end by itself; or what
+            is named is no id.
+    """
+    generation = read_json(directory, "generation_config.json", required=False) or {}
+    eos, pad = generation.get("eos_token_id"), generation.get("pad_token_id")
+    if eos is None or pad is None:
+        added = added_tokens(directory)
+        config = read_json(directory, "config.json", required=False) or {}
+        if eos is None:
+            eos = [added[token] for token in ("<|im_end|>", "<|endoftext|>") if token in added]
+            eos = eos or config.get("eos_token_id")
+        if pad is None:
+            pad = added.get("<|endoftext|>", config.get("pad_token_id"))
+    if eos is None:
+        raise ValueError(
+            f"generation_config.json must contain 'eos_token_id', or tokenizer.json the token "
+            f"'<|im_end|>', {directory} has neither"
+        )
+    ends = tuple(eos) if isinstance(eos, list) else (eos,)
+    pad = ends[-1] if pad is None and ends else pad
+    for name, ids, given in (("eos_token_id", ends, eos), ("pad_token_id", (pad,), pad)):
+        if not ids or not all(type(one) is int and one >= 0 for one in ids):
+            raise ValueError(f"{name} of {directory} must be a token id, got {given!r}")
+    return ends, pad

@@ -219,8 +219,8 @@ class Keye:
 
         Returns:
             An iterator over strings, whole characters each, tags included; its ``answer`` is there
-            when it is exhausted. Nothing is computed before the first piece is asked for, but
-            mistakes are raised here.
+            when it is exhausted. The model runs only when pieces are asked for; pictures and
+            videos are read, and mistakes raised, here.
         """
         run = _Run(
             self,
@@ -257,6 +257,9 @@ class Stream(Iterator[str]):
             if self._run is not None and self._run.answers:
                 self.answer = self._run.answers[0]
             self.close()
+            raise
+        except BaseException:
+            self.close()  # whoever catches it, out of memory perhaps, gets the cache's memory back
             raise
 
     def close(self) -> None:

@@ -351,4 +351,6 @@ def _join(name: str, pixels: Sequence[torch.Tensor | None], patch_size: int) -> 
                 f"{name} must hold patches of {patch_size} x {patch_size}, got shape "
                 f"{tuple(p.shape)}"
             )
+    if len(found) == 1:
+        return found[0]  # a long video is not copied
     return torch.cat(found) if found else None

@@ -3,6 +3,8 @@
 import importlib.util
 import subprocess
 import sys
+import threading
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ def registry(monkeypatch):
         _backends, "_registry", {op: {**b} for op, b in _backends._registry.items()}
     )
     monkeypatch.setattr(_backends, "_chosen", {})
-    monkeypatch.setattr(_backends, "_requested", "auto")
+    monkeypatch.setattr(_backends, "_default", "auto")
+    monkeypatch.setattr(_backends, "_asked", ContextVar("asked", default=None))
 
 
 def negate_gate(gate_up, out):
@@ -155,16 +158,41 @@ def test_a_named_backend_never_falls_back(monkeypatch, device):
 @pytest.mark.usefixtures("registry")
 def test_use_backend_holds_as_a_function_and_nests(device):
     kk.use_backend("reference")
-    assert _backends._requested == "reference"
+    assert _backends.requested() == "reference"
     with kk.use_backend("auto"):
         with kk.use_backend("cuda"):
-            assert _backends._requested == "cuda"
-        assert _backends._requested == "auto"
-    assert _backends._requested == "reference"
+            assert _backends.requested() == "cuda"
+        assert _backends.requested() == "auto"
+    assert _backends.requested() == "reference"
     with pytest.raises(ZeroDivisionError), kk.use_backend("cuda"):
         _ = 1 / 0
-    assert _backends._requested == "reference"
+    assert _backends.requested() == "reference"
     assert kk.silu_mul(torch.zeros(1, 2, device=device)).item() == 0
+
+
+@pytest.mark.usefixtures("registry")
+def test_threads_choose_for_themselves():
+    """Overlapping blocks of two threads leave neither the other's choice nor a stale one."""
+    inside, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        seen.append(_backends.requested())
+        with kk.use_backend("cuda"):
+            inside.set()
+            leave.wait(10)
+            seen.append(_backends.requested())
+        seen.append(_backends.requested())
+
+    with kk.use_backend("reference"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(10)
+        assert _backends.requested() == "reference"
+    leave.set()
+    thread.join()
+    assert seen == ["auto", "cuda", "auto"]
+    assert _backends.requested() == "auto"
 
 
 def test_unknown_names_are_refused():
@@ -183,7 +211,7 @@ def load_again():
 
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("KEYE_KERNELS_BACKEND", "triton")
-    assert load_again()._requested == "triton"
+    assert load_again().requested() == "triton"
     monkeypatch.setenv("KEYE_KERNELS_BACKEND", "numpy")
     again = load_again()  # importing never fails
     again._registry = _backends._registry
@@ -193,7 +221,7 @@ def test_environment_variable(monkeypatch):
         ):
             use()
     monkeypatch.delenv("KEYE_KERNELS_BACKEND")
-    assert load_again()._requested == "auto"
+    assert load_again().requested() == "auto"
 
 
 def test_only_torch_and_numpy_are_imported():

@@ -58,14 +58,16 @@ def test_chat_keeps_the_conversation(capsys, monkeypatch, preview_checkpoint, me
     assert "nowhere.png" in err
 
 
-def test_chat_outlives_an_answer_that_fails_or_is_stopped(capsys, monkeypatch, preview_checkpoint):
-    lines = iter(["one", "two", "three", "/quit"])
+def test_chat_outlives_an_answer_that_fails_or_is_stopped(
+    capsys, monkeypatch, preview_checkpoint, media
+):
+    lines = iter([f"/image {media['picture']}", "one", "two", "three", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     outcomes = iter([RuntimeError("out of memory"), KeyboardInterrupt(), None])
     seen = []
 
     def stream(_, messages, **__):
-        seen.append(len(messages))
+        seen.append((len(messages), len(messages[-1]["content"])))
         yield "said"
         outcome = next(outcomes)
         if outcome:
@@ -74,7 +76,8 @@ def test_chat_outlives_an_answer_that_fails_or_is_stopped(capsys, monkeypatch, p
     monkeypatch.setattr("keye_model.keye.Keye.stream", stream)
     status, out, err = run(capsys, "chat", "--model", preview_checkpoint)
     assert status == 0
-    assert seen == [1, 1, 3]  # a failed turn is forgotten, a stopped one is kept as far as it went
+    # A failed turn is forgotten but its picture stays; a stopped one is kept as far as it went.
+    assert seen == [(1, 2), (1, 2), (3, 1)]
     assert "keye: error: out of memory" in err
     assert "(stopped)" in err
     assert out.count("said") == 3
@@ -89,6 +92,7 @@ def test_mistakes_are_found_before_the_weights_are_read(capsys, monkeypatch, pre
         status, _, err = run(capsys, "generate", "--model", preview_checkpoint, *mistake, "Hello")
         assert status == 1
         assert "keye: error: " in err
+    assert run(capsys, "chat", "--model", preview_checkpoint, "--top-p", 7)[0] == 1
 
 
 def test_version(capsys):

@@ -12,7 +12,9 @@ from keye_model.generation import Limits
 
 @pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])
 def model(request, checkpoints):
-    return KeyeForConditionalGeneration.from_pretrained(checkpoints[request.param])
+    return KeyeForConditionalGeneration.from_pretrained(
+        checkpoints[request.param], device_map="auto"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,37 @@ def test_padded_generation_equals_unpadded(model, prompts, side):
     for row, (ids, media) in zip(out, prompts, strict=True):
         alone = model.generate(torch.tensor([ids]), **media, max_new_tokens=5, do_sample=False)
         assert torch.equal(row[length:], alone[0, len(ids) :])
+
+
+@pytest.mark.parametrize("side", ["left", "unpadded"])
+def test_logits_may_be_changed_and_trained_on(model, prompts, side):
+    batch = padded(prompts if side == "left" else prompts[:1], "left")
+    logits = model(**batch).logits
+    logits[..., 0] = -1
+    scale = torch.ones((), requires_grad=True, device=logits.device)
+    (logits * scale).sum().backward()
+    assert torch.isfinite(scale.grad)
+
+
+def test_the_tokenizer_is_read_once(model, prompts, monkeypatch):
+    reads = []
+    real = model._tokenizer
+    monkeypatch.setattr(model, "_tokenizer", lambda: reads.append(1) or real())
+    model.generate(**padded(prompts, "left"), max_new_tokens=2, stop_strings=["never"])
+    assert len(reads) == 1
+    with pytest.raises(ValueError, match="non-empty strings, got ''"):
+        model.generate(**padded(prompts, "left"), max_new_tokens=2, stop_strings="")
+
+
+def test_float16_runs(preview_checkpoint, prompts):
+    """The documentation page loads the model in fp16."""
+    half = KeyeForConditionalGeneration.from_pretrained(
+        preview_checkpoint, torch_dtype=torch.float16, device_map="auto"
+    )
+    full = KeyeForConditionalGeneration.from_pretrained(preview_checkpoint, device_map="auto")
+    ids, media = prompts[2]
+    logits = [m(torch.tensor([ids]), **media).logits.float() for m in (half, full)]
+    assert (logits[0] - logits[1]).norm() < 0.02 * logits[1].norm()
 
 
 def test_forward_positions_are_those_of_get_rope_index(model, prompts):

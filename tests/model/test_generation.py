@@ -17,7 +17,9 @@ GREEDY = SamplingParams(max_new_tokens=6)
 
 @pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])
 def model(request, checkpoints):
-    return KeyeForConditionalGeneration.from_pretrained(checkpoints[request.param])
+    return KeyeForConditionalGeneration.from_pretrained(
+        checkpoints[request.param], device_map="auto"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,17 @@ def test_stop_ids_end_one_request(model, requests):
     assert len(ids[2]) <= 3
 
 
+def test_either_stop_id_ends_a_request(model, requests):
+    greedy, _ = run(model, requests[:2])
+    eos = (greedy[0][1], greedy[1][2])
+    ids, reasons = run(model, requests[:2], eos=eos)
+    assert reasons == ["stop", "stop"]
+    assert [row[-1] in eos for row in ids] == [True, True]
+    assert [len(row) for row in ids] == [
+        next(n for n, token in enumerate(row, 1) if token in eos) for row in greedy
+    ]
+
+
 def test_stop_from_outside(model, requests):
     generation = Generation(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
@@ -188,7 +201,9 @@ def test_repetition_penalty_counts_prompt_and_answer(model, requests):
 def test_a_generated_placeholder_is_an_ordinary_token(model, requests):
     """Sources that look for features again would fail or crash here."""
     config = model.config
-    head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
+    head = torch.nn.Linear(
+        config.text_config.hidden_size, config.text_config.vocab_size, device=model.device
+    )
     torch.nn.init.zeros_(head.weight)
     head.bias.data[config.image_token_id] = 1.0
     generation = Generation(model.model, head, requests[2:3], [GREEDY], eos_token_ids=())
@@ -198,7 +213,9 @@ def test_a_generated_placeholder_is_an_ordinary_token(model, requests):
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_broken_logits_are_not_answered(model, requests, penalty):
     head = torch.nn.Linear(
-        model.config.text_config.hidden_size, model.config.text_config.vocab_size
+        model.config.text_config.hidden_size,
+        model.config.text_config.vocab_size,
+        device=model.device,
     )
     head.bias.data[:] = float("nan")
     params = dataclasses.replace(GREEDY, repetition_penalty=penalty)
@@ -260,7 +277,7 @@ def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
     tokens = sum(request.input_ids.numel() for request in requests)
     patches = 2 * 24 + 2 * 32
-    widest = max(patches * (7 * 144 + 2 * 288), tokens * (7 * 128 + 3 * 256)) * 4
+    widest = max(patches * (7 * 144 + 2 * 288), tokens * (7 * 128 + 3 * 256)) * 4 + 5 * 576 * 5
     token = (2 * 2 * 128 + 128) * 4
     pages = generation._max_pages()
     assert pages == (int(0.9 * (14 << 20)) - widest) // (token * 64)

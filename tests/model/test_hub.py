@@ -31,7 +31,9 @@ def test_locate_other_kinds(name):
 
 
 def test_locate_name_that_no_repository_can_have():
-    with pytest.raises(FileNotFoundError, match="'foo/bar baz' is no repository on the Hub"):
+    with pytest.raises(
+        FileNotFoundError, match="'foo/bar baz' is no repository on the Hub that you may read"
+    ):
         locate("foo/bar baz", weights=False, local_files_only=True)
 
 

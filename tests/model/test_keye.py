@@ -1,6 +1,8 @@
 """The façade on tiny checkpoints: batches, streams, stop strings, and what goes wrong."""
 
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 @pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])
 def keye(request, checkpoints):
-    return Keye.from_pretrained(checkpoints[request.param], device="cpu")
+    return Keye.from_pretrained(checkpoints[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +63,24 @@ def test_pictures_and_videos_reach_the_answer(keye, conversations):
     changed = [
         {"role": "user", "content": [{"type": "image", "image": other}, look[0]["content"][1]]}
     ]
-    logits = []
-    for messages in (look, changed):
-        request = keye.processor.request(messages)
-        logits.append(
-            keye.model(
-                request.input_ids[None],
-                pixel_values=request.pixel_values,
-                image_grid_thw=request.image_grid_thw,
-            ).logits[0, -1]
-        )
-    assert (logits[0] - logits[1]).abs().max() > 1e-2
+    watch = conversations[1]
+    still = [Image.new("RGB", (128, 96))] * 8
+    film = {"type": "video", "video": still, "fps": 4.0}
+    stilled = [{"role": "user", "content": [film, watch[0]["content"][1]]}]
+    assert (_last_logits(keye, watch) - _last_logits(keye, stilled)).abs().max() > 1e-2
+    assert (_last_logits(keye, look) - _last_logits(keye, changed)).abs().max() > 1e-2
+
+
+def _last_logits(keye, messages):
+    request = keye.processor.request(messages)
+    return keye.model(
+        request.input_ids[None],
+        pixel_values=request.pixel_values,
+        image_grid_thw=request.image_grid_thw,
+        pixel_values_videos=request.pixel_values_videos,
+        video_grid_thw=request.video_grid_thw,
+        second_per_grid_ts=request.second_per_grid_ts or None,
+    ).logits[0, -1]
 
 
 def test_answer_counts(keye, conversations):
@@ -120,6 +129,21 @@ def test_stream_can_be_closed(keye, conversations):
     assert stream.answer is None
 
 
+def test_stream_frees_its_cache_after_an_error(keye, conversations, monkeypatch):
+    stream = keye.stream(conversations[3], max_new_tokens=5, seed=0)
+    generation = weakref.ref(stream._run._generation)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(keye.model.model.language_model, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(stream)
+    gc.collect()  # the traceback that pytest keeps is gone by now
+    assert generation() is None
+    assert list(stream) == []
+
+
 def test_stream_raises_mistakes_at_once(keye):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         keye.stream([{"role": "user", "content": [{"type": "image", "image": "nowhere"}]}])
@@ -156,7 +180,7 @@ def test_limits_must_be_limits(keye):
 
 
 def test_backend_of_the_environment_that_cannot_serve(preview_checkpoint, monkeypatch):
-    monkeypatch.setattr("keye_kernels._backends._requested", "cuda")
+    monkeypatch.setattr("keye_kernels._backends._default", "cuda")
     with pytest.raises(RuntimeError, match=r"got nothing .*no cuda kernel"):
         Keye.from_pretrained(preview_checkpoint)
 
