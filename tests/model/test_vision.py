@@ -98,8 +98,9 @@ def test_a_video_of_one_frame_is_an_image(variant):
 
 def test_patches_may_be_reordered_inside_a_segment():
     # Only positions tell patches apart: a kernel may visit them in any order.
-    tower = tiny.tiny_keye().model.visual
-    step = plan_step(((2, 4, 4),), True, tiny.DEVICE)
+    model = tiny.tiny_keye().model
+    tower, grid = model.visual, ((2, 4, 4),)
+    step = plan_step(grid, True, tiny.DEVICE)
     order = torch.from_numpy(np.random.default_rng(0).permutation(32)).to(tiny.DEVICE)
     hidden = tiny.filler("hidden", (32, 144)).to(tiny.DEVICE)
 
@@ -112,7 +113,9 @@ def test_patches_may_be_reordered_inside_a_segment():
     with torch.inference_mode():
         expected = run(hidden, step)
         shuffled = run(hidden[order], dataclasses.replace(step, positions=step.positions[order]))
+        merged = [model.mlp_AR(x, grid) for x in (expected, shuffled[order.argsort()])]
     torch.testing.assert_close(shuffled, expected[order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(*merged, atol=1e-5, rtol=0)
 
 
 def test_plan_positions_and_segments():
