@@ -8,13 +8,15 @@ results has no fallback: a file without `rope_theta` is refused rather than gues
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 
-from keye_model.hub import locate, read_json
+from keye_model.hub import added_tokens, locate, read_json
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,12 @@ class Variant:
     joint_video_attention: bool  # a whole video is one attention segment; else each frame is one
     norm_first: bool  # projector: LayerNorm per patch, then 2x2 merge; else merge, then LayerNorm
     timed_positions: bool  # a video's temporal position ids follow its seconds per frame
+    timestamped_frames: bool  # a video's prompt has each frame behind its mark and its time
     video_version: str  # the keye-vl-utils line whose video rules apply: "1.0" or "1.5"
 
 
-PREVIEW = Variant("Keye-VL-8B-Preview", True, True, True, "1.0")
-V1_5 = Variant("Keye-VL-1.5", False, False, False, "1.5")
+PREVIEW = Variant("Keye-VL-8B-Preview", True, True, True, False, "1.0")
+V1_5 = Variant("Keye-VL-1.5", False, False, False, True, "1.5")
 
 _VARIANTS = {
     "keye": PREVIEW,
@@ -68,6 +71,12 @@ class KeyeVisionConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "vision_config")
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if len(value) != 3 or not all(_is_number(one) for one in value):
+                raise ValueError(f"{name} must hold three numbers, got {list(value)}")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be positive, got {list(self.image_std)}")
         if self.hidden_act != "gelu_pytorch_tanh":
             raise NotImplementedError(
                 f"vision_config.hidden_act must be 'gelu_pytorch_tanh', got {self.hidden_act!r}"
@@ -137,8 +146,8 @@ class KeyeConfig:
     variant: Variant
     image_token_id: int
     video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
     fast_video_token_id: int | None = None
     dtype: torch.dtype = torch.bfloat16
 
@@ -146,7 +155,10 @@ class KeyeConfig:
     def from_pretrained(
         cls, path_or_id: str | os.PathLike, *, local_files_only: bool = False
     ) -> KeyeConfig:
-        """Read `config.json` (and the pixel statistics of `preprocessor_config.json`, if there).
+        """Read `config.json`, and what it lacks from the files beside it, if they are there.
+
+        `preprocessor_config.json` has the pixel statistics, and `tokenizer.json` the id of
+        ``<|fast_video_pad|>``, which stands for a fast frame's tokens in relatives of 1.5.
 
         Raises:
             FileNotFoundError: No such checkpoint, or it has no `config.json`.
@@ -155,13 +167,16 @@ class KeyeConfig:
         directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
         config = cls.from_dict(read_json(directory, "config.json"))
         pixels = read_json(directory, "preprocessor_config.json", required=False) or {}
-        statistics = {
-            key: tuple(map(float, pixels[key]))
-            for key in ("image_mean", "image_std")
-            if key in pixels
-        }
+        statistics = {}
+        for key in ("image_mean", "image_std"):
+            value = pixels.get(key)
+            if value is not None:
+                statistics[key] = tuple(value) if isinstance(value, list) else (value,)
         vision = dataclasses.replace(config.vision_config, **statistics)
-        return dataclasses.replace(config, vision_config=vision)
+        fast = config.fast_video_token_id
+        if fast is None and config.variant.timestamped_frames:
+            fast = added_tokens(directory).get("<|fast_video_pad|>")
+        return dataclasses.replace(config, vision_config=vision, fast_video_token_id=fast)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> KeyeConfig:
@@ -203,8 +218,8 @@ class KeyeConfig:
 class _TokenIds:
     image_token_id: int
     video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    vision_start_token_id: int | None = None  # what no computation needs, a file may leave out
+    vision_end_token_id: int | None = None
     fast_video_token_id: int | None = None
 
 
@@ -258,3 +273,7 @@ def _check_sizes(config: Any, where: str) -> None:
             raise ValueError(f"{where}.{field.name} must be a positive integer, got {value!r}")
         if field.type == "float" and not (isinstance(value, (int, float)) and value > 0):
             raise ValueError(f"{where}.{field.name} must be a positive number, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

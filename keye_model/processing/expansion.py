@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from keye_model.config import PREVIEW, Variant
+from keye_model.config import Variant
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.tokenizer import TokenIds, encode
 
@@ -72,10 +72,10 @@ class Placeholders:
         return [token]
 
     def _video(self, video: VideoPatches) -> list[int]:
-        """8B-Preview: placeholders alone. 1.5: each frame behind its mark and its time."""
+        """Placeholders alone (8B-Preview), or each frame behind its mark and its time (1.5)."""
         ids = self.ids
         counts = [self._num_tokens(frame.rows, frame.columns) for frame in video.frames]
-        if self.variant == PREVIEW:
+        if not self.variant.timestamped_frames:
             return [ids.video] * sum(counts)
         tokens: list[int] = []
         for frame, count in zip(video.frames, counts, strict=True):

@@ -90,6 +90,7 @@ def converted(rope: dict | None = None) -> dict:
         del text["rope_theta"], text["rope_scaling"]
         text["rope_parameters"] = rope
     raw["vision_config"].pop("tokens_per_second")
+    del raw["vision_start_token_id"], raw["vision_end_token_id"]
     return raw | {"text_config": text | {"model_type": "keye_vl_1_5_text"}}
 
 
@@ -142,6 +143,7 @@ def test_converted_layout(rope):
     assert config.text_config.rope_theta == (1e6 if rope is None else 8e6)
     assert config.text_config.mrope_section == (16, 24, 24)
     assert config.text_config.hidden_size == 4096
+    assert config.vision_start_token_id is config.vision_end_token_id is None
 
 
 @pytest.mark.parametrize("raw", [published(), converted()], ids=["published", "converted"])
@@ -172,7 +174,7 @@ def test_dtype_names(changes, dtype):
 
 
 REQUIRED = [key for key in TEXT_KEYS if key not in ("hidden_act", "attention_bias", "rope_scaling")]
-REQUIRED += ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"]
+REQUIRED += ["image_token_id", "video_token_id"]
 
 
 @pytest.mark.parametrize("key", REQUIRED)
@@ -244,6 +246,39 @@ def test_from_pretrained_reads_the_pixel_statistics(tmp_path):
     config = KeyeConfig.from_pretrained(tmp_path)
     assert config.vision_config.image_mean == (0.1, 0.2, 0.3)
     assert config.vision_config.image_std == (0.4, 0.5, 0.6)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": null, "image_std": null}')
+    assert KeyeConfig.from_pretrained(tmp_path).vision_config.image_mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"image_mean": [0.1] * 4}, r"image_mean must hold three numbers, got \[0.1, 0.1"),
+        ({"image_mean": 0.5}, r"image_mean must hold three numbers, got \[0.5\]"),
+        ({"image_std": [0.5, None, 0.5]}, r"image_std must hold three numbers, got \[0.5, None"),
+        ({"image_std": [0.5, "1", 0.5]}, r"image_std must hold three numbers, got \[0.5, '1'"),
+        ({"image_mean": [0, 0, float("nan")]}, r"image_mean must hold three numbers, got .* nan"),
+        ({"image_std": [0.5, 0, 0.5]}, r"image_std must be positive, got \[0.5, 0, 0.5\]"),
+    ],
+    ids=["four", "one", "null", "string", "nan", "zero"],
+)
+def test_bad_pixel_statistics(tmp_path, statistics, message):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.raw_config(PREVIEW)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
+    with pytest.raises(ValueError, match=message):
+        KeyeConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variant", "named", "expected"),
+    [(V1_5, {}, 94), (V1_5, {"fast_video_token_id": 95}, 95), (PREVIEW, {}, None)],
+    ids=["1.5", "config.json goes first", "8B-Preview"],
+)
+def test_the_fast_placeholder_is_looked_up(tmp_path, variant, named, expected):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.raw_config(variant, **named)))
+    added = {"added_tokens": [{"id": 94, "content": "<|fast_video_pad|>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
+    assert KeyeConfig.from_pretrained(tmp_path).fast_video_token_id == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from keye_model import weights
+from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW, V1_5, KeyeConfig
 from tests.model import tiny
 
@@ -123,6 +124,31 @@ def nested(name: str) -> str:
 @pytest.mark.parametrize("rename", [converted, engine, nested])
 def test_other_layouts(tmp_path, rename):
     assert_loaded(load(write(tmp_path, {rename(n): t for n, t in tensors().items()})))
+
+
+def test_a_whole_converted_checkpoint(tmp_path):
+    """1.5 as the transformers port saves it: nested configuration, its names of tensors."""
+    raw = tiny.raw_config(V1_5)
+    found = tiny.state_dict(KeyeConfig.from_dict(raw))
+    del raw["architectures"], raw["vision_start_token_id"], raw["vision_end_token_id"]
+    shared = ("model_type", "torch_dtype", "image_token_id", "video_token_id", "vision_config")
+    new = {key: raw.pop(key) for key in shared} | {"model_type": "keye_vl_1_5", "text_config": raw}
+    rope = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}
+    raw["rope_parameters"] = rope | {"mrope_section": raw.pop("rope_scaling")["mrope_section"]}
+    new["vision_config"].pop("tokens_per_second")
+    tiny.write_checkpoint(tmp_path, new, {converted(name): t for name, t in found.items()})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    model = KeyeForConditionalGeneration.from_pretrained(tmp_path, device_map=tiny.DEVICE)
+    request = tiny.g4()
+    logits = model(
+        input_ids=request.input_ids[None],
+        pixel_values=request.pixel_values,
+        image_grid_thw=request.image_grid_thw,
+        pixel_values_videos=request.pixel_values_videos,
+        video_grid_thw=request.video_grid_thw,
+        num_frames=[3],
+    ).logits
+    assert torch.equal(logits[0], tiny.tiny_keye(V1_5).logits(request))
 
 
 def test_unused_tensors_may_be_present(tmp_path):
