@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from keye_model.hub import read_json
+from keye_model.hub import end_ids, read_json
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,15 @@ class GenerationDefaults:
 
     @classmethod
     def from_directory(cls, directory: Path) -> GenerationDefaults:
-        """Read `generation_config.json`, and the stop ids of `config.json` if it names none.
+        """Read `generation_config.json`; `end_ids` says what holds where it names no ids.
 
         Raises:
-            ValueError: Neither file names a stop id: generation would never end by itself.
+            ValueError: No file names an id that ends an answer.
         """
         raw = read_json(directory, "generation_config.json", required=False) or {}
-        config = read_json(directory, "config.json")
-        eos = raw.get("eos_token_id", config.get("eos_token_id"))
-        if eos is None:
-            raise ValueError(f"generation_config.json must contain 'eos_token_id', {directory}")
-        eos = tuple(eos) if isinstance(eos, list) else (eos,)
-        pad = raw.get("pad_token_id", config.get("pad_token_id"))
         names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         given = {name: raw[name] for name in names if raw.get(name) is not None}
-        return cls(eos, eos[-1] if pad is None else pad, **given)
+        return cls(*end_ids(directory), **given)
 
     def params(
         self,
