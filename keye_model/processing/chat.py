@@ -21,6 +21,7 @@ from keye_model.hub import read_json
 from keye_model.processing.items import checked_item, source_of
 
 ROLES = ("system", "user", "assistant")
+Messages = Sequence[dict[str, Any]]  # one conversation
 Thinking = Literal["auto"] | bool
 
 # What chat_template.json of both published checkpoints renders.
@@ -94,9 +95,10 @@ def read_template(directory: Path) -> str:
 
 
 def normalize_messages(
-    messages: Sequence[dict[str, Any]],
+    messages: Messages,
     *,
     reserved: Collection[str],
+    marks: Collection[str] = (),
     sources: bool,
     version: str,
 ) -> list[dict[str, Any]]:
@@ -110,6 +112,8 @@ def normalize_messages(
             passed over.
         reserved: Strings that no text may hold, because as special tokens they would open a turn
             or claim a picture's place.
+        marks: Strings that only the assistant's text may hold: it may have repeated the marks of a
+            video, and its answer must serve as the next turn's history.
         sources: Whether each image and video must name its source; else it may be a bare
             placeholder such as ``{"type": "image"}``.
         version: "1.0" (8B-Preview) or "1.5": the line whose keys a video may have.
@@ -123,7 +127,7 @@ def normalize_messages(
     if not messages:
         raise ValueError("messages must hold at least one message, got none")
     return [
-        _message(message, f"messages[{index}]", reserved, sources, version)
+        _message(message, f"messages[{index}]", reserved, marks, sources, version)
         for index, message in enumerate(messages)
     ]
 
@@ -204,15 +208,12 @@ def parse_answer(text: str) -> Parsed:
 
     The sections are looked for at the start only, in the order in which the model writes them, so a
     tag that the answer merely mentions stays in it. A section that was cut off (no closing tag)
-    takes everything that follows. ``</think>`` without an opening tag closes a section that the
-    prompt had opened.
+    takes everything that follows.
 
     Args:
         text: The decoded answer; ``<think>`` is an added token that survives decoding.
     """
     analysis, rest = _section(text, "analysis")
-    if "<think>" not in rest and "</think>" in rest:
-        rest = "<think>" + rest
     thinking, rest = _section(rest, "think")
     answer = rest.strip()
     if answer.startswith("<answer>"):
@@ -240,13 +241,19 @@ def _section(text: str, tag: str) -> tuple[str | None, str]:
 
 
 def _message(
-    message: Any, where: str, reserved: Collection[str], sources: bool, version: str
+    message: Any,
+    where: str,
+    reserved: Collection[str],
+    marks: Collection[str],
+    sources: bool,
+    version: str,
 ) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise TypeError(f"{where} must be a dict, got {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"{where}['role'] must be one of {', '.join(ROLES)}, got {role!r}")
+    reserved = reserved if role == "assistant" else (*reserved, *marks)
     if isinstance(content, str):
         _check_text(content, where, reserved)
         return {"role": role, "content": content}

@@ -16,6 +16,7 @@ from keye_model.processing import tokenizer as text_side
 from keye_model.processing.batch import BatchFeature, pad
 from keye_model.processing.budget import TokenBudget
 from keye_model.processing.chat import (
+    Messages,
     Thinking,
     add_thinking,
     normalize_messages,
@@ -32,8 +33,6 @@ from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video import VIDEO_KEYWORDS, KeyeVideoProcessor
 from keye_model.processing.vision_info import process_vision_info
-
-Messages = Sequence[dict[str, Any]]
 
 # What a wrong request raises; each is made from one string.
 _REQUEST_ERRORS = (ValueError, TypeError, RuntimeError, NotImplementedError)
@@ -72,6 +71,7 @@ class KeyeProcessor:
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.local_files_only = local_files_only
         self._reserved = text_side.reserved_tokens(tokenizer)
+        self._marks = text_side.video_marks(tokenizer)
         self._placeholders = Placeholders(
             tokenizer, token_ids, config.vision_config.spatial_merge_size, config.variant
         )
@@ -158,7 +158,10 @@ class KeyeProcessor:
         add_vision_id: bool = False,
         max_tokens: int | None = None,
     ) -> Request:
-        """Turn one conversation into what the model reads, pixels as raw bytes.
+        """Turn one conversation into what the model reads.
+
+        Pixels are raw bytes, which the model normalises by the checkpoint's mean and std, or
+        normalised floats if the image processor's own were set to others.
 
         Pictures are resized as keye-vl-utils and then as the checkpoint's processor do. A video's
         own settings (``fps``, ``nframes``, …) stand in its message item.
@@ -192,9 +195,9 @@ class KeyeProcessor:
         timed = self.config.variant.timed_positions
         return Request(
             input_ids=torch.tensor(ids),
-            pixel_values=torch.cat([image.pixels for image in images]) if images else None,
+            pixel_values=self._model_pixels(images),
             image_grid_thw=tuple(image.grid_thw for image in images),
-            pixel_values_videos=torch.cat([video.pixels for video in videos]) if videos else None,
+            pixel_values_videos=self._model_pixels(videos),
             video_grid_thw=tuple(row for video in videos for row in video.grid_thw),
             second_per_grid_ts=tuple(v.seconds_per_frame for v in videos) if timed else (),
         )
@@ -378,6 +381,7 @@ class KeyeProcessor:
         checked = normalize_messages(
             messages,
             reserved=self._reserved,
+            marks=self._marks,
             sources=sources,
             version=self.config.variant.video_version,
         )
@@ -424,6 +428,15 @@ class KeyeProcessor:
     def _num_tokens(self, patches: ImagePatches | VideoPatches) -> int:
         return len(patches.pixels) // self.image_processor.merge_size**2
 
+    def _model_pixels(self, cut: Sequence[ImagePatches | VideoPatches]) -> torch.Tensor | None:
+        """Patches as a `Request` holds them; None if there are none."""
+        if not cut:
+            return None
+        given, known = self.image_processor, self.config.vision_config
+        same = tuple(given.image_mean) == tuple(known.image_mean)
+        same = same and tuple(given.image_std) == tuple(known.image_std)
+        return _joined(cut) if same else given.normalize(_joined(cut))
+
     def _batch(
         self,
         rows: list[list[int]],
@@ -442,11 +455,11 @@ class KeyeProcessor:
         )
         normalize = self.image_processor.normalize
         if images:
-            batch["pixel_values"] = normalize(torch.cat([image.pixels for image in images]))
+            batch["pixel_values"] = normalize(_joined(images))
             batch["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
         if videos:
             grids = [video.grid_thw for video in videos]
-            batch["pixel_values_videos"] = normalize(torch.cat([one.pixels for one in videos]))
+            batch["pixel_values_videos"] = normalize(_joined(videos))
             batch["video_grid_thw"] = torch.tensor([row for grid in grids for row in grid])
             if self.config.variant.timed_positions:
                 seconds = [video.seconds_per_frame for video in videos]
@@ -454,6 +467,11 @@ class KeyeProcessor:
             else:
                 batch["num_frames"] = torch.tensor([len(grid) for grid in grids])
         return batch
+
+
+def _joined(cut: Sequence[ImagePatches | VideoPatches]) -> torch.Tensor:
+    """All patches in one tensor; a lone video, which may be large, is not copied."""
+    return cut[0].pixels if len(cut) == 1 else torch.cat([one.pixels for one in cut])
 
 
 def _is_text(value: Any) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from keye_model.config import V1_5, KeyeConfig
-from keye_model.hub import read_json
+from keye_model.config import KeyeConfig
+from keye_model.hub import end_ids
 
 # What the Hugging Face tokenizers call cleaning up: no space before these.
 _CLEAN_UP = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -61,7 +60,7 @@ class TokenIds:
 
         Raises:
             ValueError: The tokenizer lacks a token or disagrees with the configuration, or no file
-                names the padding and end ids.
+                names an end id.
         """
         named = {
             "<|image_pad|>": config.image_token_id,
@@ -69,33 +68,37 @@ class TokenIds:
             "<|vision_start|>": config.vision_start_token_id,
             "<|vision_end|>": config.vision_end_token_id,
         }
+        if tokenizer.token_to_id("<|fast_video_pad|>") is not None:
+            named["<|fast_video_pad|>"] = config.fast_video_token_id
         for token, expected in named.items():
-            if tokenizer.token_to_id(token) != expected:
+            if expected is not None and tokenizer.token_to_id(token) != expected:
                 raise ValueError(
                     f"tokenizer.json must give {token!r} the id {expected} of config.json, got "
                     f"{tokenizer.token_to_id(token)}"
                 )
         marks = {}
-        if config.variant == V1_5:
+        if config.variant.timestamped_frames:
             marks = {name: f"<|{name}|>" for name in ("frame", "fast_start", "fast_end")}
-        generation = read_json(directory, "generation_config.json", required=False) or {}
-        words = read_json(directory, "tokenizer_config.json", required=False) or {}
-        pad = generation.get("pad_token_id")
-        eos = generation.get("eos_token_id")
+        eos, pad = end_ids(directory)
         return cls(
             image=config.image_token_id,
             video=config.video_token_id,
-            pad=_known(tokenizer, words, "pad_token") if pad is None else pad,
-            eos=_as_ids(_known(tokenizer, words, "eos_token") if eos is None else eos),
+            pad=pad,
+            eos=eos,
             **{name: _id(tokenizer, token) for name, token in marks.items()},
         )
 
 
 def reserved_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Strings that a message's text may not hold: special tokens, and the marks of a video."""
-    marks = ("<|frame|>", "<|fast_start|>", "<|fast_end|>", "<|fast_video_pad|>")
+    """Strings that no message's text may hold: special tokens and every placeholder."""
     added = tokenizer.get_added_tokens_decoder().values()
-    return tuple(token.content for token in added if token.special or token.content in marks)
+    return tuple(t.content for t in added if t.special or t.content == "<|fast_video_pad|>")
+
+
+def video_marks(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Marks around a video's frames, which stand for no picture; none for 8B-Preview."""
+    marks = ("<|frame|>", "<|fast_start|>", "<|fast_end|>")
+    return tuple(mark for mark in marks if tokenizer.token_to_id(mark) is not None)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -140,17 +143,3 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
     if found is None:
         raise ValueError(f"tokenizer.json must contain the token {token!r}, it does not")
     return found
-
-
-def _known(tokenizer: Tokenizer, words: dict[str, Any], key: str) -> int:
-    token = words.get(key)
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is None:
-        raise ValueError(
-            f"generation_config.json must name {key}_id, or tokenizer_config.json {key}"
-        )
-    return _id(tokenizer, token)
-
-
-def _as_ids(ids: int | list[int]) -> tuple[int, ...]:
-    return (ids,) if isinstance(ids, int) else tuple(ids)

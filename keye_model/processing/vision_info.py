@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from keye_model.processing.chat import Messages
 from keye_model.processing.image import fetch_image
 from keye_model.processing.items import checked_item, source_of
 from keye_model.processing.video_loading import sample_1_5, sample_preview
-
-Messages = Sequence[dict[str, Any]]
 
 
 def process_vision_info(

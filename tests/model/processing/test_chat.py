@@ -282,6 +282,16 @@ def test_special_tokens_in_text_are_refused(content, role):
         _normalized({"role": role, "content": content})
 
 
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_marks_in_text_are_the_assistants_alone(role):
+    options = {"reserved": RESERVED, "marks": ("<|frame|>",), "sources": True, "version": "1.5"}
+    content = [_text("a <|fra"), _text("me|> b")]
+    answer = [{"role": "assistant", "content": content}]
+    assert normalize_messages(answer, **options) == answer
+    with pytest.raises(ValueError, match=r"must not hold the special token '<\|frame\|>' in its"):
+        normalize_messages([{"role": role, "content": content}], **options)
+
+
 def test_other_tokens_in_text_are_kept():
     text = "<think>a</think> <|box_start|>(1,2)<|box_end|> <|video<|"
     assert text in _rendered(_user(_text(text), {"type": "image"}, _text("_pad|>")))
@@ -352,7 +362,7 @@ def test_thinking_errors():
         # Nested, unbalanced, mentioned.
         ("<think>a <think>b</think> c</think>d", None, "a <think>b</think> c", "d"),
         ("<think>a <think>b</think>c", None, "a <think>b", "c"),
-        ("why</think>A cat.", None, "why", "A cat."),
+        ("why</think>A cat.", None, None, "why</think>A cat."),
         ("The tag <think> opens.", None, None, "The tag <think> opens."),
         ("<think>an <answer>?</think>No.", None, "an <answer>?", "No."),
         ("<answer>a </answer> b</answer>", None, None, "a </answer> b"),

@@ -1,6 +1,7 @@
 """Conversations → requests: strings, expansion, any mixture of text, pictures and videos."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -101,6 +102,35 @@ def test_expansion_equals_tokenising_the_expanded_string(with_films, line, check
     assert processor.request(messages).input_ids.tolist() == expected
 
 
+def test_every_digit_of_a_time_is_one_token(with_films):
+    processor = with_films["1.5"]
+    one = {c: processor.tokenizer.encode(c, add_special_tokens=False).ids for c in "0123456789."}
+    assert all(len(ids) == 1 for ids in one.values())
+    film = film_of(Frame(2, 2, 1230.5), Frame(2, 2, 4678.9))
+    ids = processor.request(user({"type": "video", "video": film})).input_ids.tolist()
+    for time in ("1230.5", "4678.9"):
+        digits = [one[c][0] for c in time]
+        expected = [processor.token_ids.frame, *digits, processor.token_ids.video]
+        assert any(ids[i : i + len(expected)] == expected for i in range(len(ids))), time
+
+
+def test_own_statistics_reach_the_model(with_films, line, monkeypatch):
+    """Bytes are normalised by the checkpoint's mean and std, so others are applied here."""
+    processor = with_films[line]
+    film = film_of(Frame(2, 2, 0.0), value=51)
+    messages = user(image(), {"type": "video", "video": film})
+    plain = processor.request(messages)
+    assert plain.pixel_values_videos is film.pixels  # a long video is not copied
+    monkeypatch.setattr(processor.image_processor, "image_mean", [0.5, 0.5, 0.5])
+    assert processor.request(messages).pixel_values.dtype == torch.uint8
+    monkeypatch.setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3])
+    monkeypatch.setattr(processor.image_processor, "image_std", [0.5, 0.25, 0.1])
+    own = processor.request(messages)
+    assert torch.equal(own.pixel_values, processor.image_processor.normalize(plain.pixel_values))
+    values = own.pixel_values_videos.mean((0, 2, 3))
+    torch.testing.assert_close(values, torch.tensor([0.2, 0.0, -1.0]))
+
+
 def test_mixed_conversation_of_the_documentation(processor):
     messages = [
         *user({"type": "image"}, text_item("Hello, how are you?")),
@@ -192,6 +222,22 @@ def test_marks_of_1_5_are_ordinary_text_to_preview(processors):
     )
     with pytest.raises(ValueError, match=r"special token '<\|frame\|>' in its text"):
         processors["1.5"].request(messages)
+
+
+def test_an_answer_with_marks_is_history(with_films):
+    processor = with_films["1.5"]
+    film = {"type": "video", "video": film_of(Frame(2, 2, 0.0), Frame(2, 2, 0.5, fast=True))}
+    answer = "At <|frame|>0.5<|fast_start|> and <|fast_end|>."
+    first = user(film, text_item("When?"))
+    request = processor.request(
+        [*first, {"role": "assistant", "content": answer}, *user(film, text_item("Sure?"))]
+    )
+    assert (request.input_ids == processor.token_ids.video).sum() == 4
+    assert f"assistant\n{answer}<|im_end|>" in string(processor, request.input_ids)
+    pack([request], processor.config)
+    for broken in ("<|fast_video_pad|>", "<|video_pad|>", "<|im_end|>"):
+        with pytest.raises(ValueError, match=rf"special token '{re.escape(broken)}' in its text"):
+            processor.request([*first, {"role": "assistant", "content": broken}, *first])
 
 
 def test_template_that_loses_a_picture(preview, monkeypatch):

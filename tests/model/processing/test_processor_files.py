@@ -7,6 +7,7 @@ import pytest
 
 from keye_model.config import PREVIEW, V1_5
 from keye_model.processing.processor import KeyeProcessor
+from keye_model.sampling import GenerationDefaults
 from tests.model.processing.messages import (
     LINES,
     image,
@@ -78,15 +79,32 @@ def test_patch_size_must_agree(copied):
         KeyeProcessor.from_pretrained(copied)
 
 
-def test_padding_and_end_from_the_tokenizers_file(copied):
+def test_padding_and_end_without_their_file(copied):
+    published = KeyeProcessor.from_pretrained(copied).token_ids
     (copied / "generation_config.json").unlink()
-    ids = KeyeProcessor.from_pretrained(copied).token_ids
-    assert ids.eos == (KeyeProcessor.from_pretrained(copied).tokenizer.token_to_id("<|im_end|>"),)
-    _edit(copied, "tokenizer_config.json", pad_token={"content": "<|endoftext|>"})
-    assert KeyeProcessor.from_pretrained(copied).token_ids.pad == ids.pad
-    _edit(copied, "tokenizer_config.json", pad_token=None)
-    with pytest.raises(ValueError, match=r"must name pad_token_id, or tokenizer_config\.json"):
+    _edit(copied, "config.json", eos_token_id=published.eos[0])
+    assert KeyeProcessor.from_pretrained(copied).token_ids == published
+    defaults = GenerationDefaults.from_directory(copied)
+    assert (defaults.eos_token_ids, defaults.pad_token_id) == (published.eos, published.pad)
+
+
+def test_ids_around_pictures_may_be_left_out(copied):
+    _edit(copied, "config.json", vision_start_token_id=None, vision_end_token_id=None)
+    assert KeyeProcessor.from_pretrained(copied).request(user(image(28, 28)))
+    _edit(copied, "config.json", vision_end_token_id=3)
+    with pytest.raises(ValueError, match=r"must give '<\|vision_end\|>' the id 3 of config.json"):
         KeyeProcessor.from_pretrained(copied)
+
+
+def test_fast_placeholder_must_agree(checkpoints, tmp_path):
+    for path in checkpoints[V1_5.name].glob("*.json"):
+        shutil.copy(path, tmp_path)
+    processor = KeyeProcessor.from_pretrained(tmp_path)
+    found = processor.tokenizer.token_to_id("<|fast_video_pad|>")
+    assert processor.config.fast_video_token_id == found
+    _edit(tmp_path, "config.json", fast_video_token_id=found + 1)
+    with pytest.raises(ValueError, match=rf"must give '<\|fast_video_pad\|>' the id {found + 1}"):
+        KeyeProcessor.from_pretrained(tmp_path)
 
 
 def test_url_is_refused_with_local_files_only(copied):
