@@ -210,14 +210,6 @@ def patchify(frames: torch.Tensor, patch_size: int) -> torch.Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(t * h * w, channels, patch_size, patch_size)
 
 
-def unpatchify(patches: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
-    """Undo `patchify`: [t * h * w, 3, patch, patch] → [t, 3, h * patch, w * patch]."""
-    t, h, w = grid_thw
-    _, channels, size, _ = patches.shape
-    cut = patches.reshape(t, h, w, channels, size, size).permute(0, 3, 1, 4, 2, 5)
-    return cut.reshape(t, channels, h * size, w * size)
-
-
 def normalize(
     pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:

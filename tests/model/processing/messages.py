@@ -31,6 +31,14 @@ def image(*size, **keys):
     return {"type": "image", "image": picture(*size), **keys}
 
 
+def unpatchify(patches, grid_thw):
+    """Undo `patchify`: [t * h * w, 3, patch, patch] → [t, 3, h * patch, w * patch]."""
+    t, h, w = grid_thw
+    _, channels, size, _ = patches.shape
+    cut = patches.reshape(t, h, w, channels, size, size).permute(0, 3, 1, 4, 2, 5)
+    return cut.reshape(t, channels, h * size, w * size)
+
+
 def text_item(text):
     return {"type": "text", "text": text}
 

@@ -20,8 +20,8 @@ from keye_model.processing.image import (
     normalize,
     patchify,
     processor_size,
-    unpatchify,
 )
+from tests.model.processing.messages import unpatchify
 
 # original, after the helper of 1.0.0, after the processor with min_pixels 102400, tokens of that,
 # tokens with min_pixels 3136, tokens after the helper of 1.5.x alone

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from keye_model.processing.image import processor_size, unpatchify
+from keye_model.processing.image import processor_size
 from keye_model.processing.image_processor import KeyeImageProcessor
+from tests.model.processing.messages import unpatchify
 
 
 def _noise(height, width):

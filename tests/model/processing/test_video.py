@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from keye_model.processing import video_loading
-from keye_model.processing.image import fetch_image, unpatchify
+from keye_model.processing.image import fetch_image
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.patches import Frame
 from keye_model.processing.slow_fast import frame_sizes, resize_bilinear
@@ -17,6 +17,7 @@ from keye_model.processing.video import KeyeVideoProcessor, frame_bytes
 from keye_model.processing.video_file import VideoFile
 from keye_model.processing.video_loading import resize_bicubic, sample_1_5, sample_preview
 from keye_model.processing.video_sampling import frame_indices
+from tests.model.processing.messages import unpatchify
 
 # At these bounds the image processor leaves small frames as the helper made them.
 SMALL = KeyeImageProcessor(min_pixels=4 * 784)
