@@ -18,7 +18,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from keye_model.config import PREVIEW, V1_5, KeyeConfig, Variant
+from keye_model.config import (
+    PREVIEW,
+    V1_5,
+    KeyeConfig,
+    KeyeTextConfig,
+    KeyeVisionConfig,
+    Variant,
+)
 from keye_model.processing.chat import DEFAULT_TEMPLATE
 from keye_model.weights import tensor_shapes
 
@@ -68,7 +75,7 @@ def build(
     tokenizer.save(str(directory / "tokenizer.json"))
     config = _config(tokenizer, variant, dtype)
     eos, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
-    _write_json(directory / "config.json", config)
+    _write_json(directory / "config.json", config.to_dict())
     _write_json(
         directory / "generation_config.json",
         {
@@ -97,7 +104,7 @@ def build(
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 4096},
     )
     _write_json(directory / "chat_template.json", {"chat_template": DEFAULT_TEMPLATE})
-    _write_weights(directory, KeyeConfig.from_dict(config), seed)
+    _write_weights(directory, config, seed)
     return directory
 
 
@@ -120,43 +127,40 @@ def _train_tokenizer(variant: Variant) -> Tokenizer:
     return tokenizer
 
 
-def _config(tokenizer: Tokenizer, variant: Variant, dtype: torch.dtype) -> dict:
-    preview = variant == PREVIEW
-    return {
-        "architectures": [("Keye" if preview else "KeyeVL1_5") + "ForConditionalGeneration"],
-        "model_type": "Keye" if preview else "KeyeVL1_5",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
-        "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
-        "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
-        "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
-        "vocab_size": math.ceil(tokenizer.get_vocab_size() / 64) * 64,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "max_position_embeddings": 4096,
-        "rope_theta": 1_000_000 if preview else 8_000_000,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 144,
-            "intermediate_size": 288,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 384,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "tokens_per_second": 2,
-        },
-    }
+def _config(tokenizer: Tokenizer, variant: Variant, dtype: torch.dtype) -> KeyeConfig:
+    text = KeyeTextConfig(
+        vocab_size=math.ceil(tokenizer.get_vocab_size() / 64) * 64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6 if variant == PREVIEW else 8e6,
+        mrope_section=(16, 24, 24),
+        max_position_embeddings=4096,
+    )
+    vision = KeyeVisionConfig(
+        hidden_size=144,
+        intermediate_size=288,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=384,
+        patch_size=14,
+        spatial_merge_size=2,
+        tokens_per_second=2,
+    )
+    return KeyeConfig(
+        text,
+        vision,
+        variant,
+        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
+        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+        dtype=dtype,
+    )
 
 
 def _write_weights(directory: Path, config: KeyeConfig, seed: int) -> None:
