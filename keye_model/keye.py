@@ -16,11 +16,8 @@ from keye_model.conditional_generation import KeyeForConditionalGeneration, reso
 from keye_model.detokenizer import Detokenizer
 from keye_model.generation import Generation, Limits
 from keye_model.inputs import Request
-from keye_model.processing.chat import parse_answer
+from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
-
-Messages = Sequence[dict[str, Any]]
-Thinking = Literal["auto"] | bool
 
 
 @dataclass(frozen=True)

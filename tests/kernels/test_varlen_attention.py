@@ -195,7 +195,9 @@ def test_errors(device):
     with pytest.raises(ValueError, match=r"out must have shape \(4, 4, 16\), got \(4, 2, 16\)"):
         attend(out=k)
     for scale in (math.nan, math.inf, "a"):
-        with pytest.raises(ValueError, match=f"softmax_scale must be a finite number, got {scale!r}"):
+        with pytest.raises(
+            ValueError, match=f"softmax_scale must be a finite number, got {scale!r}"
+        ):
             attend(softmax_scale=scale)
     for length in (None, 4.0, -1):
         with pytest.raises(ValueError, match="max_seqlen_q must be a non-negative int, got"):
