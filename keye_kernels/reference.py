@@ -249,22 +249,23 @@ def qk_norm_mrope_store(
 ) -> torch.Tensor:
     """rms_norm per head of q and k, then mrope_, then k and v to their slots."""
     num_pages, page_size, _, head_dim = k_cache.shape
-    check_range("slot_mapping", slot_mapping.tolist(), -1, num_pages * page_size)
+    slots = slot_mapping.tolist()
+    check_range("slot_mapping", slots, -1, num_pages * page_size)
     heads = qkv.unflatten(1, (-1, head_dim))
     qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
     angles = _mrope_angles(positions, mrope_section, theta, interleaved=False)
     qk = rms_norm(qk, weight, eps)
+    _rotate(qk, angles, out=qk)
     q, k = qk.split((num_heads, num_kv_heads), dim=1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    _rotate(q, angles, out=out)
-    _rotate(k, angles, out=k)
-
-    stored = slot_mapping >= 0
-    slots = slot_mapping[stored]
-    pages, rows = slots // page_size, slots % page_size
-    k_cache[pages, rows] = k[stored]
-    v_cache[pages, rows] = v[stored]
+    out.copy_(q)
+    if min(slots, default=0) < 0:
+        stored = slot_mapping >= 0
+        slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
+    pages, rows = slot_mapping // page_size, slot_mapping % page_size
+    k_cache[pages, rows] = k
+    v_cache[pages, rows] = v
     return out
 
 
