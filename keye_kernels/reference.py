@@ -469,11 +469,14 @@ def paged_decode_attention(
     out = torch.empty_like(q) if out is None else out
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     cached = _cached(k_cache, v_cache, block_table, cache_seqlens.tolist(), max_seqlen_k)
-    group = (k_cache.shape[2], -1)
+    # The query heads of one key/value head act as its queries, so each key is read once.
+    queries, results = (x.unflatten(1, (k_cache.shape[2], -1)) for x in (q, out))
     for i, (k, v) in enumerate(cached):
-        # The query heads of one key/value head act as its queries, so each key is read once.
-        queries, result = (x[i].unflatten(0, group).transpose(0, 1)[None] for x in (q, out))
-        _attend(queries, k[None], v[None], scale, False, result)
+        if k.shape[0] == 0:
+            results[i] = 0
+            continue
+        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        results[i] = F.scaled_dot_product_attention(queries[i : i + 1], k, v, scale=scale)[0]
     return out
 
 
