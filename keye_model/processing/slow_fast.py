@@ -7,6 +7,7 @@ of keye-vl-utils 1.5.x, whose HSV conversion is OpenCV's for 8-bit RGB.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -57,8 +58,7 @@ def classify_frames(
     """
     fast: list[bool] = []
     reference = None
-    for small in _shrunk_ahead(frames):
-        look = look_at(small)
+    for look in _looks_ahead(frames):
         alike = reference is not None and not frame_similarity(reference, look) < min_similarity
         fast.append(alike)
         if not alike:
@@ -79,10 +79,7 @@ class FrameLook(NamedTuple):
 
 
 def look_at(small: torch.Tensor) -> FrameLook:
-    """Describe a frame for comparison: [3, height, width] uint8, sides multiples of 28.
-
-    NumPy, one thread: threads for pieces this small lose more than they gain on busy cores.
-    """
+    """Describe a frame for comparison: [3, height, width] uint8, sides multiples of 28."""
     pixels = small.permute(1, 2, 0).numpy()
     rows, columns = small.shape[1] // FACTOR, small.shape[2] // FACTOR
     cut = pixels.reshape(rows, FACTOR, columns, FACTOR, 3)
@@ -199,17 +196,19 @@ def _slow_tokens(
     return low
 
 
-def _shrunk_ahead(frames: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Frames at 48 to 256 tokens, the next one resized while the caller looks at this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ready: Future[torch.Tensor] | None = None
+def _looks_ahead(frames: Iterable[torch.Tensor]) -> Iterator[FrameLook]:
+    """Looks of frames at 48 to 256 tokens; the next two are made while the caller has this one.
+
+    Resizing and NumPy leave Python's lock, so two threads fill two cores.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        coming: deque[Future[FrameLook]] = deque()
         for frame in frames:
-            following = pool.submit(_shrink, frame)
-            if ready is not None:
-                yield ready.result()
-            ready = following
-        if ready is not None:
-            yield ready.result()
+            coming.append(pool.submit(lambda frame: look_at(_shrink(frame)), frame))
+            if len(coming) > 2:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _shrink(frame: torch.Tensor) -> torch.Tensor:
