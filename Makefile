@@ -11,7 +11,7 @@ demo: $(VENV)/.installed  ## a picture, a video and a mixed batch through the wh
 	$(BIN)/python -m keye_model demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.installed-test  ## the test suite
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2
 
 bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
