@@ -1,7 +1,7 @@
 """Slow or fast: milliseconds for each 720p frame, from its RGB bytes to the decision.
 
 Counts the reduction to 256 tokens, the HSV conversion and the comparison with the last slow frame;
-decoding is not counted. keye-vl-utils 1.5 takes 63 to 68 ms for the same on two cores.
+decoding is not counted.
 """
 
 import pytest
