@@ -104,8 +104,9 @@ elif on_gpu; then
 fi
 
 # Each family in a process of its own: a fault ends the CUDA context of its process only.
-ops=(varlen_attention rope paged_attention norm patch_embed activation merge_patches sampling)
-for family in "${ops[@]:0:3}" generate "${ops[@]:3}"; do
+ops=(varlen_attention rope paged_prefill_attention paged_decode_attention norm patch_embed activation
+  merge_patches sampling)
+for family in "${ops[@]:0:4}" generate "${ops[@]:4}"; do
   room=$(($(left) - budget / 10)) # the rest is for ncu
   ((room <= budget / 5)) || room=$((budget / 5))
   step "benchmark, $family" "$room" "$out/tests.txt" \

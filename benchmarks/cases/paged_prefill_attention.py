@@ -1,0 +1,34 @@
+"""Attention of the decoder over its paged cache: whole prompts, and the rest of a prompt."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.cases.paged_decode_attention import KV_TOKEN, QO_TOKEN, cached
+from benchmarks.shapes import TEXT, Shapes
+
+
+def _prefill(new: int, context: int, device: torch.device) -> dict[str, Any]:
+    starts = torch.tensor([0, new], dtype=torch.int32, device=device)
+    return cached(1, new, context, device) | {"cu_seqlens_q": starts, "max_seqlen_q": new}
+
+
+def cases(shapes: Shapes) -> list[Case]:
+    """Bytes: keys and values of all cached tokens and q read, out written.
+
+    FLOP: both products, of each query with the keys it sees.
+    """
+    found = []
+    prompts = {name: (count, count) for name, count in shapes.prefill.items()}
+    chunk, longest = min(shapes.prefill.values()), max(shapes.prefill.values())
+    if chunk < longest:
+        prompts[f"last {chunk} of {longest}"] = (chunk, longest)
+    for name, (new, context) in prompts.items():
+        num_bytes = context * KV_TOKEN + new * QO_TOKEN
+        pairs = new * context - new * (new - 1) // 2
+        flops = 4 * pairs * TEXT.num_heads * TEXT.head_dim
+        arguments = partial(_prefill, new, context)
+        found.append(Case("paged_prefill_attention", name, arguments, num_bytes, flops))
+    return found

@@ -1,0 +1,98 @@
+"""paged_prefill_attention against a naive one that walks over tokens, the unused poisoned."""
+
+import pytest
+import torch
+
+import keye_kernels as kk
+from tests.compare import assert_close
+from tests.kernels.paged import Cache, check_shared_contents, check_shared_errors, naive
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def prefill(q, lens_q, cache, **keywords):
+    cu = torch.tensor([0, *lens_q]).cumsum(0).to(device=q.device, dtype=torch.int32)
+    return kk.paged_prefill_attention(
+        q,
+        cache.k,
+        cache.v,
+        cache.table,
+        cu,
+        cache.lengths,
+        max(lens_q, default=0),
+        cache.max_seqlen,
+        **keywords,
+    )
+
+
+PREFILL = {
+    # new tokens, cached tokens with them, page_size, heads, kv_heads, head_dim
+    "one token": ([1], [1], 16, 1, 1, 8),
+    "prompts": ([20, 3, 16], [20, 3, 16], 16, 4, 2, 32),
+    "chunk and reused prefix": ([7, 1, 16], [39, 17, 32], 16, 8, 2, 16),
+    "with an empty one": ([5, 0, 2], [5, 33, 40], 32, 2, 1, 128),
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("case", PREFILL)
+def test_matches_naive(case, dtype, device):
+    lens_q, lengths, page_size, heads, kv_heads, head_dim = PREFILL[case]
+    cache = Cache(lengths, page_size, kv_heads, head_dim, dtype, device)
+    q = torch.randn(sum(lens_q), heads, head_dim, device=device).mul_(1.5).to(dtype)
+    scale = head_dim**-0.5
+    got = prefill(q, lens_q, cache)
+    assert got.is_contiguous()
+    plain = naive(q, lens_q, cache, scale, dtype)
+    assert_close(got, plain, naive(q, lens_q, cache, scale, torch.float64))
+
+
+def test_chunks_equal_one_prefill(device):
+    cache = Cache([29], 16, 2, 32, torch.float32, device)
+    q = torch.randn(29, 4, 32, device=device)
+    whole = prefill(q, [29], cache)
+    for start, stop in ((0, 11), (11, 28), (28, 29)):
+        cache.lengths.fill_(stop)
+        chunk = prefill(q[start:stop], [stop - start], cache)
+        torch.testing.assert_close(chunk, whole[start:stop], rtol=1e-5, atol=1e-6)
+
+
+def test_strides_scale_and_out(device):
+    cache = Cache([20, 9], 16, 2, 32, torch.bfloat16, device)
+    q = torch.randn(5, 6, 32, device=device).bfloat16()
+    expected = prefill(q[:, 1:5].contiguous(), [3, 2], cache, softmax_scale=0.3)
+    pair = torch.stack((cache.k, cache.v), dim=1)
+    cache.k, cache.v = pair[:, 0], pair[:, 1]
+    target = torch.full((5, 6, 32), 7.0, device=device).bfloat16()
+    out = target[:, 1:5]
+    assert prefill(q[:, 1:5], [3, 2], cache, softmax_scale=0.3, out=out) is out
+    assert torch.equal(out, expected)
+    assert (target[:, [0, 5]] == 7).all()
+
+
+def test_no_tokens(device):
+    cache = Cache([3], 16, 1, 8, torch.float32, device)
+    q = torch.empty(0, 1, 8, device=device)
+    assert prefill(q, [0], cache).shape == (0, 1, 8)
+
+
+def test_errors(device):
+    check_shared_errors(lambda q, cache, **k: prefill(q, [len(q)], cache, **k), device)
+    cache = Cache([20], 16, 2, 32, torch.float32, device)
+    q = torch.randn(1, 4, 32, device=device)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must have shape \(2,\), got \(3,\)"):
+        prefill(q, [1, 0], cache)
+    with pytest.raises(ValueError, match="max_seqlen_q must be a non-negative int, got -1"):
+        prefill(q, [-1], cache)
+
+
+def test_contents_are_checked_on_a_cpu():
+    check_shared_contents(lambda q, cache: prefill(q, [1], cache))
+    cache = Cache([20], 16, 1, 8, torch.float32, "cpu")
+    cache.lengths = torch.tensor([2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cache_seqlens must count the 3 new tokens of sequence 0"):
+        prefill(torch.randn(3, 1, 8), [3], cache)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0 and end at 3 tokens, got 0"):
+        prefill(torch.randn(3, 1, 8), [2], cache)
