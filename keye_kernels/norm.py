@@ -6,7 +6,6 @@ import triton.language as tl
 
 from keye_kernels import _backends, reference
 from keye_kernels._checks import FLOAT_DTYPES, check_tensor
-from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
 from keye_kernels._rows import (
     add_rows,
@@ -126,7 +125,7 @@ def _launch(
     residual_out: torch.Tensor | None,
 ) -> None:
     num_tokens, width = x.shape
-    tiles = row_tiles(num_tokens, width, x.dtype, device_of(x).num_sms)
+    tiles = row_tiles(width, x.dtype)
     kernel[(triton.cdiv(num_tokens, tiles.rows),)](
         x, *vectors, residual, out, residual_out,
         x.stride(0), 0 if residual is None else residual.stride(0),

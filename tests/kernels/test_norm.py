@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 import keye_kernels as kk
-from keye_kernels import _device
 from keye_kernels._rows import RowTiles, row_tiles
 from tests.compare import assert_close
 
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One element, odd sizes, the tower's and the decoder's hidden size.
 SHAPES = [(1, 1), (3, 77), (2, 1152), (2, 4096)]
-# More rows than multiprocessors, the last program not full: heads, tower, decoder, a cut chunk.
+# The last program not full: heads, tower, decoder, a cut chunk.
 MANY = [(17, 128), (6, 1152), (3, 4096), (2, 2100)]
 EPS = 1e-6
 
@@ -57,8 +56,7 @@ def test_norm_matches_fp64(op, shape, dtype, device):
 @by_op
 @by_dtype
 @pytest.mark.parametrize("shape", MANY, ids=str)
-def test_many_rows(op, shape, dtype, backend, device, monkeypatch):
-    monkeypatch.setattr(_device, "elsewhere", _device.Device((9, 0), 1))
+def test_many_rows(op, shape, dtype, backend, device):
     num_rows, width = shape
     if device.type == "cuda":
         num_rows += 300
@@ -83,6 +81,16 @@ def test_rows_know_nothing_of_each_other(op, device):
 
 
 @by_op
+@pytest.mark.parametrize("width", [1152, 4096])
+def test_a_row_is_the_same_among_any_number_of_rows(op, width, device):
+    x, params = make(op, (140, width), torch.float32, device)  # more than an H100 has processors
+    run = getattr(kk, op)
+    together = run(x, *params, EPS)
+    for rows in (slice(1), slice(139, 140), slice(37, 42)):
+        assert torch.equal(run(x[rows], *params, EPS), together[rows])
+
+
+@by_op
 def test_offsets_past_2_to_the_31(op, device, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     x, params = make(op, (3, 64), torch.bfloat16, device)
@@ -98,13 +106,14 @@ def test_offsets_past_2_to_the_31(op, device, monkeypatch):
 
 
 def test_launch_configuration():
-    assert row_tiles(64, 4096, torch.bfloat16, 132) == RowTiles(1, 2048, 8)
-    assert row_tiles(133, 4096, torch.bfloat16, 132) == RowTiles(1, 1024, 4)
-    assert row_tiles(576, 1152, torch.bfloat16, 132) == RowTiles(4, 256, 4)
-    assert row_tiles(576, 1152, torch.float32, 132) == RowTiles(4, 128, 4)
-    assert row_tiles(4096, 128, torch.bfloat16, 132) == RowTiles(16, 128, 4)
-    assert row_tiles(1, 1, torch.float32, 132) == RowTiles(1, 1, 1)
-    assert row_tiles(1, 2**17, torch.bfloat16, 132) == RowTiles(1, 4096, 16)
+    assert row_tiles(4096, torch.bfloat16) == RowTiles(1, 2048, 8)
+    assert row_tiles(4096, torch.float32) == RowTiles(1, 1024, 8)
+    assert row_tiles(1152, torch.bfloat16) == RowTiles(4, 256, 4)
+    assert row_tiles(1152, torch.float32) == RowTiles(4, 128, 4)
+    assert row_tiles(128, torch.bfloat16) == RowTiles(16, 128, 4)
+    assert row_tiles(2100, torch.bfloat16) == RowTiles(1, 1024, 4)
+    assert row_tiles(1, torch.float32) == RowTiles(1024, 1, 4)
+    assert row_tiles(2**17, torch.bfloat16) == RowTiles(1, 4096, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
