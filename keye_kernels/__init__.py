@@ -12,6 +12,7 @@ KEYE_KERNELS_BACKEND choose another.
 from keye_kernels import reference
 from keye_kernels._backends import backends, use_backend
 from keye_kernels.activation import gelu, silu_mul
+from keye_kernels.linear_decode import linear_decode
 from keye_kernels.merge_patches import merge_patches
 from keye_kernels.norm import layer_norm, rms_norm
 from keye_kernels.paged_attention import paged_prefill_attention
@@ -29,6 +30,7 @@ __all__ = [
     "backends",
     "gelu",
     "layer_norm",
+    "linear_decode",
     "merge_patches",
     "mrope_",
     "paged_decode_attention",

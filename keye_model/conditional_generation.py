@@ -23,6 +23,7 @@ from keye_model.inputs import Request, host_grid, upload
 from keye_model.model import KeyeModel
 from keye_model.positions import BatchRow, pack, split_batch
 from keye_model.sampling import GenerationDefaults
+from keye_model.text import Linear
 from keye_model.weights import load_model
 
 
@@ -48,7 +49,7 @@ class KeyeForConditionalGeneration(nn.Module):
         self.config = config
         self.model = KeyeModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         self.generation_config: GenerationDefaults | None = None
         self._directory: Path | None = None
 

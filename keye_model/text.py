@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from keye_kernels import (
+    linear_decode,
     paged_decode_attention,
     paged_prefill_attention,
     qk_norm_mrope_store,
@@ -18,6 +19,8 @@ from keye_kernels import (
 )
 from keye_model.cache import CacheStep, PagedCache
 from keye_model.config import KeyeTextConfig
+
+_FEW_ROWS = 16  # that linear_decode takes
 
 
 class KeyeTextModel(nn.Module):
@@ -87,10 +90,10 @@ class Attention(nn.Module):
         self.config, self.index = config, index
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, q_width + 2 * kv_width, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, q_width + 2 * kv_width, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.o_proj = Linear(q_width, config.hidden_size, bias=False)
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
@@ -138,11 +141,20 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: KeyeTextConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(silu_mul(self.gate_up_proj(x)))
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose few rows of a decode step go to ``linear_decode`` where that is faster."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] <= _FEW_ROWS and x.device.type == "cpu":
+            return linear_decode(x, self.weight, bias=self.bias)
+        return super().forward(x)
 
 
 class RMSNorm(nn.Module):

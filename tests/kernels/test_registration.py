@@ -64,6 +64,15 @@ def gelu_bias(device):
     return [randn(device, 4, 16)], {"approximate": "none", "bias": randn(device, 16)}
 
 
+def linear_decode(device):
+    return [randn(device, 3, 16), randn(device, 8, 16)], {}
+
+
+def linear_decode_fused(device):
+    keywords = {"norm_weight": randn(device, 16), "eps": 1e-6, "swiglu": True}
+    return [randn(device, 3, 16), randn(device, 8, 16)], keywords | {"bias": randn(device, 8)}
+
+
 def patch_embed(device):
     pixels = torch.randint(0, 256, (6, 3, 2, 2), dtype=torch.uint8, device=device)
     weights = [randn(device, 8, 3, 2, 2), randn(device, 8), randn(device, 9, 8)]
@@ -102,6 +111,12 @@ def merge_patches(device):
     return args, {"norm_first": True}
 
 
+def merge_patches_residual(device):
+    args, keywords = merge_patches(device)
+    patch_norm = (randn(device, 16), randn(device, 16), 1e-6)
+    return args, keywords | {"residual": randn(device, 8, 16), "patch_norm": patch_norm}
+
+
 def paged_prefill_attention(device):
     caches, table, lengths = paged(device)
     return [randn(device, 6, 2, 16), *caches, table, int32(device, 0, 2, 6), lengths, 4, 18], {}
@@ -130,6 +145,8 @@ CASES = {
         silu_mul,
         gelu,
         gelu_bias,
+        linear_decode,
+        linear_decode_fused,
         patch_embed,
         rope_2d_,
         mrope_,
@@ -137,12 +154,13 @@ CASES = {
         varlen_attention,
         varlen_attention_lse,
         merge_patches,
+        merge_patches_residual,
         paged_prefill_attention,
         paged_decode_attention,
         sample,
     )
 }
-OPS = [name for name in CASES if not name.endswith(("_residual", "_bias", "_lse"))]
+OPS = [name for name in CASES if not name.endswith(("_residual", "_bias", "_fused", "_lse"))]
 
 by_case = pytest.mark.parametrize("case", CASES)
 

@@ -1,0 +1,85 @@
+"""Linear layers of the decode step: few rows against a large matrix, bound by reading it."""
+
+import torch
+
+from keye_kernels import reference
+from keye_kernels._checks import FLOAT_DTYPES, check_finite, check_tensor
+from keye_kernels._ops import define_op
+
+MAX_ROWS = 16  # rows of one MMA; more of them are what ordinary GEMMs are good at
+
+_linear_decode_op = define_op(
+    "linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float? eps, "
+    "Tensor? residual, bool swiglu, Tensor(a!) out) -> ()",
+    reference=reference.linear_decode,
+)
+
+
+def linear_decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    residual: torch.Tensor | None = None,
+    swiglu: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x weight^T + bias for up to 16 rows, with the norm before it and what follows it fused.
+
+    Args:
+        x: [num_tokens, in_features], fp32 / fp16 / bf16, at most 16 rows. Rows may be strided.
+        weight: [out_features, in_features], dtype of ``x``, as torch.nn.Linear keeps it.
+        bias: [out_features], dtype of ``x``.
+        norm_weight: [in_features], dtype of ``x``: the rows are those of ``rms_norm(x,
+            norm_weight, eps)``.
+        eps: Of that norm; given exactly when ``norm_weight`` is.
+        residual: Like the result; added to it.
+        swiglu: The weight holds gate and up, [2 * width, in_features]: the result is
+            ``silu_mul`` of the product, [num_tokens, width]. Not with ``residual``.
+        out: Like the result. Must not overlap ``x``; may be ``residual``.
+
+    Returns:
+        [num_tokens, out_features], or half of that with ``swiglu``; dtype of ``x``, contiguous.
+        Sums in fp32; rounded after the norm, after the product with its bias, and after what
+        follows, as the ops one by one do.
+
+    Raises:
+        ValueError: A shape, dtype, device or stride differs from the above, or arguments exclude
+            each other.
+
+    Source: torch.nn.Linear between Qwen3RMSNorm, the gated MLP and the residual stream of
+    modeling_keye.py of Keye-VL-8B-Preview.
+    """
+    check_tensor("x", x, (None, None), FLOAT_DTYPES)
+    num_tokens, in_features = x.shape
+    if num_tokens > MAX_ROWS:
+        raise ValueError(f"x must have at most {MAX_ROWS} rows, got {num_tokens}")
+    check_tensor("weight", weight, (None, in_features), x.dtype, x.device)
+    width = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, (width,), x.dtype, x.device)
+    if (norm_weight is None) != (eps is None):
+        raise ValueError(
+            "eps must be given exactly when norm_weight is, "
+            f"got eps {eps} and norm_weight {'missing' if norm_weight is None else 'given'}"
+        )
+    if norm_weight is not None:
+        check_tensor("norm_weight", norm_weight, (in_features,), x.dtype, x.device)
+        check_finite("eps", eps)
+    if swiglu:
+        if width % 2:
+            raise ValueError(f"weight must have an even number of rows for swiglu, got {width}")
+        width //= 2
+    if residual is not None:
+        if swiglu:
+            raise ValueError("residual must be None with swiglu, got a tensor")
+        check_tensor("residual", residual, (num_tokens, width), x.dtype, x.device)
+    if out is None:
+        out = x.new_empty((num_tokens, width))
+    else:
+        check_tensor("out", out, (num_tokens, width), x.dtype, x.device)
+    if num_tokens > 0:
+        _linear_decode_op(x, weight, bias, norm_weight, eps, residual, swiglu, out)
+    return out
