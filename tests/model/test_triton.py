@@ -16,6 +16,7 @@ from keye_model.config import PREVIEW, V1_5
 from keye_model.inputs import Request
 
 ATTENTION = {"varlen_attention", "paged_prefill_attention", "paged_decode_attention"}
+GEMM = {"linear_decode"}  # a matrix product: PyTorch's, unless the CUDA extension serves it
 ELSEWHERE = {"mrope_"}  # for other models: Keye's own rotation is part of qk_norm_mrope_store
 
 
@@ -60,7 +61,7 @@ def test_whole_model_equals_the_definitions(checkpoints, launches, name):
     torch.testing.assert_close(answer_logits(keye, requests[0]), logits, atol=2e-5, rtol=0)
     assert set(_backends._registry) - set(counts) == ELSEWHERE
     without = {op for op, served in _backends._registry.items() if "triton" not in served}
-    assert without == ATTENTION
+    assert without == ATTENTION | GEMM
 
 
 def answer_logits(keye, request):
@@ -75,4 +76,4 @@ def test_every_kernel_is_chosen_on_a_gpu():
     """`auto` on CUDA tensors takes Triton wherever there is a kernel."""
     served = keye_kernels.backends("cuda")
     chosen = {op for op, by in served.items() if by.backend == "triton"}
-    assert chosen == set(served) - ATTENTION
+    assert chosen == set(served) - ATTENTION - GEMM
