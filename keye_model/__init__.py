@@ -2,9 +2,9 @@
 
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
-from keye_model.generation import Limits
 from keye_model.keye import Answer, Keye
 from keye_model.model import KeyeModel
+from keye_model.plan import Limits
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.processor import KeyeProcessor
 from keye_model.processing.video import KeyeVideoProcessor

@@ -29,7 +29,7 @@ class CacheStep:
             page are 0 and not read.
         cu_seqlens_q: [batch_size + 1], int32: where each sequence's new tokens start.
         cache_seqlens: [batch_size], int32: tokens of each sequence, the new ones included.
-        max_seqlen_q, max_seqlen_k: Most new tokens, and most tokens, of a sequence.
+        max_seqlen_q, max_seqlen_k: Most new tokens, and most tokens, of a sequence, or more.
         is_decode: Every sequence adds exactly one token.
     """
 
@@ -120,6 +120,11 @@ class PagedCache:
     def num_free_pages(self) -> int:
         return len(self._free)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages of all layers."""
+        return self.k.nbytes + self.v.nbytes
+
     def pages_needed(self, num_tokens: int) -> int:
         """Pages of a sequence of `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
@@ -128,11 +133,24 @@ class PagedCache:
         """Tokens of a sequence so far."""
         return self._sequence(handle).num_tokens
 
-    def add(self) -> int:
-        """Start an empty sequence; it takes pages as it grows. Returns its handle."""
+    def add(self, num_tokens: int = 0) -> int:
+        """Start an empty sequence with pages for `num_tokens` tokens; it takes more as it grows.
+
+        Returns:
+            Its handle.
+
+        Raises:
+            RuntimeError: There are too few free pages; nothing has changed then.
+        """
+        sequence = _Sequence()
+        self._take([sequence], [num_tokens])
         handle = next(self._handles)
-        self._sequences[handle] = _Sequence()
+        self._sequences[handle] = sequence
         return handle
+
+    def pages(self, handle: int) -> np.ndarray:
+        """Pages of a sequence in order, int32."""
+        return self._sequence(handle).pages
 
     def free(self, handle: int) -> None:
         """Forget a sequence and give its pages back."""
@@ -157,8 +175,36 @@ class PagedCache:
                 f"new_tokens must hold {len(handles)} positive counts, got {list(new_tokens)}"
             )
         sequences = [self._sequence(handle) for handle in handles]
+        self._take(sequences, new_tokens)
+        for sequence, new in zip(sequences, new_tokens, strict=True):
+            sequence.num_tokens += new
+        return self._describe(sequences, np.array(new_tokens, np.int64))
+
+    def advance(self, handles: Sequence[int]) -> int:
+        """Count one more token of each sequence, which the device places by itself.
+
+        Returns:
+            Tokens of the longest of them.
+
+        Raises:
+            ValueError: A handle is unknown.
+            RuntimeError: A sequence has no room in the pages it owns; it takes none here.
+        """
+        sequences = [self._sequence(handle) for handle in handles]
+        for handle, sequence in zip(handles, sequences, strict=True):
+            room = len(sequence.pages) * self.page_size
+            if sequence.num_tokens >= room:
+                raise RuntimeError(
+                    f"sequence {handle} must own pages for another token, got room for {room}"
+                )
+        for sequence in sequences:
+            sequence.num_tokens += 1
+        return max(sequence.num_tokens for sequence in sequences)
+
+    def _take(self, sequences: Sequence[_Sequence], new_tokens: Sequence[int]) -> None:
+        """Give each sequence the pages it lacks for so many new tokens."""
         wanted = [
-            self.pages_needed(s.num_tokens + new) - len(s.pages)
+            max(self.pages_needed(s.num_tokens + new) - len(s.pages), 0)
             for s, new in zip(sequences, new_tokens, strict=True)
         ]
         if sum(wanted) > len(self._free):
@@ -166,12 +212,10 @@ class PagedCache:
                 f"the cache must have {sum(wanted)} free pages of {self.page_size} tokens for "
                 f"{sum(new_tokens)} new tokens, got {len(self._free)} free of {self.num_pages}"
             )
-        for sequence, pages, new in zip(sequences, wanted, new_tokens, strict=True):
+        for sequence, pages in zip(sequences, wanted, strict=True):
             if pages:
                 taken = [self._free.pop() for _ in range(pages)]
                 sequence.pages = np.append(sequence.pages, np.array(taken, np.int32))
-            sequence.num_tokens += new
-        return self._describe(sequences, np.array(new_tokens, np.int64))
 
     def _describe(self, sequences: list[_Sequence], new_tokens: np.ndarray) -> CacheStep:
         lengths = np.array([s.num_tokens for s in sequences], np.int64)

@@ -18,6 +18,7 @@ import keye_kernels
 from keye_model import demo
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.config import KeyeConfig
+from keye_model.decode_graph import KEPT_TOKENS, why_no_graphs
 from keye_model.detokenizer import Detokenizer
 from keye_model.hub import locate
 from keye_model.keye import Keye
@@ -183,6 +184,8 @@ def _info(arguments: argparse.Namespace) -> None:
         print(f"{package:13} {_version(package)}")
     print(f"device        {torch.cuda.get_device_name() if cuda else 'CPU'}")
     print(demo.describe_backends())
+    why_not = why_no_graphs(torch.device("cuda" if cuda else "cpu"))
+    print(f"cuda graphs   {f'no: {why_not}' if why_not else 'yes, of decode steps'}")
     if arguments.model:
         config = KeyeConfig.from_pretrained(
             arguments.model, local_files_only=arguments.local_files_only
@@ -221,8 +224,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(f"weights       {counts.weight_bytes / 1e9:.2f} GB")
     print(
         f"cache         {counts.cache_bytes / 1e9:.3f} GB with {arguments.max_new_tokens} new "
-        "tokens each"
+        f"tokens each; with CUDA graphs {KEPT_TOKENS:,} tokens or more, "
+        f"{KEPT_TOKENS * Costs.of(config).cache_bytes / 1e9:.3f} GB"
     )
+    print(f"activations   {counts.workspace_bytes / 1e9:.3f} GB at most")
     print(f"pixels        {counts.pixel_bytes / 1e9:.3f} GB")
     print(
         f"arithmetic    vision {counts.vision_flops / 1e12:.3f} TFLOP, prefill "

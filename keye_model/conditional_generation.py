@@ -16,11 +16,13 @@ from torch import nn
 
 from keye_model.cache import PagedCache
 from keye_model.config import KeyeConfig
+from keye_model.decode_graph import Decoders
 from keye_model.detokenizer import Detokenizer
-from keye_model.generation import Generation, Limits
+from keye_model.generation import Generation
 from keye_model.hub import locate
 from keye_model.inputs import Request, host_grid, upload
 from keye_model.model import KeyeModel
+from keye_model.plan import Limits
 from keye_model.positions import BatchRow, pack, split_batch
 from keye_model.sampling import GenerationDefaults
 from keye_model.text import Linear
@@ -51,6 +53,7 @@ class KeyeForConditionalGeneration(nn.Module):
         text = config.text_config
         self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         self.generation_config: GenerationDefaults | None = None
+        self.decoders = Decoders()
         self._directory: Path | None = None
 
     @classmethod
@@ -232,6 +235,7 @@ class KeyeForConditionalGeneration(nn.Module):
             params,
             eos_token_ids=defaults.eos_token_ids,
             limits=limits,
+            decoders=self.decoders,
         )
         answers: list[list[int]] = [[] for _ in rows]
         for token in generation:

@@ -1,8 +1,8 @@
 """Token generation for a packed batch: prefill in chunks, then decode from the paged cache.
 
 Requests are admitted while the cache has room for their prompt and everything they may generate;
-the rest wait until others finish. All lengths, positions and page numbers are host values; the one
-device read of a step is its sampled tokens.
+the rest wait until others finish. A prompt's lengths, positions and slots are host values; decode
+steps count on the device. The one device read of a step is its sampled tokens.
 """
 
 from __future__ import annotations
@@ -16,35 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from keye_model.cache import PAGE_SIZE, PagedCache
-from keye_model.decode_batch import DecodeBatch
+from keye_model.cache import PAGE_SIZE
+from keye_model.decode_batch import MAX_ROWS, Running
+from keye_model.decode_graph import Decoder, Decoders
 from keye_model.inputs import Request, upload
-from keye_model.model import MAX_PATCHES_PER_CALL, KeyeModel
+from keye_model.model import KeyeModel
+from keye_model.plan import Limits, cache_pages, workspace_bytes
 from keye_model.positions import pack
 from keye_model.sampling import SamplingParams
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds memory, whatever the inputs.
-
-    Attributes:
-        max_prefill_tokens: Prompt tokens per forward pass of the decoder.
-        max_patches_per_call: Patches per forward pass of the vision tower. A segment of attention
-            (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
-        max_cache_tokens: Tokens of all running requests together. None: as many as the requests
-            need, and on a GPU at most what fits into 90 % of the free memory beside the widest
-            activations.
-    """
-
-    max_prefill_tokens: int = 8192
-    max_patches_per_call: int = MAX_PATCHES_PER_CALL
-    max_cache_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -65,15 +44,6 @@ class Timings:
     decode: float = 0.0
 
 
-@dataclass(eq=False)
-class _Running:
-    request: int
-    handle: int
-    pages: int
-    max_new_tokens: int
-    num_tokens: int = 0
-
-
 class Generation:
     """One run over several requests; iterate to get their tokens as they are made.
 
@@ -84,6 +54,12 @@ class Generation:
         params: One for each request.
         eos_token_ids: A request ends after any of these.
         limits: Bounds of memory.
+        decoders: The model's: decode steps are captured where that is possible, and kept for its
+            next run. None: they are launched one by one.
+
+    Attributes:
+        timings: Of the run so far.
+        cuda_graphs: Whether its decode steps are captured; known with the first token.
 
     Raises:
         ValueError: There is no request, a prompt is longer than the context, or one request needs
@@ -99,40 +75,41 @@ class Generation:
         *,
         eos_token_ids: Collection[int],
         limits: Limits | None = None,
+        decoders: Decoders | None = None,
     ) -> None:
         if not requests:
             raise ValueError("requests must hold at least one prompt, got none")
-        self.timings = Timings()
+        self.timings, self.cuda_graphs = Timings(), False
         self._model, self._lm_head = model, lm_head
         self._requests: list[Request | None] = list(requests)
         self._params = list(params)
         self._eos = frozenset(eos_token_ids)
         self._limits = limits or Limits()
         self._device = lm_head.weight.device
-        self._penalised = any(one.repetition_penalty != 1.0 for one in params)
+        self._decoders = decoders
+        self._decoder: Decoder | None = None
         self._waiting = deque(range(len(requests)))
-        self._running: list[_Running] = []
-        self._batch: DecodeBatch | None = None
+        self._running: list[Running] = []
+        self._placed: list[Running] | None = None  # rows of the decode batch
         self._stopped: set[int] = set()
         self._max_new_tokens = [self._room(index) for index in self._waiting]
-        # The last generated token is never stored.
-        self._pages = [
-            -(-(request.input_ids.numel() + new - 1) // PAGE_SIZE)
-            for request, new in zip(requests, self._max_new_tokens, strict=True)
-        ]
-        self._free_pages = min(sum(self._pages), self._max_pages())
-        if max(self._pages) > self._free_pages:
-            index = self._pages.index(max(self._pages))
-            raise ValueError(
-                f"request {index} must fit into the cache with its prompt and max_new_tokens: it "
-                f"needs {self._pages[index] * PAGE_SIZE} tokens, got room for "
-                f"{self._free_pages * PAGE_SIZE}"
-            )
-        self._cache: PagedCache | None = None
+        pairs = zip(requests, self._max_new_tokens, strict=True)
+        self._tokens = [one.input_ids.numel() + new for one, new in pairs]
+        self._num_pages = min(cache_pages(self._tokens), self._max_pages())
+        for index, num_tokens in enumerate(self._tokens):
+            if (pages := cache_pages([num_tokens])) > self._num_pages:
+                raise ValueError(
+                    f"request {index} must fit into the cache with its prompt and max_new_tokens: "
+                    f"it needs {pages * PAGE_SIZE} tokens, got room for "
+                    f"{self._num_pages * PAGE_SIZE}"
+                )
 
     def __iter__(self) -> Iterator[Token]:
         while self._waiting or self._running:
             yield from self._advance()
+        if self._decoders is not None and self._decoder is not None:
+            self._decoders.keep(self._decoder)
+        self._decoder = None
 
     def stop(self, request: int) -> None:
         """End a request from outside (a stop string, a closed connection): no more tokens of it."""
@@ -140,34 +117,35 @@ class Generation:
 
     @torch.inference_mode()
     def _advance(self) -> list[Token]:
-        if self._cache is None:
-            self._cache = PagedCache(
-                self._model.config.text_config,
-                self._free_pages,
-                dtype=self._lm_head.weight.dtype,
-                device=self._device,
-            )
+        if self._decoder is None:
+            needed = self._model, self._lm_head, self._num_pages
+            if self._decoders is None:
+                self._decoder = Decoder.launched(*needed)
+            else:
+                self._decoder = self._decoders.take(*needed, self._max_pages())
+            self.cuda_graphs = self._decoder.graphs is not None
         self._release(self._stopped)
         admitted = self._admit()
         if admitted:
             return self._prefill(admitted)
         return self._decode() if self._running else []
 
-    def _admit(self) -> list[_Running]:
-        admitted = []
-        while self._waiting:
+    def _admit(self) -> list[Running]:
+        cache, admitted = self._decoder.cache, []
+        while self._waiting and len(self._running) + len(admitted) < MAX_ROWS:
             index = self._waiting[0]
-            pages = 0 if index in self._stopped else self._pages[index]
-            if pages > self._free_pages:
-                break
+            tokens = self._tokens[index] - 1  # the last generated token is never stored
+            if index not in self._stopped:
+                if cache.pages_needed(tokens) > cache.num_free_pages:
+                    break
+                request, params = self._requests[index], self._params[index]
+                state = Running(index, cache.add(tokens), request.input_ids, params)
+                admitted.append(state)
             self._waiting.popleft()
-            if pages:
-                self._free_pages -= pages
-                handle = self._cache.add()
-                admitted.append(_Running(index, handle, pages, self._max_new_tokens[index]))
         return admitted
 
-    def _prefill(self, admitted: list[_Running]) -> list[Token]:
+    def _prefill(self, admitted: list[Running]) -> list[Token]:
+        cache, batch = self._decoder.cache, self._decoder.batch
         requests = [self._requests[state.request] for state in admitted]
         packed = pack(requests, self._model.config)
         started = self._mark()
@@ -177,71 +155,62 @@ class Generation:
         last = []
         for start, pieces in _chunks(packed.seqlens, self._limits.max_prefill_tokens):
             lengths = [length for _, length, _ in pieces]
-            step = self._cache.step([admitted[k].handle for k, _, _ in pieces], lengths)
+            step = cache.step([admitted[k].handle for k, _, _ in pieces], lengths)
             chunk = slice(start, start + sum(lengths))
-            out = self._model(hidden[chunk], positions[:, chunk], self._cache, step)
+            out = self._model(hidden[chunk], positions[:, chunk], cache, step)
             ends = zip(pieces, itertools.accumulate(lengths), strict=True)
             # Copies: views would keep the output of every chunk.
             last.extend(out[end - 1 : end].clone() for (_, _, is_last), end in ends if is_last)
-        params = [self._params[state.request] for state in admitted]
-        batch = DecodeBatch.start(
-            params, requests, packed.next_positions, self._lm_head.weight, self._penalised
-        )
-        tokens = self._sample(torch.cat(last), batch, admitted)
-        for state in admitted:
+        for state, position in zip(admitted, packed.next_positions, strict=True):
+            state.next_position = position
             self._requests[state.request] = None  # its pixels are not needed again
-        self._running += admitted
-        self._batch = batch if self._batch is None else self._batch.joined(batch)
-        self._release({token.request for token in tokens if token.finish_reason})
+        batch.place(admitted)
+        batch.sample(self._lm_head(torch.cat(last)), batch.penalised)
+        self._placed = None
+        self._running = self._running + admitted
+        tokens = self._collect(admitted)
         self.timings.vision += _seconds(started, embedded)
         self.timings.prefill += _seconds(embedded, self._mark())
         return tokens
 
     def _decode(self) -> list[Token]:
         started = time.perf_counter()
-        running, batch = self._running, self._batch
-        step = self._cache.step([state.handle for state in running], [1] * len(running))
-        hidden = self._model.language_model.embed_tokens(batch.token_ids)
-        hidden = self._model(hidden, batch.positions, self._cache, step)
-        batch.positions += 1
-        tokens = self._sample(hidden, batch, running)
-        self._release({token.request for token in tokens if token.finish_reason})
+        running, decoder = self._running, self._decoder
+        if self._placed != running:
+            decoder.batch.place(running)
+            self._placed = running
+        longest = decoder.cache.advance([state.handle for state in running])
+        decoder.step(self._model, self._lm_head, len(running), longest)
+        tokens = self._collect(running)
         self.timings.decode += time.perf_counter() - started
         return tokens
 
-    def _sample(
-        self, hidden: torch.Tensor, batch: DecodeBatch, states: list[_Running]
-    ) -> list[Token]:
-        """hidden: [batch, hidden_size], the last token of each request."""
-        batch.sample(self._lm_head(hidden))
+    def _collect(self, states: list[Running]) -> list[Token]:
+        """The tokens just chosen for the placed requests; those that ended are released."""
         tokens = []
-        for state, token_id in zip(states, batch.token_ids.tolist(), strict=True):
+        chosen = self._decoder.batch.tokens(len(states))
+        for state, token_id in zip(states, chosen, strict=True):
             if token_id < 0:
                 raise RuntimeError(
                     f"logits of request {state.request} must hold a finite value, got none: the "
-                    f"weights are broken, or {hidden.dtype} is too narrow for them"
+                    f"weights are broken, or {self._lm_head.weight.dtype} is too narrow for them"
                 )
-            state.num_tokens += 1
+            state.token_ids.append(token_id)
             reason = None
             if token_id in self._eos:
                 reason = "stop"
-            elif state.num_tokens == state.max_new_tokens:
+            elif len(state.token_ids) == self._max_new_tokens[state.request]:
                 reason = "length"
             tokens.append(Token(state.request, token_id, reason))
-        batch.advance()
+        self._release({token.request for token in tokens if token.finish_reason})
         return tokens
 
     def _release(self, ended: Collection[int]) -> None:
         """Give back what the requests in ``ended`` hold, those of them that are running."""
-        kept = [k for k, state in enumerate(self._running) if state.request not in ended]
-        if len(kept) == len(self._running):
-            return
         for state in self._running:
             if state.request in ended:
-                self._cache.free(state.handle)
-                self._free_pages += state.pages
-        self._running = [self._running[k] for k in kept]
-        self._batch = self._batch.rows(kept) if kept else None
+                self._decoder.cache.free(state.handle)
+        self._running = [state for state in self._running if state.request not in ended]
 
     def _room(self, index: int) -> int:
         """Most new tokens of a request: its own limit, or what the context leaves."""
@@ -264,33 +233,13 @@ class Generation:
         # Blocks that PyTorch keeps for reuse count as taken there.
         free += torch.cuda.memory_reserved(self._device)
         free -= torch.cuda.memory_allocated(self._device)
+        free += self._decoders.idle_bytes if self._decoders else 0
         text, itemsize = self._model.config.text_config, self._lm_head.weight.dtype.itemsize
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         # Each prompt token also has its embedding while its request is prefilled.
         token = (cached + text.hidden_size) * itemsize
-        return max(int(0.9 * free) - self._workspace(), 0) // (token * PAGE_SIZE)
-
-    def _workspace(self) -> int:
-        """Bytes of the widest activations of one pass: tower or decoder, whichever needs more."""
-        config, limits = self._model.config, self._limits
-        text, vision = config.text_config, config.vision_config
-        grids = [
-            (grid, config.variant.joint_video_attention)
-            for request in self._requests
-            for grid in request.image_grid_thw + request.video_grid_thw
-        ]
-        segments = [t * h * w if joint else h * w for (t, h, w), joint in grids]
-        patches = sum(t * h * w for (t, h, w), _ in grids)
-        patches = min(patches, max([limits.max_patches_per_call, *segments]))
-        tokens = sum(request.input_ids.numel() for request in self._requests)
-        tokens = min(tokens, limits.max_prefill_tokens)
-        # Input, residual, norm, qkv (3) and attention, beside the widest part of the MLP.
-        tower = patches * (7 * vision.hidden_size + 2 * vision.intermediate_size)
-        decoder = tokens * (7 * text.hidden_size + 3 * text.intermediate_size)
-        # Logits twice, as fp32 too, and the tokens seen.
-        logits = len(self._requests) * text.vocab_size * (4 + 1)
-        itemsize = self._lm_head.weight.dtype.itemsize
-        return max(tower, decoder, len(self._requests) * text.vocab_size) * itemsize + logits
+        workspace = workspace_bytes(self._model.config, self._requests, self._limits, itemsize)
+        return max(int(0.9 * free) - workspace, 0) // (token * PAGE_SIZE)
 
     def _mark(self) -> float | torch.cuda.Event:
         """A stage's edge: in the GPU's queue if there is one, so that nothing waits for it."""

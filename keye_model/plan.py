@@ -11,9 +11,63 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from keye_model.cache import PAGE_SIZE
 from keye_model.config import KeyeConfig
+from keye_model.decode_batch import MAX_ROWS
 from keye_model.inputs import GridTHW, Request
+from keye_model.model import MAX_PATCHES_PER_CALL
 from keye_model.weights import tensor_shapes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds memory, whatever the inputs.
+
+    Attributes:
+        max_prefill_tokens: Prompt tokens per forward pass of the decoder.
+        max_patches_per_call: Patches per forward pass of the vision tower. A segment of attention
+            (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
+        max_cache_tokens: Tokens of all running requests together. None: as many as the requests
+            need, and on a GPU at most what fits into 90 % of the free memory beside the widest
+            activations.
+    """
+
+    max_prefill_tokens: int = 8192
+    max_patches_per_call: int = MAX_PATCHES_PER_CALL
+    max_cache_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def cache_pages(num_tokens: Sequence[int]) -> int:
+    """Pages of the cache that requests need together, each of so many tokens with its answer.
+
+    The last generated token is never stored, and at most MAX_ROWS requests run at once.
+    """
+    pages = sorted(-(-(count - 1) // PAGE_SIZE) for count in num_tokens)
+    return sum(pages[-MAX_ROWS:])
+
+
+def workspace_bytes(
+    config: KeyeConfig, requests: Sequence[Request], limits: Limits, itemsize: int
+) -> int:
+    """Bytes of the widest activations of one pass: tower or decoder, whichever needs more."""
+    text, vision = config.text_config, config.vision_config
+    grids = [grid for r in requests for grid in r.image_grid_thw + r.video_grid_thw]
+    segments = [_segment(config, grid) for grid in grids]
+    patches = sum(count * length for count, length in segments)
+    longest = max((length for _, length in segments), default=0)
+    patches = min(patches, max(limits.max_patches_per_call, longest))
+    tokens = min(sum(r.input_ids.numel() for r in requests), limits.max_prefill_tokens)
+    # Input, residual, norm, qkv (3) and attention, beside the widest part of the MLP.
+    tower = patches * (7 * vision.hidden_size + 2 * vision.intermediate_size)
+    decoder = tokens * (7 * text.hidden_size + 3 * text.intermediate_size)
+    # Logits twice, as fp32 too, and the tokens seen.
+    logits = len(requests) * text.vocab_size
+    return max(tower, decoder, logits) * itemsize + logits * (4 + 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +128,8 @@ class Plan:
     decode_step_flops: int  # the last, most expensive step
     decode_step_bytes: int
     weight_bytes: int
-    cache_bytes: int
+    cache_bytes: int  # whole pages
+    workspace_bytes: int
     pixel_bytes: int
 
     def floor_seconds(self, matmul_flops: float, copy_bytes: float) -> dict[str, float]:
@@ -93,7 +148,8 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     Args:
         config: Of the checkpoint.
         requests: Prompts as the processor makes them; only sizes are read.
-        max_new_tokens: Of each request; the cache and the last decode step are counted with all.
+        max_new_tokens: Of each request, fewer where the context ends; the cache and the last decode
+            step are counted with all.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens}")
@@ -105,7 +161,10 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     patches = sum(count * length for count, length in segments)
     squares = sum(count * length**2 for count, length in segments)
     prompts = tuple(request.input_ids.numel() for request in requests)
-    contexts = [prompt + max_new_tokens for prompt in prompts]
+    context = config.text_config.max_position_embeddings
+    totals = [max(min(prompt + max_new_tokens, context), prompt + 1) for prompt in prompts]
+    # What the last step reads: the token it chooses is never stored.
+    cached = sum(totals) - len(totals)
     pixels = [(r.pixel_values, r.pixel_values_videos) for r in requests]
     vision = costs.vision_linear * patches + costs.vision_attention * squares
     prefill = costs.text_linear * sum(prompts) + costs.lm_head * len(prompts)
@@ -119,10 +178,11 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
         longest_segment=max((length for _, length in segments), default=0),
         vision_flops=vision + costs.projector * (patches // merge),
         prefill_flops=prefill,
-        decode_step_flops=step + costs.text_attention * sum(contexts),
-        decode_step_bytes=costs.decode_bytes + costs.cache_bytes * sum(contexts),
+        decode_step_flops=step + costs.text_attention * cached,
+        decode_step_bytes=costs.decode_bytes + costs.cache_bytes * cached,
         weight_bytes=costs.weight_bytes,
-        cache_bytes=costs.cache_bytes * sum(contexts),
+        cache_bytes=costs.cache_bytes * cache_pages(totals) * PAGE_SIZE,
+        workspace_bytes=workspace_bytes(config, requests, Limits(), config.dtype.itemsize),
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )
 

@@ -7,8 +7,9 @@ import torch
 
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW, V1_5
-from keye_model.generation import Generation, Limits
+from keye_model.generation import Generation
 from keye_model.inputs import Request
+from keye_model.plan import Limits
 from keye_model.positions import pack
 from keye_model.sampling import SamplingParams
 
@@ -115,8 +116,10 @@ def test_all_pages_come_back(model, requests):
     generation = Generation(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
     )
-    assert len(list(generation)) == 6 * len(requests)
-    assert generation._cache.num_free_pages == generation._cache.num_pages
+    caches = [generation._decoder.cache for _ in generation]
+    assert len(caches) == 6 * len(requests)
+    assert caches[0].num_pages == sum(-(-(r.input_ids.numel() + 5) // 64) for r in requests)
+    assert caches[-1].num_free_pages == caches[-1].num_pages
 
 
 def test_stop_ids_end_one_request(model, requests):
