@@ -1,11 +1,12 @@
-"""LayerNorm and 2x2 gather, against the same in PyTorch."""
+"""Residual, two LayerNorms and 2x2 gather, against the same in PyTorch and as two of our ops."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import cases_of
-from benchmarks.providers import plain
+from benchmarks.providers import Provider, plain
+from keye_kernels import layer_norm, merge_patches
 
 
 def _gather(x, grid_thw):
@@ -17,12 +18,24 @@ def _gather(x, grid_thw):
     return torch.cat(tokens)
 
 
-def eager(x, weight, bias, eps, grid_thw, norm_first):
+def eager(x, weight, bias, eps, grid_thw, norm_first, residual=None, patch_norm=None):
+    if residual is not None:
+        x = x + residual
+    if patch_norm is not None:
+        x = F.layer_norm(x, patch_norm[0].shape, *patch_norm)
     if norm_first:
         return _gather(F.layer_norm(x, weight.shape, weight, bias, eps), grid_thw)
     return F.layer_norm(_gather(x, grid_thw), weight.shape, weight, bias, eps)
 
 
+def two_ops(x, weight, bias, eps, grid_thw, norm_first, residual, patch_norm):
+    y, _ = layer_norm(x, *patch_norm, residual=residual)
+    return merge_patches(y, weight, bias, eps, grid_thw, norm_first=norm_first)
+
+
 @pytest.mark.parametrize("case", cases_of("merge_patches"), ids=str)
 def bench_merge_patches(measure, case):
-    measure(case, plain(eager))
+    peers = plain(eager)
+    if "patch_norm" in case.arguments(torch.device("meta")):
+        peers["our layer_norm, then merge_patches"] = Provider(two_ops)
+    measure(case, peers)

@@ -72,6 +72,15 @@ def store_rows(ptr, offs_row, mask_row, chunks, WIDTH: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
+def round_rows(chunks, dtype: tl.constexpr):
+    """Chunks in ``dtype``."""
+    rounded = ()
+    for i in tl.static_range(len(chunks)):
+        rounded += (chunks[i].to(dtype),)
+    return rounded
+
+
+@triton.jit
 def add_rows(chunks, others):
     """Sum, rounded to the dtype of ``chunks``."""
     total = ()

@@ -1,4 +1,7 @@
-"""LayerNorm and the gather of each square of patches into one token, in either order."""
+"""LayerNorm and the gather of each square of patches into one token, in either order.
+
+The last norm of a vision tower, and the residual add before it, may come first in the same pass.
+"""
 
 import torch
 import triton
@@ -7,7 +10,17 @@ import triton.language as tl
 from keye_kernels import _backends, reference
 from keye_kernels._checks import FLOAT_DTYPES, Grid, check_tensor, flatten_grid, grid_rows
 from keye_kernels._ops import define_op
-from keye_kernels._rows import layer_norm_rows, load_rows, power_of_2, store_rows
+from keye_kernels._rows import (
+    add_rows,
+    layer_norm_rows,
+    load_rows,
+    power_of_2,
+    round_rows,
+    row_tiles,
+    store_rows,
+)
+
+PatchNorm = tuple[torch.Tensor, torch.Tensor, float]  # weight, bias, eps
 
 _SEGMENTS = 16  # per launch
 
@@ -17,19 +30,32 @@ def _merge_patches_reference(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
+    residual: torch.Tensor | None,
+    patch_weight: torch.Tensor | None,
+    patch_bias: torch.Tensor | None,
+    patch_eps: float,
     flat_grid: list[int],
     merge_size: int,
     norm_first: bool,
     out: torch.Tensor,
 ) -> None:
-    grid_thw = grid_rows(flat_grid)
     reference.merge_patches(
-        x, weight, bias, eps, grid_thw, merge_size=merge_size, norm_first=norm_first, out=out
+        x,
+        weight,
+        bias,
+        eps,
+        grid_rows(flat_grid),
+        residual=residual,
+        patch_norm=None if patch_weight is None else (patch_weight, patch_bias, patch_eps),
+        merge_size=merge_size,
+        norm_first=norm_first,
+        out=out,
     )
 
 
 _merge_patches_op = define_op(
-    "merge_patches(Tensor x, Tensor weight, Tensor bias, float eps, int[] flat_grid, "
+    "merge_patches(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, "
+    "Tensor? patch_weight, Tensor? patch_bias, float patch_eps, int[] flat_grid, "
     "int merge_size, bool norm_first, Tensor(a!) out) -> ()",
     reference=_merge_patches_reference,
 )
@@ -53,17 +79,19 @@ def _segments(flat_grid: list[int], merge_size: int) -> list[tuple[int, int]]:
 def _launch_config(hidden_size: int, merge_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Rows and columns of a chunk, and warps: one token per program, 2x2 of 1152 in 4 warps.
 
-    About 36 elements per thread, 16-byte accesses, whole patches per warp where they fit.
+    A patch lies in chunks and lanes as it does in ``layer_norm``: its sums are added in the same
+    order, so that both give the same bits.
     """
     rows = triton.next_power_of_2(merge_size**2)
-    num_warps = power_of_2(rows * hidden_size // 1024, 1, 16)
-    chunk = max(num_warps * 32 * 16 // dtype.itemsize // rows, 1)
-    return rows, min(chunk, triton.next_power_of_2(hidden_size)), num_warps
+    chunk = row_tiles(hidden_size, dtype).chunk
+    num_warps = power_of_2(rows * chunk * dtype.itemsize // 512, 1, 16)  # 16 bytes per thread
+    return rows, chunk, num_warps
 
 
 @triton.jit(do_not_specialize=["first_token"])
 def _merge_patches_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, stride_x, stride_out, first_token, segments, eps,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, patch_weight_ptr, patch_bias_ptr, out_ptr,
+    stride_x, stride_residual, stride_out, first_token, segments, eps, patch_eps,
     NORM_FIRST: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -82,6 +110,15 @@ def _merge_patches_kernel(
     row = (slot // MERGE).to(tl.int64) * (width * MERGE)  # patches
     patch = (token - column).to(tl.int64) * SQUARE + row + column * MERGE + slot % MERGE
     x = load_rows(x_ptr, patch * stride_x, mask_row, WIDTH, CHUNK)
+    if residual_ptr is not None:
+        x = add_rows(x, load_rows(residual_ptr, patch * stride_residual, mask_row, WIDTH, CHUNK))
+    if patch_weight_ptr is not None:
+        weight = load_rows(patch_weight_ptr, slot * 0, mask_row, WIDTH, CHUNK)
+        bias = load_rows(patch_bias_ptr, slot * 0, mask_row, WIDTH, CHUNK)
+        # Rows of padding stay 0 even if eps is 0, for the sums of the norm over the whole token.
+        row_eps = patch_eps if ROWS == SQUARE else tl.where(mask_row, patch_eps, 1.0)
+        y = layer_norm_rows(x, weight, bias, row_eps, mask_row, 1, WIDTH, CHUNK)
+        x = round_rows(y, x_ptr.dtype.element_ty)
 
     offs_norm = slot * (0 if NORM_FIRST else WIDTH)
     weight = load_rows(weight_ptr, offs_norm, mask_row, WIDTH, CHUNK)
@@ -97,6 +134,10 @@ def _merge_patches_triton(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
+    residual: torch.Tensor | None,
+    patch_weight: torch.Tensor | None,
+    patch_bias: torch.Tensor | None,
+    patch_eps: float,
     flat_grid: list[int],
     merge_size: int,
     norm_first: bool,
@@ -115,8 +156,9 @@ def _merge_patches_triton(
         if len(part) > 1:
             part += [(end, 1)] * (_SEGMENTS - len(part))
         _merge_patches_kernel[(end - first_token,)](
-            x, weight, bias, out, x.stride(0), out.stride(0), first_token,
-            tuple(2 * n + 3 for segment in part for n in segment), eps,
+            x, weight, bias, residual, patch_weight, patch_bias, out,
+            x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), first_token,
+            tuple(2 * n + 3 for segment in part for n in segment), eps, patch_eps,
             NORM_FIRST=norm_first, MERGE=merge_size, WIDTH=hidden_size, ROWS=rows, CHUNK=chunk,
             num_warps=num_warps,
         )  # fmt: skip
@@ -132,6 +174,8 @@ def merge_patches(
     eps: float,
     grid_thw: Grid,
     *,
+    residual: torch.Tensor | None = None,
+    patch_norm: PatchNorm | None = None,
     merge_size: int = 2,
     norm_first: bool,
     out: torch.Tensor | None = None,
@@ -146,13 +190,19 @@ def merge_patches(
         eps: Added to the variance.
         grid_thw: Rows (t, h, w), in patches, h and w multiples of ``merge_size``; a list or a CPU
             tensor [num_images, 3]. Frames are never merged with each other.
+        residual: Like ``x``; when given, ``x + residual``, rounded to the dtype of ``x``, takes the
+            place of ``x``.
+        patch_norm: (weight, bias, eps), weight and bias [hidden_size] in the dtype of ``x``. When
+            given, each patch first goes through this LayerNorm and is rounded, as ``layer_norm``
+            does it: the last norm of the tower, without a tensor in between.
         norm_first: True: LayerNorm per patch, then gather (Keye-VL-8B-Preview). False: gather, then
             LayerNorm over the whole token (Keye-VL-1.5).
-        out: Like the result. Must not overlap ``x``.
+        out: Like the result. Must not overlap ``x`` or ``residual``.
 
     Returns:
         [num_patches / merge_size^2, merge_size^2 * hidden_size], dtype of ``x``; within a token the
-        patches stand in raster order. LayerNorm in fp32, rounded once.
+        patches stand in raster order. LayerNorm in fp32, rounded once. With ``residual`` and
+        ``patch_norm`` the bits are those of ``layer_norm`` and ``merge_patches`` in turn.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or the grid does not
@@ -168,6 +218,17 @@ def merge_patches(
     norm_size = hidden_size if norm_first else square * hidden_size
     check_tensor("weight", weight, (norm_size,), x.dtype, x.device)
     check_tensor("bias", bias, (norm_size,), x.dtype, x.device)
+    if residual is not None:
+        check_tensor("residual", residual, x.shape, x.dtype, x.device)
+    patch_weight, patch_bias, patch_eps = None, None, 0.0
+    if patch_norm is not None:
+        if len(patch_norm) != 3:
+            raise ValueError(
+                f"patch_norm must be (weight, bias, eps), got {len(patch_norm)} values"
+            )
+        patch_weight, patch_bias, patch_eps = patch_norm
+        check_tensor("patch_norm[0]", patch_weight, (hidden_size,), x.dtype, x.device)
+        check_tensor("patch_norm[1]", patch_bias, (hidden_size,), x.dtype, x.device)
     grid = flatten_grid(grid_thw, num_patches, merge_size=merge_size)
     shape = (num_patches // square, square * hidden_size)
     if out is None:
@@ -175,5 +236,6 @@ def merge_patches(
     else:
         check_tensor("out", out, shape, x.dtype, x.device)
     if num_patches > 0:
-        _merge_patches_op(x, weight, bias, eps, grid, merge_size, norm_first, out)
+        patch = (patch_weight, patch_bias, patch_eps)
+        _merge_patches_op(x, weight, bias, eps, residual, *patch, grid, merge_size, norm_first, out)
     return out

@@ -16,11 +16,13 @@ from keye_kernels._rows import (
     store_rows,
 )
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor | None]  # y, x + residual
 
 
-def _out_pair(out: torch.Tensor, residual_out: torch.Tensor | None) -> torch.Tensor | Pair:
-    return out if residual_out is None else (out, residual_out)
+def _result(
+    residual: torch.Tensor | None, out: torch.Tensor, residual_out: torch.Tensor | None
+) -> torch.Tensor | Pair:
+    return out if residual is None else (out, residual_out)
 
 
 def _rms_norm_reference(
@@ -31,7 +33,8 @@ def _rms_norm_reference(
     out: torch.Tensor,
     residual_out: torch.Tensor | None,
 ) -> None:
-    reference.rms_norm(x, weight, eps, residual=residual, out=_out_pair(out, residual_out))
+    out = _result(residual, out, residual_out)
+    reference.rms_norm(x, weight, eps, residual=residual, out=out)
 
 
 def _layer_norm_reference(
@@ -43,7 +46,8 @@ def _layer_norm_reference(
     out: torch.Tensor,
     residual_out: torch.Tensor | None,
 ) -> None:
-    reference.layer_norm(x, weight, bias, eps, residual=residual, out=_out_pair(out, residual_out))
+    out = _result(residual, out, residual_out)
+    reference.layer_norm(x, weight, bias, eps, residual=residual, out=out)
 
 
 _rms_norm_op = define_op(
@@ -63,7 +67,7 @@ def _inputs(
     x_ptr, residual_ptr, residual_out_ptr, stride_x, stride_residual, stride_residual_out,
     rows, num_tokens, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Rows to normalise; with a residual their sum with it, which is written too.
+    """Rows to normalise; with a residual their sum with it, which is written where wanted.
 
     Rows past the end read the last row, whatever it holds by then, so that loads need no mask; they
     are never stored.
@@ -72,8 +76,9 @@ def _inputs(
     x = load_rows(x_ptr, at * stride_x, True, WIDTH, CHUNK)
     if HAS_RESIDUAL:
         x = add_rows(x, load_rows(residual_ptr, at * stride_residual, True, WIDTH, CHUNK))
-        offs_row = rows * stride_residual_out
-        store_rows(residual_out_ptr, offs_row, rows < num_tokens, x, WIDTH, CHUNK)
+        if residual_out_ptr is not None:
+            offs_row = rows * stride_residual_out
+            store_rows(residual_out_ptr, offs_row, rows < num_tokens, x, WIDTH, CHUNK)
     return x
 
 
@@ -177,11 +182,12 @@ def _destinations(
         return y, torch.empty_like(y)
     if not isinstance(out, tuple) or len(out) != 2 or out[0] is out[1]:
         raise ValueError(
-            "out must be a pair of two tensors (y, x + residual) when residual is given, "
-            f"got {type(out).__name__}"
+            "out must be a pair (y, x + residual) of two tensors, or of one and None, "
+            f"when residual is given, got {type(out).__name__}"
         )
     check_tensor("out[0]", out[0], x.shape, x.dtype, x.device)
-    check_tensor("out[1]", out[1], x.shape, x.dtype, x.device)
+    if out[1] is not None:
+        check_tensor("out[1]", out[1], x.shape, x.dtype, x.device)
     return out
 
 
@@ -201,8 +207,8 @@ def rms_norm(
         eps: Added to the mean square, not to its root.
         residual: Like ``x``; when given, the norm is that of ``x + residual``, the sum rounded to
             the dtype of ``x`` first.
-        out: Like ``x``; with ``residual`` a pair (y, sum). ``x`` and ``residual`` themselves are
-            allowed.
+        out: Like ``x``; with ``residual`` a pair (y, sum), where None for the sum leaves it
+            unwritten. ``x`` and ``residual`` themselves are allowed.
 
     Returns:
         y like ``x``, contiguous; with ``residual`` the pair (y, x + residual). fp32 inside, rounded
@@ -218,7 +224,7 @@ def rms_norm(
     y, residual_out = _destinations(x, residual, out)
     if x.shape[0] > 0:
         _rms_norm_op(x, weight, eps, residual, y, residual_out)
-    return _out_pair(y, residual_out)
+    return _result(residual, y, residual_out)
 
 
 def layer_norm(
@@ -238,8 +244,8 @@ def layer_norm(
         eps: Added to the (biased) variance.
         residual: Like ``x``; when given, the norm is that of ``x + residual``, the sum rounded to
             the dtype of ``x`` first.
-        out: Like ``x``; with ``residual`` a pair (y, sum). ``x`` and ``residual`` themselves are
-            allowed.
+        out: Like ``x``; with ``residual`` a pair (y, sum), where None for the sum leaves it
+            unwritten. ``x`` and ``residual`` themselves are allowed.
 
     Returns:
         y like ``x``, contiguous; with ``residual`` the pair (y, x + residual). fp32 inside, rounded
@@ -256,4 +262,4 @@ def layer_norm(
     y, residual_out = _destinations(x, residual, out)
     if x.shape[0] > 0:
         _layer_norm_op(x, weight, bias, eps, residual, y, residual_out)
-    return _out_pair(y, residual_out)
+    return _result(residual, y, residual_out)

@@ -145,6 +145,8 @@ class KeyeModel(nn.Module):
         first = 0
         for part in split_grid(grid, self.visual.joint_video_attention, max_patches):
             last = first + sum(t * h * w for t, h, w in part)
-            features = self.visual(upload(pixels[first:last], self.device), part)
-            yield self.mlp_AR(features, part)
+            patches = upload(pixels[first:last], self.device)
+            branch, residual = self.visual(patches, part, final_norm=False)
+            norm = self.visual.post_layernorm
+            yield self.mlp_AR(branch, part, residual=residual, tower_norm=norm)
             first = last

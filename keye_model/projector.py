@@ -12,6 +12,7 @@ from torch import nn
 from keye_kernels import gelu, merge_patches
 from keye_model.config import KeyeConfig
 from keye_model.inputs import Grid
+from keye_model.vision import LayerNorm
 
 _NORM_EPS = 1e-5  # nn.LayerNorm's default: the published code names no other
 
@@ -29,15 +30,36 @@ class KeyeProjector(nn.Module):
         self.linear_1 = nn.Linear(merged, merged)
         self.linear_2 = nn.Linear(merged, config.text_config.hidden_size)
 
-    def forward(self, x: torch.Tensor, grid_thw: Grid) -> torch.Tensor:
-        """x: [num_patches, vision hidden_size]. Returns [num_patches / 4, text hidden_size]."""
-        norm = self.pre_norm
+    def forward(
+        self,
+        x: torch.Tensor,
+        grid_thw: Grid,
+        *,
+        residual: torch.Tensor | None = None,
+        tower_norm: LayerNorm | None = None,
+    ) -> torch.Tensor:
+        """Project features of the tower, or what its last norm would make them of.
+
+        Args:
+            x: [num_patches, vision hidden_size], features; with `tower_norm` the last branch.
+            grid_thw: (frames, rows, columns) in patches.
+            residual, tower_norm: The residual stream, like x, and the tower's last norm, to take in
+                the same pass; the result is the same to the last bit.
+
+        Returns:
+            [num_patches / 4, text hidden_size].
+        """
+        norm, patch_norm = self.pre_norm, None
+        if tower_norm is not None:
+            patch_norm = (tower_norm.weight, tower_norm.bias, tower_norm.eps)
         x = merge_patches(
             x,
             norm.weight,
             norm.bias,
             norm.eps,
             grid_thw,
+            residual=residual,
+            patch_norm=patch_norm,
             merge_size=self.merge_size,
             norm_first=self.norm_first,
         )

@@ -51,17 +51,24 @@ class KeyeVisionModel(nn.Module):
         self.post_layernorm = LayerNorm(vision.hidden_size, vision.layer_norm_eps)
 
     def forward(
-        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor | Sequence[Sequence[int]]
-    ) -> torch.Tensor:
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        final_norm: bool = True,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Encode patches; images and videos may be mixed, each row is encoded as if alone.
 
         Args:
             pixel_values: [num_patches, 3, patch_size, patch_size], uint8 (raw bytes) or float
                 (already normalised), on the model's device; patches in raster order.
             grid_thw: [num_rows, 3], (frames, rows, columns) in patches.
+            final_norm: False: leave `post_layernorm` to the projector, which takes it in its own
+                pass over the patches.
 
         Returns:
-            [num_patches, hidden_size], in the model's dtype.
+            [num_patches, hidden_size], in the model's dtype; without the final norm a pair of them,
+            (branch, residual), whose sum it takes.
 
         Raises:
             ValueError: The grid does not add up to the patches, or a shape is wrong.
@@ -80,7 +87,11 @@ class KeyeVisionModel(nn.Module):
         residual = None
         for layer in self.layers:
             x, residual = layer(x, residual, step)
-        return self.post_layernorm(x, residual)[0]
+        if not final_norm:
+            return x, residual
+        norm, y = self.post_layernorm, torch.empty_like(x)
+        layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, out=(y, None))
+        return y
 
 
 class VisionLayer(nn.Module):

@@ -146,6 +146,18 @@ def test_residual_adds_first(op, dtype, device):
 
 
 @by_op
+def test_the_sum_need_not_be_written(op, device):
+    x, params = make(op, (5, 64), torch.bfloat16, device)
+    x2, residual = x.clone(), torch.randn_like(x)
+    residual2, run = residual.clone(), getattr(kk, op)
+    y = torch.empty_like(x)
+    assert run(x2, *params, EPS, residual=residual2, out=(y, None)) == (y, None)
+    assert torch.equal(y, run(x, *params, EPS, residual=residual)[0])
+    assert torch.equal(x2, x)
+    assert torch.equal(residual2, residual)
+
+
+@by_op
 @pytest.mark.parametrize("start", [8, 7], ids=["aligned", "unaligned"])
 def test_strided_rows(op, start, device):
     wide = torch.full((6, 201), float("nan"), device=device, dtype=torch.bfloat16)
@@ -232,8 +244,8 @@ def test_errors(op, device):
         run(x, *params, EPS, residual=x[:3])
     with pytest.raises(ValueError, match=r"out must have shape \(4, 64\), got \(4, 32\)"):
         run(x, *params, EPS, out=x[:, :32])
-    for out in (x, (x, x)):
-        with pytest.raises(ValueError, match=r"out must be a pair of two tensors \(y, x \+ resid"):
+    for out in (x, (x, x), (None, None)):
+        with pytest.raises(ValueError, match=r"out must be a pair \(y, x \+ residual\) of two ten"):
             run(x, *params, EPS, residual=x, out=out)
     with pytest.raises(ValueError, match=r"out\[1\] must have dtype torch.float32"):
         run(x, *params, EPS, residual=x, out=(x.clone(), x.half()))

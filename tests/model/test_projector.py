@@ -41,6 +41,20 @@ def test_preview_equals_transformers_paddleocr():
     torch.testing.assert_close(project(PREVIEW), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("variant", [PREVIEW, V1_5], ids=lambda v: v.name)
+@torch.inference_mode()
+def test_the_towers_last_norm_may_be_left_to_it(variant):
+    model = tiny.tiny_keye(variant).model
+    pixels = tiny.pixels("pixel_values", 40).to(model.device)
+    x = model.visual(pixels, GRID)
+    branch, residual = model.visual(pixels, GRID, final_norm=False)
+    norm = model.visual.post_layernorm
+    torch.testing.assert_close(norm(branch, residual)[0], x, atol=0, rtol=0)
+    expected = model.mlp_AR(x, GRID)
+    assert torch.equal(model.mlp_AR(branch, GRID, residual=residual, tower_norm=norm), expected)
+    assert torch.equal(model.get_image_features(pixels, GRID), expected)
+
+
 def test_v1_5_equals_its_definition():
     # Token by token: four patches, top left to bottom right, then LayerNorm over all of them.
     w = published(V1_5)
