@@ -29,7 +29,8 @@ KEPT_TOKENS = 8192
 # launches, on host and device. 12 row counts at two capacities.
 _MAX_GRAPHS = 24
 
-_OPS = ("rms_norm", "qk_norm_mrope_store", "paged_decode_attention", "silu_mul", "sample")
+# Their definitions read slots, lengths and parameters back, which a graph cannot.
+_READ_BACK = ("qk_norm_mrope_store", "paged_decode_attention", "sample")
 
 Step = Callable[[], None]
 
@@ -41,9 +42,8 @@ def why_no_graphs(device: torch.device) -> str:
     if device.type != "cuda":
         return "needs a GPU"
     served = backends(device.type)
-    # The definitions read lengths back, which a graph cannot.
-    by_definition = [op for op in _OPS if served[op].backend in (None, "reference")]
-    return f"no kernel serves {', '.join(by_definition)}" if by_definition else ""
+    read_back = [op for op in _READ_BACK if served[op].backend in (None, "reference")]
+    return f"no kernel serves {', '.join(read_back)}" if read_back else ""
 
 
 def padded_rows(num_rows: int) -> int:
@@ -193,5 +193,5 @@ class Decoders:
 def _identity(model: KeyeModel, lm_head: nn.Module) -> tuple:
     weights = (*model.language_model.parameters(), *lm_head.parameters())
     served = backends(lm_head.weight.device.type)
-    kernels = tuple(served[op].backend for op in _OPS)
+    kernels = tuple((op, by.backend) for op, by in served.items())
     return kernels, tuple((weight.data_ptr(), weight.dtype) for weight in weights)

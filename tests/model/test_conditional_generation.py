@@ -7,7 +7,7 @@ import torch
 
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW, V1_5
-from keye_model.generation import Limits
+from keye_model.plan import Limits
 
 
 @pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])

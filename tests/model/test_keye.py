@@ -13,7 +13,7 @@ from PIL import Image
 from keye_kernels import backends
 from keye_model import Answer, Keye
 from keye_model.config import PREVIEW, V1_5
-from keye_model.generation import Limits
+from keye_model.plan import Limits
 from keye_model.positions import pack
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
