@@ -1,5 +1,158 @@
-"""The CUDA extension of `csrc` is built from here once it exists; all else is in pyproject.toml."""
+"""Builds the CUDA extension of `csrc` where nvcc is found; all else is in pyproject.toml.
 
-from setuptools import setup
+KEYE_CUDA=1: an extension that cannot be built is an error. KEYE_CUDA=0: none is built. Unset: it is
+built where that works; otherwise the reason is left in keye_kernels/_not_built.txt for `keye info`.
 
-setup()
+No headers of torch are needed: a wheel fits every torch, and the build takes no torch.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "csrc"  # kept between builds: only what changed is compiled again
+ARCHITECTURES = ("80", "90a", "100a", "120")
+FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+# Warnings and spilled registers are errors.
+FLAGS += " -Werror=all-warnings -Xptxas=-warn-spills,-Werror"
+
+
+class CannotBuild(Exception):
+    """Why there is no extension."""
+
+
+def find_nvcc() -> str:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if variable in os.environ:
+            nvcc = Path(os.environ[variable], "bin", "nvcc")
+            if nvcc.is_file():
+                return str(nvcc)
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        raise CannotBuild("no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+    return nvcc
+
+
+def find_ninja() -> str:
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        bundled = Path(ninja.BIN_DIR, "ninja")
+        if bundled.is_file():
+            return str(bundled)
+    found = shutil.which("ninja")
+    if found is None:
+        raise CannotBuild("ninja is not installed")
+    return found
+
+
+def find_includes() -> list[Path]:
+    """Headers of Python and of pybind11, torch's copy of which does too."""
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").is_file():
+        raise CannotBuild(f"the headers of Python are not in {python}")
+    for package, folder in (("pybind11", "include"), ("torch", "include")):
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            include = Path(spec.origin).parent / folder
+            if (include / "pybind11" / "pybind11.h").is_file():
+                return [python, include]
+    raise CannotBuild("pybind11 is not installed")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Those of ARCHITECTURES that this nvcc knows: 100a and 120 came with CUDA 12.8."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in known]
+
+
+def write_ninja(target: Path) -> None:
+    nvcc, (python, pybind11) = find_nvcc(), find_includes()
+    names = architectures(nvcc)
+    if not names:
+        raise CannotBuild(f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+    gencode = " ".join(f"-gencode=arch=compute_{name},code=sm_{name}" for name in names)
+    sources = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings.cpp"]
+    lines = [
+        f"nvcc = {nvcc}",
+        f"flags = {FLAGS} -I{ROOT}/csrc/include",
+        f"host = -isystem {python} -isystem {pybind11} "
+        f"-DKEYE_ARCHITECTURES='\"{' '.join(names)}\"'",
+        "rule device",
+        f"  command = $nvcc $flags {gencode} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule host",
+        "  command = $nvcc $flags $host -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $nvcc -shared -cudart=static $in -o $out",
+    ]
+    for source in sources:
+        rule = "device" if source.suffix == ".cu" else "host"
+        lines.append(f"build {source.stem}.o: {rule} {source}")
+    objects = " ".join(f"{source.stem}.o" for source in sources)
+    lines.append(f"build {target.name}: link {objects}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+
+
+def compile_extension(target: Path) -> None:
+    if not sys.platform.startswith("linux"):
+        raise CannotBuild(f"it is built on Linux only, not on {sys.platform}")
+    ninja = find_ninja()
+    write_ninja(target)
+    done = subprocess.run(
+        [ninja, "-C", str(BUILD)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(done.stdout, file=sys.stderr)
+    if done.returncode:
+        errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+        raise CannotBuild(f"nvcc failed: {(errors or ['see the output of the build'])[0]}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(BUILD / target.name, target)
+
+
+class BuildExtension(build_ext):
+    """Builds with nvcc, or leaves the reason why not where the package finds it."""
+
+    def run(self) -> None:
+        target = Path(self.get_ext_fullpath("keye_kernels._C"))
+        reason_file = target.with_name("_not_built.txt")
+        wanted = os.environ.get("KEYE_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"KEYE_CUDA must be 0, 1 or unset, got {wanted!r}")
+        try:
+            if wanted == "0":
+                raise CannotBuild("KEYE_CUDA=0 was set at the build")
+            compile_extension(target)
+            reason_file.unlink(missing_ok=True)
+        except CannotBuild as reason:
+            if wanted == "1":
+                raise SystemExit(f"KEYE_CUDA=1: {reason}") from None
+            print(f"the CUDA extension is not built: {reason}", file=sys.stderr)
+            target.unlink(missing_ok=True)  # one of older sources must not serve
+            reason_file.parent.mkdir(parents=True, exist_ok=True)
+            reason_file.write_text(f"{reason}\n")
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    # The sources are found by the build itself; MANIFEST.in puts them into the sdist.
+    ext_modules=[Extension("keye_kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension},
+)

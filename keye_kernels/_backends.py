@@ -19,6 +19,10 @@ _INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 class _Implementation:
     run: Callable[..., None]  # takes the arguments of the op's schema, in order
     device_types: tuple[str, ...]
+    why_not: Callable[[], str | None]  # why it serves nobody here
+    refuses: Callable[..., str | None] | None  # why it does not serve these arguments
+    max_rows: int | None  # of the first argument: more are for another backend, under "auto"
+    proven: bool  # has run on hardware
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,32 @@ def requested() -> str:
 
 
 def register(
-    op: str, backend: str, run: Callable[..., None], *, device_types: tuple[str, ...] = ("cuda",)
+    op: str,
+    backend: str,
+    run: Callable[..., None],
+    *,
+    device_types: tuple[str, ...] = ("cuda",),
+    why_not: Callable[[], str | None] = lambda: None,
+    refuses: Callable[..., str | None] | None = None,
+    max_rows: int | None = None,
+    proven: bool = True,
 ) -> None:
     """Let ``backend`` serve ``op`` for tensors on ``device_types``.
 
     ``run`` takes the arguments of the op's schema by position and writes its outputs. Triton
     kernels serve CPU tensors too, under the interpreter and only by name.
+
+    Args:
+        why_not: Tells why the backend serves nobody here, None if it does.
+        refuses: Takes the arguments of ``run`` and tells why it cannot serve them, None if it can.
+            By name that is an error; under "auto" the next backend serves that call.
+        max_rows: Under "auto" calls whose first argument has more rows go to the next backend.
+        proven: The kernel has run on hardware. If not, it is chosen by name only.
     """
     global _chosen
-    _registry.setdefault(op, {})[backend] = _Implementation(run, device_types)
+    _registry.setdefault(op, {})[backend] = _Implementation(
+        run, device_types, why_not, refuses, max_rows, proven
+    )
     _chosen = {}
 
 
@@ -73,7 +94,10 @@ def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | N
     if implementation is None:
         return f"no {backend} kernel for {op} yet"
     if device_type in implementation.device_types:
-        return None
+        reason = implementation.why_not()
+        if reason is None and requested == "auto" and not implementation.proven:
+            return "never run on hardware; ask for it by name"
+        return reason
     if backend == "triton" and device_type == "cpu":
         if not _INTERPRETED:
             return f"the triton kernel for {op} runs on a CPU only under TRITON_INTERPRET=1"
@@ -100,6 +124,42 @@ def _choose(op: str, device_type: str, requested: str) -> ServedBy:
     return ServedBy(chosen, why_not)
 
 
+def _with_limits(
+    op: str, backend: str, implementation: _Implementation, fall_back: Callable[..., None] | None
+) -> Callable[..., None]:
+    """``implementation.run`` where it serves the arguments, else ``fall_back`` or an error."""
+    run, refuses = implementation.run, implementation.refuses
+    max_rows = implementation.max_rows if fall_back is not None else None
+
+    def run_within_limits(*args: object) -> None:
+        if max_rows is not None and args[0].shape[0] > max_rows:
+            return fall_back(*args)
+        reason = refuses(*args) if refuses is not None else None
+        if reason is None:
+            return run(*args)
+        if fall_back is not None:
+            return fall_back(*args)
+        raise NotImplementedError(
+            f"backend {backend!r} cannot serve this call of {op}: {reason}; backend 'auto' falls "
+            "back"
+        )
+
+    return run_within_limits
+
+
+def _bound(op: str, device_type: str, requested: str, backend: str) -> Callable[..., None]:
+    """What runs when ``backend`` was chosen: it alone, or with those that come after it."""
+    implementation = _registry[op][backend]
+    if implementation.refuses is None and (implementation.max_rows is None or requested != "auto"):
+        return implementation.run
+    fall_back = None
+    if requested == "auto":
+        rest = _ORDER[_ORDER.index(backend) + 1 :]
+        after = next(name for name in rest if not _why_not(op, name, device_type, requested))
+        fall_back = _bound(op, device_type, requested, after)
+    return _with_limits(op, backend, implementation, fall_back)
+
+
 def find(op: str, device_type: str) -> Callable[..., None]:
     """Implementation of ``op`` for tensors on ``device_type``, chosen once and remembered.
 
@@ -115,7 +175,7 @@ def find(op: str, device_type: str) -> Callable[..., None]:
                 f"backend {asked!r} cannot serve {op}: {served.why_not[asked]}; "
                 "backend 'auto' falls back"
             )
-        run = chosen[op, device_type, asked] = _registry[op][served.backend].run
+        run = chosen[op, device_type, asked] = _bound(op, device_type, asked, served.backend)
     return run
 
 

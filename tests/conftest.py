@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors this small gain nothing from more; on busy cores they lose
 
-from keye_kernels import _backends
+from keye_kernels import _backends, _device
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests import triton_interpreter
@@ -44,6 +44,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(_backends, "find", find_or_skip)
     with _backends.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def num_sms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Multiprocessors that launches count on where there is no GPU: 1 unless given."""
+    count = getattr(request, "param", 1)
+    monkeypatch.setattr(_device, "elsewhere", _device.Device((9, 0), count))
+    return count
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,400 @@
+// Split-KV attention for decoding, with the splits added up in the same launch.
+//
+// The keys of a sequence are cut into chunks of 16, which never cross a page. A block has one run
+// of chunks of one key/value head; up to 16 of the query heads that share it are the rows of its
+// matrix products. Its warps take chunks in turn, each through a pipeline of its own, so that no
+// warp waits for another before the end. Then the warps' sums meet in shared memory and, if the
+// sequence has several blocks, in global memory, where the block that comes last adds them up.
+#pragma once
+
+#include "keye/paged_decode_attention.h"
+#include "keye/types.cuh"
+
+namespace keye {
+
+template <class T, int kHeadDim>
+struct DecodeTile {
+    static constexpr int kChunk = 16;  // keys
+    static constexpr int kRows = 16;   // query heads, those past the group are zeros
+    static constexpr int kWarps = 4;
+    static constexpr int kThreads = kWarps * kWarpSize;
+    static constexpr int kStages = 2;
+    // Two blocks have 70 KB on their way, more than a multiprocessor of an H200 needs to read at
+    // full rate. Three with head_dim 128 would be 8 registers short.
+    static constexpr int kBlocksPerSm = kHeadDim <= 80 ? 3 : 2;
+    static constexpr int kPieces = kHeadDim / 8;  // 16-byte pieces of a row
+    // An odd number of pieces from row to row: 8 rows at a column are in 32 different banks.
+    static constexpr int kStride = (kPieces | 1) * 8;
+    static constexpr int kTileElements = kChunk * kStride;
+    static constexpr int kWarpElements = kStages * 2 * kTileElements;  // keys and values
+    // The sums of a warp take the place of its pipeline, with rows apart by 8 banks.
+    static constexpr int kSumStride = kHeadDim + 8;
+    static_assert(kRows * kSumStride * sizeof(float) <= kWarpElements * sizeof(T));
+    // q, pipelines, the warps' maxima and weights, a flag
+    static constexpr int kQBytes = kRows * kStride * sizeof(T);
+    static constexpr int kPipelineBytes = kWarps * kWarpElements * sizeof(T);
+    static constexpr int kStatsBytes = kWarps * kRows * sizeof(float2);
+    static constexpr int kSharedBytes = kQBytes + kPipelineBytes + kStatsBytes + 16;
+    static_assert(kMaxSplits * kRows * sizeof(float) <= kPipelineBytes);
+};
+
+// One warp's softmax over its chunks, in matrix fragments: rows lane / 4 and 8 below.
+template <class T, int kHeadDim>
+struct DecodeWarp {
+    using Tile = DecodeTile<T, kHeadDim>;
+    static constexpr int kSteps = kHeadDim / 16;
+    static constexpr bool kHalfStep = kHeadDim % 16 != 0;
+
+    uint32_t q[kSteps][4];
+    uint32_t q_half[2];
+    float sums[kHeadDim / 8][4];
+    float peak[2];    // largest score so far
+    float weight[2];  // this lane's part of the sum of exp2(score - peak)
+
+    __device__ __forceinline__ void start() {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 8; ++i) {
+            sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
+        }
+        peak[0] = peak[1] = -INFINITY;
+        weight[0] = weight[1] = 0.0f;
+    }
+
+    __device__ __forceinline__ void load_q(const T* tile, int lane) {
+        const T* row = tile + lane % 16 * Tile::kStride;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            load_matrices<false>(q[step], row + step * 16 + lane / 16 * 8);
+        }
+        if constexpr (kHalfStep) {
+            load_matrices<false>(q_half, row + kSteps * 16);
+        }
+    }
+
+    // Scores of a chunk, base 2; keys from `visible` on do not count. There is at least one.
+    __device__ __forceinline__ void add_chunk(const T* k, const T* v, int visible, float scale,
+                                              int lane) {
+        float scores[2][4] = {};
+        const T* k_row = k + (lane / 16 * 8 + lane % 8) * Tile::kStride;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            uint32_t b[4];
+            load_matrices<false>(b, k_row + step * 16 + lane / 8 % 2 * 8);
+            multiply_add<T>(scores[0], q[step], {b[0], b[1]});
+            multiply_add<T>(scores[1], q[step], {b[2], b[3]});
+        }
+        if constexpr (kHalfStep) {
+            uint32_t b[2];
+            load_matrices<false>(b, k + lane % 16 * Tile::kStride + kSteps * 16);
+            multiply_add<T>(scores[0], q_half, b[0]);
+            multiply_add<T>(scores[1], q_half, b[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int key = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+            float& score = scores[i / 4][i % 4];
+            score = key < visible ? score * scale : -INFINITY;
+        }
+        float shrink[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float above = peak[half];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                above = fmaxf(above, scores[i / 2][half * 2 + i % 2]);
+            }
+            above = fmaxf(above, __shfl_xor_sync(~0u, above, 1));
+            above = fmaxf(above, __shfl_xor_sync(~0u, above, 2));
+            shrink[half] = exp2_fast(peak[half] - above);
+            peak[half] = above;
+            weight[half] *= shrink[half];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& score = scores[i / 2][half * 2 + i % 2];
+                score = exp2_fast(score - above);
+                weight[half] += score;
+            }
+        }
+        const uint32_t p[4] = {pack<T>(scores[0][0], scores[0][1]),
+                               pack<T>(scores[0][2], scores[0][3]),
+                               pack<T>(scores[1][0], scores[1][1]),
+                               pack<T>(scores[1][2], scores[1][3])};
+        const T* v_row = v + lane % 16 * Tile::kStride;
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 8; ++i) {
+            sums[i][0] *= shrink[0];
+            sums[i][1] *= shrink[0];
+            sums[i][2] *= shrink[1];
+            sums[i][3] *= shrink[1];
+        }
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            uint32_t b[4];
+            load_matrices<true>(b, v_row + step * 16 + lane / 16 * 8);
+            multiply_add<T>(sums[2 * step], p, {b[0], b[1]});
+            multiply_add<T>(sums[2 * step + 1], p, {b[2], b[3]});
+        }
+        if constexpr (kHalfStep) {
+            uint32_t b[2];
+            load_matrices<true>(b, v_row + kSteps * 16);
+            multiply_add<T>(sums[2 * kSteps], p, b);
+        }
+    }
+
+    // sums_out: [16, kSumStride], stats_out: [16] of (peak, weight).
+    __device__ __forceinline__ void store(float* sums_out, float2* stats_out, int lane) {
+        const int row = lane / 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            weight[half] += __shfl_xor_sync(~0u, weight[half], 1);
+            weight[half] += __shfl_xor_sync(~0u, weight[half], 2);
+            if (lane % 4 == 0) {
+                stats_out[row + half * 8] = make_float2(peak[half], weight[half]);
+            }
+            float* at = sums_out + (row + half * 8) * Tile::kSumStride + 2 * (lane % 4);
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 8; ++i) {
+                *reinterpret_cast<float2*>(at + i * 8) =
+                    make_float2(sums[i][2 * half], sums[i][2 * half + 1]);
+            }
+        }
+    }
+};
+
+// Where the chunks of a warp lie. Lane i looks up the i-th of the next 32: one trip to the table
+// for 32 chunks. Entries past the run of this block are not read.
+struct ChunkPlaces {
+    int page, row;  // of this lane
+
+    __device__ __forceinline__ void look_up(const int* table, int page_size, int chunk, int end) {
+        const int key = chunk * 16;
+        page = chunk < end ? table[key / page_size] : 0;
+        row = key % page_size;
+    }
+
+    // Page, and row in it, of the i-th chunk looked up.
+    __device__ __forceinline__ int2 of(int i) const {
+        return make_int2(__shfl_sync(~0u, page, i), __shfl_sync(~0u, row, i));
+    }
+};
+
+// 16 rows from `from` to a tile; zeros from row `visible` on, where nothing is read.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void copy_rows(T* tile, const T* from, int64_t stride, int visible,
+                                          int lane) {
+    using Tile = DecodeTile<T, kHeadDim>;
+    constexpr int kPieces = Tile::kPieces, kAll = 16 * kPieces;
+    constexpr bool kWholeRows = kWarpSize % kPieces == 0;  // of a step of the warp
+    const T* at = from + lane / kPieces * stride + lane % kPieces * 8;
+#pragma unroll
+    for (int i = 0; i < (kAll + kWarpSize - 1) / kWarpSize; ++i) {
+        const int number = i * kWarpSize + lane;
+        const int row = number / kPieces, piece = number % kPieces;
+        if (kAll % kWarpSize == 0 || number < kAll) {
+            if constexpr (!kWholeRows) {
+                at = from + row * stride + piece * 8;
+            }
+            const bool valid = row < visible;
+            copy_async_16(tile + row * Tile::kStride + piece * 8, valid ? at : from, valid);
+        }
+        at += kWarpSize / kPieces * stride;  // one register pair instead of an address per step
+    }
+}
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
+                                  DecodeTile<T, kHeadDim>::kBlocksPerSm)
+    paged_decode_attention_kernel(const __grid_constant__ PagedDecodeAttentionParams params) {
+    using Tile = DecodeTile<T, kHeadDim>;
+    unsigned char* shared = dynamic_shared();
+    T* q_tile = reinterpret_cast<T*>(shared);
+    T* pipelines = reinterpret_cast<T*>(shared + Tile::kQBytes);
+    float2* stats = reinterpret_cast<float2*>(shared + Tile::kQBytes + Tile::kPipelineBytes);
+    int* is_last = reinterpret_cast<int*>(stats + Tile::kWarps * Tile::kRows);
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+
+    // Blocks of the same keys are neighbours: their rows are too, in memory.
+    const int head_blocks = (params.group + Tile::kRows - 1) / Tile::kRows;
+    const int blocks_per_run = params.num_kv_heads * head_blocks;
+    const int head_block = blockIdx.x % blocks_per_run;
+    const int split = blockIdx.x / blocks_per_run % params.num_splits;
+    const int64_t batch = blockIdx.x / blocks_per_run / params.num_splits;
+    const int kv_head = head_block / head_blocks;
+    const int first_in_group = head_block % head_blocks * Tile::kRows;
+    const int num_rows = min(params.group - first_in_group, Tile::kRows);
+    const int64_t first_head = kv_head * params.group + first_in_group;
+
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+
+    // Which run of chunks is ours follows from the sequence's own length. All runs have work.
+    const int length = max(min(params.cache_seqlens[batch], params.max_seqlen_k), 0);
+    const int num_chunks = (length + Tile::kChunk - 1) / Tile::kChunk;
+    const int num_runs =
+        min(params.num_splits, (num_chunks + Tile::kWarps - 1) / Tile::kWarps);
+    T* out = static_cast<T*>(params.out) + batch * params.stride_out +
+             first_head * params.stride_out_head;
+    if (split >= num_runs) {
+        if (length == 0 && split == 0) {
+            for (int i = threadIdx.x; i < num_rows * Tile::kPieces; i += Tile::kThreads) {
+                store_16(out + i / Tile::kPieces * params.stride_out_head + i % Tile::kPieces * 8,
+                         make_uint4(0, 0, 0, 0));
+            }
+        }
+        return;
+    }
+    const int per_run = num_chunks / num_runs, rest = num_chunks % num_runs;
+    const int start = split * per_run + min(split, rest);
+    const int end = start + per_run + (split < rest ? 1 : 0);
+
+    if (warp == 0) {
+        const T* q = static_cast<const T*>(params.q) + batch * params.stride_q +
+                     first_head * params.stride_q_head;
+        copy_rows<T, kHeadDim>(q_tile, q, params.stride_q_head, num_rows, lane);
+    }
+    commit_copies();
+
+    const T* k_cache = static_cast<const T*>(params.k_cache) + kv_head * params.stride_k_head;
+    const T* v_cache = static_cast<const T*>(params.v_cache) + kv_head * params.stride_v_head;
+    T* pipeline = pipelines + warp * Tile::kWarpElements;
+    const int count = max(end - start - warp + Tile::kWarps - 1, 0) / Tile::kWarps;
+    ChunkPlaces places{};
+    auto place_of = [&](int i) {
+        if (i % kWarpSize == 0) {
+            const int* table = params.block_table + batch * params.stride_table;
+            places.look_up(table, params.page_size, start + warp + (i + lane) * Tile::kWarps, end);
+        }
+        return places.of(i % kWarpSize);
+    };
+    auto visible_in = [&](int i) {
+        return length - (start + warp + i * Tile::kWarps) * Tile::kChunk;
+    };
+    auto copy_chunk = [&](int i, int2 at) {
+        T* tile = pipeline + i % Tile::kStages * 2 * Tile::kTileElements;
+        const int64_t page = at.x, row = at.y;
+        copy_rows<T, kHeadDim>(tile, k_cache + page * params.stride_k_page + row * params.stride_k_row,
+                               params.stride_k_row, visible_in(i), lane);
+        copy_rows<T, kHeadDim>(tile + Tile::kTileElements,
+                               v_cache + page * params.stride_v_page + row * params.stride_v_row,
+                               params.stride_v_row, visible_in(i), lane);
+    };
+#pragma unroll
+    for (int i = 0; i < Tile::kStages - 1; ++i) {
+        if (i < count) {
+            copy_chunk(i, place_of(i));
+        }
+        commit_copies();
+    }
+    wait_for_copies<Tile::kStages - 1>();
+    __syncthreads();  // q is there for all warps
+    DecodeWarp<T, kHeadDim> softmax;
+    softmax.start();
+    softmax.load_q(q_tile, lane);
+    for (int i = 0; i < count; ++i) {
+        const int ahead = i + Tile::kStages - 1;
+        const int2 at = ahead < count ? place_of(ahead) : make_int2(0, 0);
+        wait_for_copies<Tile::kStages - 2>();
+        __syncwarp();  // chunk i is there for all lanes, and all are done with chunk i - 1
+        if (ahead < count) {
+            copy_chunk(ahead, at);
+        }
+        commit_copies();
+        const T* tile = pipeline + i % Tile::kStages * 2 * Tile::kTileElements;
+        softmax.add_chunk(tile, tile + Tile::kTileElements, visible_in(i), params.scale, lane);
+    }
+    softmax.store(reinterpret_cast<float*>(pipeline), stats + warp * Tile::kRows, lane);
+    __syncthreads();
+
+    // The warps' sums, 8 channels of a row per thread.
+    const bool whole = num_runs == 1;
+    const int64_t block = batch * blocks_per_run + head_block;
+    const int64_t first_partial = block * params.num_splits * Tile::kRows;
+    for (int i = threadIdx.x; i < num_rows * Tile::kPieces; i += Tile::kThreads) {
+        const int row = i / Tile::kPieces, piece = i % Tile::kPieces;
+        float peak = -INFINITY;
+#pragma unroll
+        for (int other = 0; other < Tile::kWarps; ++other) {
+            peak = fmaxf(peak, stats[other * Tile::kRows + row].x);
+        }
+        float weight = 0.0f, sums[8] = {};
+#pragma unroll
+        for (int other = 0; other < Tile::kWarps; ++other) {
+            const float2 stat = stats[other * Tile::kRows + row];
+            const float factor = exp2_fast(stat.x - peak);
+            weight += stat.y * factor;
+            const float* from = reinterpret_cast<const float*>(pipelines + other * Tile::kWarpElements) +
+                                row * Tile::kSumStride + piece * 8;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                sums[j] += from[j] * factor;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            sums[j] /= weight;
+        }
+        if (whole) {
+            store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+        } else {
+            const int64_t at = first_partial + split * Tile::kRows + row;
+            auto* to = reinterpret_cast<float4*>(params.partial_out + at * kHeadDim + piece * 8);
+            to[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+            to[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+            if (piece == 0) {
+                params.partial_lse[at] = peak + log2f(weight);
+            }
+        }
+    }
+    if (whole) {
+        return;
+    }
+
+    // The last block to come here sees the sums of all, and leaves the counter at 0.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const unsigned last = num_runs - 1;
+        *is_last = atomicInc(params.counters + block, last) == last;
+    }
+    __syncthreads();
+    if (!*is_last) {
+        return;
+    }
+    __threadfence();
+    float* lse = reinterpret_cast<float*>(pipelines);  // [num_runs, 16]
+    for (int i = threadIdx.x; i < num_runs * Tile::kRows; i += Tile::kThreads) {
+        if (i % Tile::kRows < num_rows) {
+            lse[i] = load_shared_by_blocks(params.partial_lse + first_partial + i);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_rows * Tile::kPieces; i += Tile::kThreads) {
+        const int row = i / Tile::kPieces, piece = i % Tile::kPieces;
+        float peak = -INFINITY;
+        for (int run = 0; run < num_runs; ++run) {
+            peak = fmaxf(peak, lse[run * Tile::kRows + row]);
+        }
+        const auto* from = reinterpret_cast<const float4*>(
+            params.partial_out + (first_partial + row) * kHeadDim + piece * 8);
+        float weight = 0.0f, sums[8] = {};
+#pragma unroll 8
+        for (int run = 0; run < num_runs; ++run) {
+            const float4* at = from + run * (Tile::kRows * kHeadDim / 4);
+            const float4 low = load_shared_by_blocks(at), high = load_shared_by_blocks(at + 1);
+            const float factor = exp2_fast(lse[run * Tile::kRows + row] - peak);
+            weight += factor;
+            const float both[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                sums[j] += both[j] * factor;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            sums[j] /= weight;
+        }
+        store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+    }
+}
+
+}  // namespace keye

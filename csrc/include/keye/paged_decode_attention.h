@@ -1,0 +1,37 @@
+// Attention of one new token per sequence over a paged key/value cache: what a launch is given.
+#pragma once
+
+#include <cstdint>
+
+namespace keye {
+
+// T is bf16 or fp16. Strides count elements, and like all addresses they divide by 16 bytes.
+struct PagedDecodeAttentionParams {
+    const void* q;             // [batch_size, num_kv_heads * group, head_dim] T
+    const void* k_cache;       // [num_pages, page_size, num_kv_heads, head_dim] T
+    const void* v_cache;       // like k_cache
+    const int* block_table;    // [batch_size, max_pages]
+    const int* cache_seqlens;  // [batch_size]
+    void* out;                 // like q
+    float* partial_out;        // [blocks of heads, num_splits, 16, head_dim]; unused with one split
+    float* partial_lse;        // [blocks of heads, num_splits, 16], base 2
+    unsigned* counters;        // [blocks of heads], 0 before and after; unused with one split
+    int64_t stride_q, stride_q_head;
+    int64_t stride_k_page, stride_k_row, stride_k_head;
+    int64_t stride_v_page, stride_v_row, stride_v_head;
+    int64_t stride_table;
+    int64_t stride_out, stride_out_head;
+    int batch_size, num_kv_heads, group;
+    int page_size;  // a multiple of 16
+    int max_seqlen_k;
+    int num_splits;
+    float scale;  // softmax_scale * log2(e)
+};
+
+constexpr int kMaxSplits = 128;
+
+// `overlap`: see launch.cuh. Throws std::runtime_error if the launch fails.
+void paged_decode_attention(int dtype, int head_dim, const PagedDecodeAttentionParams& params,
+                            bool overlap, void* stream);
+
+}  // namespace keye

@@ -1,0 +1,182 @@
+"""Launches of the CUDA kernels of `csrc`: arguments, limits, scratch memory, registration."""
+
+import itertools
+import math
+
+import torch
+
+from keye_kernels import _backends, _ext
+from keye_kernels._device import device_of
+
+# Up to so many rows (sequences, tokens) "auto" will prefer these kernels; None: always.
+# Provisional: guesses that no measurement stands behind yet. Nothing follows from them as long as
+# the kernels have never run on hardware, for until then "auto" does not choose them at all.
+AUTO_ROWS = {
+    "linear_decode": 16,  # beyond that a product is bound by tensor cores
+    "paged_decode_attention": None,
+    "qk_norm_mrope_store": 256,  # beyond that all backends should be bound by memory
+}
+_PROVEN: frozenset[str] = frozenset()  # ops whose kernels have run on hardware
+
+_LOG2_E = 1.4426950408889634
+_HEAD_DIMS = {"paged_decode_attention": (64, 72, 80, 128), "qk_norm_mrope_store": (64, 80, 128)}
+
+
+def _why_not() -> str | None:
+    if torch.cuda.is_available():
+        return _ext.why_not_on(torch.cuda.get_device_capability())
+    return _ext.why_not()
+
+
+def register(op: str, run: _backends.Callable, refuses: _backends.Callable) -> None:
+    """Let the CUDA kernel of ``op`` serve, within the limits of the tables above."""
+    _backends.register(
+        op,
+        "cuda",
+        run,
+        why_not=_why_not,
+        refuses=refuses,
+        max_rows=AUTO_ROWS[op],
+        proven=op in _PROVEN,
+    )
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether a launch may begin while the kernel before it ends: from sm_90 on."""
+    return tensor.is_cuda and device_of(tensor).capability >= (9, 0)
+
+
+def check_dtype(tensor: torch.Tensor) -> str | None:
+    """Why a kernel refuses the dtype, None if it takes it."""
+    if tensor.dtype in _ext.DTYPES:
+        return None
+    return f"dtype must be torch.bfloat16 or torch.float16, got {tensor.dtype}"
+
+
+def check_alignment(**tensors: torch.Tensor) -> str | None:
+    """Why a kernel refuses these tensors: their rows must begin at multiples of 16 bytes."""
+    for name, tensor in tensors.items():
+        size = tensor.itemsize
+        if math.gcd(tensor.data_ptr() // size, *tensor.stride()[:-1]) * size % 16:
+            return (
+                f"the rows of {name} must begin at multiples of 16 bytes, got address "
+                f"{tensor.data_ptr():#x} and strides {tensor.stride()}"
+            )
+    return None
+
+
+def _check_head_dim(op: str, head_dim: int) -> str | None:
+    if head_dim in _HEAD_DIMS[op]:
+        return None
+    allowed = ", ".join(map(str, _HEAD_DIMS[op][:-1]))
+    return f"head_dim must be {allowed} or {_HEAD_DIMS[op][-1]}, got {head_dim}"
+
+
+class Counters:
+    """Counters in device memory that are 0 between launches.
+
+    The blocks of a launch count themselves, the last one does the rest and sets the counter back.
+    So no launch clears anything, but launches that may run at the same time must not share
+    counters. Each stream has its own, for ever; and so has each captured graph, since it may be
+    replayed on any stream. All come out of one allocation, cleared before the first use.
+    """
+
+    SIZE = 512  # counters of one stream or graph; a launch that is split has few blocks of heads
+    NUM_SLICES = 512  # 1 MiB per device
+
+    def __init__(self) -> None:
+        self._pools: dict[torch.device, list[torch.Tensor]] = {}
+        self._slices: dict[tuple, torch.Tensor] = {}
+        self._next: dict[torch.device, itertools.count] = {}
+
+    def get(self, device: torch.device, stream: int, count: int) -> torch.Tensor:
+        """``count`` counters or more, for launches on ``stream`` and, in a capture, its graph."""
+        capture = _ext.extension().capture_id(stream)  # 0: none
+        found = self._slices.get((device, stream, capture))
+        if found is not None and count <= self.SIZE:
+            return found
+        if count <= self.SIZE and (device in self._pools or not capture):
+            number = next(self._numbers(device))
+            if number < self.NUM_SLICES:
+                found = self._pools[device][number]
+                return self._slices.setdefault((device, stream, capture), found)
+        # Cleared by a launch of its own each time, in a graph at each replay.
+        return torch.zeros(count, dtype=torch.int32, device=device)
+
+    def _numbers(self, device: torch.device) -> itertools.count:
+        if device not in self._pools:
+            pool = torch.zeros((self.NUM_SLICES, self.SIZE), dtype=torch.int32, device=device)
+            if device.type == "cuda":  # other streams use it too
+                torch.cuda.current_stream(device).synchronize()
+            self._next.setdefault(device, itertools.count())
+            self._pools.setdefault(device, list(pool))
+        return self._next[device]
+
+
+counters = Counters()
+
+
+def num_splits(batch_size: int, num_head_blocks: int, max_seqlen_k: int, num_sms: int) -> int:
+    """Runs that a sequence is cut into, from shapes alone: a captured graph stays valid.
+
+    Two blocks per multiprocessor keep enough bytes on their way. Past that a run is 2048 keys long,
+    so that one long sequence among short ones is spread too. A run has 64 keys or more, a chunk for
+    each warp.
+    """
+    blocks = batch_size * num_head_blocks
+    fill = 2 * num_sms // blocks
+    spread = min(-(-max_seqlen_k // 2048), 16 * num_sms // blocks)
+    return max(min(max(fill, spread), -(-max_seqlen_k // 64), 128), 1)
+
+
+def _paged_decode_attention_refuses(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,  # noqa: ARG001
+    cache_seqlens: torch.Tensor,  # noqa: ARG001
+    softmax_scale: float,  # noqa: ARG001
+    max_seqlen_k: int,  # noqa: ARG001
+    out: torch.Tensor,
+) -> str | None:
+    return (
+        check_dtype(q)
+        or _check_head_dim("paged_decode_attention", q.shape[2])
+        or check_alignment(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
+    )
+
+
+def _paged_decode_attention_cuda(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    max_seqlen_k: int,
+    out: torch.Tensor,
+) -> None:
+    batch_size, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    head_blocks = num_kv_heads * -(-group // 16)
+    splits = num_splits(batch_size, head_blocks, max_seqlen_k, device_of(q).num_sms)
+    stream = _ext.stream_of(q)
+    partial_out = partial_lse = counts = None
+    if splits > 1:
+        rows = batch_size * head_blocks * splits * 16
+        partial_out = torch.empty(rows * head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+        counts = counters.get(q.device, stream, batch_size * head_blocks)
+    scratch = (0 if x is None else x.data_ptr() for x in (partial_out, partial_lse, counts))
+    _ext.extension().paged_decode_attention(
+        _ext.DTYPES[q.dtype], head_dim, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        block_table.data_ptr(), cache_seqlens.data_ptr(), out.data_ptr(), *scratch,
+        q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        block_table.stride(0), out.stride(0), out.stride(1),
+        batch_size, num_kv_heads, group, page_size, max_seqlen_k, splits,
+        softmax_scale * _LOG2_E, overlaps(q), stream,
+    )  # fmt: skip
+
+
+register("paged_decode_attention", _paged_decode_attention_cuda, _paged_decode_attention_refuses)

@@ -1,0 +1,67 @@
+"""The CUDA extension of `csrc`, if it is built: loaded once, and why not told."""
+
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+try:
+    from keye_kernels import _C
+
+    _error = ""
+except ImportError as error:
+    _C, _error = None, str(error)
+
+# Codes of csrc/include/keye/types.cuh.
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+
+def extension() -> ModuleType:
+    """The extension; for kernels that `why_not` has no objection to."""
+    return _C
+
+
+def architectures() -> tuple[str, ...]:
+    """What the extension holds code for, as ("80", "90a"); empty if there is none."""
+    return tuple(_C.architectures.split()) if _C is not None else ()
+
+
+def why_not() -> str | None:
+    """Why there is no extension; None if there is one."""
+    if _C is not None:
+        return None
+    library = any(Path(__file__).parent.glob("_C.*.so"))
+    if library:
+        return f"the CUDA extension cannot be loaded: {_error}"
+    record = Path(__file__).with_name("_not_built.txt")
+    reason = record.read_text().strip() if record.is_file() else "no build was tried"
+    return f"the CUDA extension is not built: {reason}"
+
+
+def why_not_on(capability: tuple[int, int]) -> str | None:
+    """Why a GPU of this compute capability cannot run the extension; None if it can.
+
+    Code for 8.0 runs on all of 8.x, that for 9.0a on 9.0 alone.
+    """
+    reason = why_not()
+    if reason is not None:
+        return reason
+    major, minor = capability
+    for name in architectures():
+        exact, digits = name.endswith("a"), name.rstrip("a")
+        if int(digits[:-1]) == major and (
+            int(digits[-1]) == minor if exact else int(digits[-1]) <= minor
+        ):
+            return None
+    held = ", ".join(f"sm_{name}" for name in architectures())
+    return f"the CUDA extension holds code for {held}, not for sm_{major}{minor}"
+
+
+def describe() -> str:
+    """One line for `keye info`."""
+    return why_not() or "built for " + ", ".join(f"sm_{name}" for name in architectures())
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """Address of the current stream of the device of ``tensor``."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

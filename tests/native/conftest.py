@@ -1,0 +1,157 @@
+"""The CUDA kernels of csrc, compiled by g++ and run on CPU tensors, without nvcc or a GPU.
+
+`shim/` stands in for CUDA's headers and for two of csrc's own, `launch.cuh` and `intrinsics.cuh`;
+everything else, bindings.cpp included, is compiled as it is. The result is the extension module
+`_C`, so a test calls the public op and walks the whole way: checks, registration, launch arguments,
+binding, kernel.
+
+How to test a kernel:
+
+1. `pytestmark = pytest.mark.usefixtures("native")` at the top of `tests/native/test_<op>.py`. The
+   fixture puts the module in the place of `keye_kernels._C` and lets backend "cuda" serve CPU
+   tensors, by name; `native` as an argument has more to offer.
+2. Call the op as a user does and compare with its reference (`tests/compare.py`). What must not be
+   read is NaN, or a page that no cache has. Shared memory starts as NaN by itself. A product of a
+   warp costs about 2 µs: keep a case below 10,000 of them.
+3. `for run in native.schedules(): with run: ...` repeats a computation with threads and blocks in
+   order, backwards and shuffled, and with asynchronous copies at their earliest and latest.
+4. Name the case in `CASES` of `tests/native/test_barriers.py` too. That test switches off each
+   `__syncthreads`, `__syncwarp` and `wait_for_copies` the kernel passes, one at a time, and wants
+   to see a wrong result: a barrier that nothing needs, or that no test would miss, fails.
+5. `test_sanitizer.py` runs the same tests under AddressSanitizer: no access outside of a tensor.
+
+Kernels use `dynamic_shared()` for shared memory, never `__shared__` variables, and intrinsics only
+through `intrinsics.cuh`; a new one is a function there and its twin in `shim/keye/`.
+"""
+
+import ctypes
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from keye_kernels import _backends, _ext
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = Path(__file__).parent / "shim"
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # of `#pragma unroll`
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+
+
+def _hash(paths: list[Path], flags: list[str]) -> str:
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in paths:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(cache: Path, *, sanitize: bool = False) -> Path:
+    """Compile and link what changed; returns the module's file."""
+    compiler, pybind11 = shutil.which("g++"), pytest.importorskip("pybind11")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    headers = [*SHIM.rglob("*.*h"), *(ROOT / "csrc" / "include").rglob("*.*h")]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+
+    def compile_one(source: Path) -> Path:
+        flags = [*FLAGS, f"-I{SHIM}", f"-I{ROOT}/csrc/include"]
+        if source.suffix == ".cu":
+            flags += SANITIZE if sanitize else []
+        else:
+            flags += [f"-isystem{sysconfig.get_path('include')}", '-DKEYE_ARCHITECTURES=""']
+            flags += [f"-isystem{pybind11.get_include()}"]
+        out = cache / f"{source.stem}-{_hash([source, *sorted(headers)], flags)}.o"
+        if not out.exists():
+            partial = out.with_suffix(f".{os.getpid()}")
+            command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{source.name} does not compile:\n{done.stderr}")
+            partial.rename(out)
+        return out
+
+    cache.mkdir(parents=True, exist_ok=True)
+    sources = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings.cpp"]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    folder = cache / _hash(objects, SANITIZE if sanitize else [])
+    module = folder / f"_C{suffix}"
+    if not module.exists():
+        folder.mkdir(exist_ok=True)
+        partial = folder / f"{os.getpid()}.so"
+        flags = SANITIZE if sanitize else []
+        command = [compiler, "-shared", *flags, *map(str, objects), "-o", str(partial)]
+        subprocess.run(command, check=True)
+        partial.rename(module)
+    return module
+
+
+class Native:
+    """The module, and how its kernels run."""
+
+    def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("_C", path)
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._library = ctypes.CDLL(str(path))
+        self._library.shim_places.restype = ctypes.c_char_p
+
+    @contextmanager
+    def schedule(
+        self, order: int = 0, *, early_copies: bool = False, without: str = ""
+    ) -> Iterator[None]:
+        """Threads and blocks in order (0), backwards (1) or shuffled by this seed (others).
+
+        without: A place of `places`, whose barrier or wait is left out.
+        """
+        self._library.shim_configure(order, int(early_copies), without.encode())
+        try:
+            yield
+        finally:
+            self._library.shim_configure(0, 0, b"")
+
+    def schedules(self, without: str = "") -> Iterator:
+        for order in (0, 1, 2, 3):
+            for early_copies in (False, True):
+                yield self.schedule(order, early_copies=early_copies, without=without)
+
+    def places(self) -> set[str]:
+        """Barriers and waits that kernels passed so far, as "file:line"."""
+        return set(self._library.shim_places().decode().split())
+
+
+@pytest.fixture(scope="session")
+def native_module(pytestconfig: pytest.Config) -> Native:
+    cache = (
+        pytestconfig.cache.mkdir("native")
+        if pytestconfig.pluginmanager.hasplugin("cacheprovider")
+        else Path(os.environ["KEYE_NATIVE_CACHE"])
+    )
+    sanitize = os.environ.get("KEYE_NATIVE_SANITIZE") == "1"
+    return Native(build(Path(cache), sanitize=sanitize))
+
+
+@pytest.fixture
+def native(native_module: Native, monkeypatch: pytest.MonkeyPatch) -> Iterator[Native]:
+    """Backend "cuda" serves CPU tensors with the kernels compiled by g++."""
+    monkeypatch.setattr(_ext, "_C", native_module.module)
+    registry = {op: dict(served) for op, served in _backends._registry.items()}
+    for served in registry.values():
+        if "cuda" in served:
+            served["cuda"] = dataclasses.replace(
+                served["cuda"], device_types=("cpu",), why_not=lambda: None
+            )
+    monkeypatch.setattr(_backends, "_registry", registry)
+    monkeypatch.setattr(_backends, "_chosen", {})
+    with _backends.use_backend("cuda"):
+        yield native_module
