@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ MIN_FRAME_SIMILARITY = 0.9
 FAST_TOKEN_RATIO = 0.3
 _COMPARE_MAX_PIXELS = 256 * TOKEN_PIXELS
 _SAME_PATCH = 0.7  # cosine above which two patches count as alike
-_CACHED_PATCHES = 42  # converted at a time, so that all temporaries stay in the cache
+_CACHED_PATCHES = 63  # converted at a time, so that all temporaries stay in the cache
 _BLACK = 0.01  # norm below which a patch is black
 
 
@@ -58,7 +58,9 @@ def classify_frames(
     """
     fast: list[bool] = []
     reference = None
-    for look in _looks_ahead(frames):
+    # Two threads for two cores, one of them for NumPy: the many short calls of two would contend
+    # for Python's lock, which resizing leaves for one long call.
+    for look in _ahead(look_at, _ahead(_shrink, frames)):
         alike = reference is not None and not frame_similarity(reference, look) < min_similarity
         fast.append(alike)
         if not alike:
@@ -109,24 +111,35 @@ def rgb_to_hsv(rgb: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
     """OpenCV's 8-bit RGB to HSV: [3, ...] uint8 → the same shape in fp32, whole numbers.
 
     OpenCV multiplies by tabled 12-bit fixed-point reciprocals and rounds by adding half. Every
-    number involved is an integer below 2^24, which fp32 holds exactly.
+    number involved is a multiple of 2^-12 that fp32 holds exactly.
     """
     out = np.empty(rgb.shape, dtype=np.float32) if out is None else out
-    red8, green8, blue8 = rgb
-    value8 = np.maximum(np.maximum(red8, green8), blue8)
-    span8 = value8 - np.minimum(np.minimum(red8, green8), blue8)
-    red, green, blue = rgb.astype(np.int16)
-    span = span8.astype(np.int16)
-    # Way round the hue circle from red, in units of span / 60 degrees. The largest channel chooses
-    # among three, red before green before blue; bit masks, as np.where is many times slower.
-    turn = red - green + 4 * span
-    for largest, other in ((green8, blue - red + 2 * span), (red8, green - blue)):
-        turn ^= (turn ^ other) & -(value8 == largest).astype(np.int16)
+    red, green, blue = rgb
+    high, low = np.maximum(green, blue), np.minimum(green, blue)
+    value, inner = np.maximum(red, high), np.minimum(red, high)
+    span = value - np.minimum(inner, low)
+    # Way round the hue circle from red, in units of span / 60 degrees: on or back from 0, 2 or 4
+    # spans, as red, else green, else blue is largest, by the difference of the other two. Masks of
+    # 8 bits, as np.where is many times slower.
+    bluish, not_red = -(green < blue).view(np.uint8), -(red < high).view(np.uint8)
+    swap = (inner ^ low) & (bluish ^ not_red)
+    inner ^= swap
+    low ^= swap
+    turn = (span & not_red).astype(np.int16)
+    turn += span & not_red & bluish
+    turn *= 2
+    turn += inner
+    turn -= low
 
-    hue = _fixed_point_quotient(turn, span8, 30, out=out[0])
-    hue += (hue < 0) * np.float32(180)
-    _fixed_point_quotient(span8, value8, 255, out=out[1])
-    out[2] = value8
+    hue, saturation, _ = out
+    _fixed_point_quotient(turn, span, 30, out=hue)
+    hue += 180.5
+    above = hue.astype(np.uint16)  # 180 too much; hence positive, where cutting off is floor
+    hue[...] = np.minimum(above, above - 180, out=above)  # differences below 0 wrap to 65386 on
+    _fixed_point_quotient(span, value, 255, out=saturation)
+    saturation += 0.5
+    np.floor(saturation, out=saturation)
+    out[2] = value
     return out
 
 
@@ -196,15 +209,12 @@ def _slow_tokens(
     return low
 
 
-def _looks_ahead(frames: Iterable[torch.Tensor]) -> Iterator[FrameLook]:
-    """Looks of frames at 48 to 256 tokens; the next two are made while the caller has this one.
-
-    Resizing and NumPy leave Python's lock, so two threads fill two cores.
-    """
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        coming: deque[Future[FrameLook]] = deque()
-        for frame in frames:
-            coming.append(pool.submit(lambda frame: look_at(_shrink(frame)), frame))
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Results in order; a thread makes the next two while the caller has this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming: deque[Future[Any]] = deque()
+        for item in items:
+            coming.append(pool.submit(function, item))
             if len(coming) > 2:
                 yield coming.popleft().result()
         while coming:
@@ -220,13 +230,13 @@ def _fixed_point_quotient(
     number: np.ndarray, divisor: np.ndarray, scale: int, *, out: np.ndarray
 ) -> np.ndarray:
     """``number * scale / divisor``, the reciprocal rounded to 12 binary places; 0 for 0 / 0."""
-    out[...] = np.maximum(divisor, 1)
-    np.divide(np.float32(scale * 4096), out, out=out)
-    np.rint(out, out=out)
+    out[...] = divisor
+    out += np.float32(1e-30)  # only 0 changes by this
+    np.divide(np.float32(scale), out, out=out)
+    out += 3072  # from 2048 to 4096 fp32 has 12 binary places
+    out -= 3072
     out *= number.astype(np.float32)
-    out += 2048
-    out *= 1 / 4096
-    return np.floor(out, out=out)
+    return out
 
 
 def _patch_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
