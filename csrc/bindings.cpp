@@ -7,6 +7,7 @@
 
 #include "keye/capture.h"
 #include "keye/paged_decode_attention.h"
+#include "keye/qk_norm_mrope_store.h"
 
 namespace {
 
@@ -44,6 +45,45 @@ void paged_decode_attention(int dtype, int head_dim, Address q, Address k_cache,
     keye::paged_decode_attention(dtype, head_dim, params, overlap, pointer<void>(stream));
 }
 
+void qk_norm_mrope_store(int dtype, int head_dim, Address qkv, Address q_weight, Address k_weight,
+                         Address positions, Address frequencies, Address k_cache, Address v_cache,
+                         Address slots, Address out, int64_t stride_qkv, int64_t stride_axis,
+                         int64_t stride_k_page, int64_t stride_k_row, int64_t stride_k_head,
+                         int64_t stride_v_page, int64_t stride_v_row, int64_t stride_v_head,
+                         int64_t stride_out, int64_t stride_out_head, int num_tokens, int num_heads,
+                         int num_kv_heads, int page_size, int section_t, int section_h, float eps,
+                         int num_sms, bool overlap, Address stream) {
+    const keye::QkNormMropeStoreParams params{
+        pointer<const void>(qkv),
+        pointer<const void>(q_weight),
+        pointer<const void>(k_weight),
+        pointer<const int64_t>(positions),
+        pointer<const float>(frequencies),
+        pointer<void>(k_cache),
+        pointer<void>(v_cache),
+        pointer<const int64_t>(slots),
+        pointer<void>(out),
+        stride_qkv,
+        stride_axis,
+        stride_k_page,
+        stride_k_row,
+        stride_k_head,
+        stride_v_page,
+        stride_v_row,
+        stride_v_head,
+        stride_out,
+        stride_out_head,
+        num_tokens,
+        num_heads,
+        num_kv_heads,
+        page_size,
+        section_t,
+        section_h,
+        0,
+        eps};
+    keye::qk_norm_mrope_store(dtype, head_dim, params, num_sms, overlap, pointer<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -51,4 +91,5 @@ PYBIND11_MODULE(_C, module) {
     module.attr("architectures") = KEYE_ARCHITECTURES;
     module.def("capture_id", [](Address stream) { return keye::capture_id(pointer<void>(stream)); });
     module.def("paged_decode_attention", &paged_decode_attention);
+    module.def("qk_norm_mrope_store", &qk_norm_mrope_store);
 }

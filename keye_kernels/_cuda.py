@@ -7,6 +7,7 @@ import torch
 
 from keye_kernels import _backends, _ext
 from keye_kernels._device import device_of
+from keye_kernels.rope import frequencies
 
 # Up to so many rows (sequences, tokens) "auto" will prefer these kernels; None: always.
 # Provisional: guesses that no measurement stands behind yet. Nothing follows from them as long as
@@ -180,3 +181,56 @@ def _paged_decode_attention_cuda(
 
 
 register("paged_decode_attention", _paged_decode_attention_cuda, _paged_decode_attention_refuses)
+
+
+def _qk_norm_mrope_store_refuses(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,  # noqa: ARG001
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,  # noqa: ARG001
+    num_heads: int,  # noqa: ARG001
+    num_kv_heads: int,  # noqa: ARG001
+    mrope_section: list[int],  # noqa: ARG001
+    theta: float,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    out: torch.Tensor,
+) -> str | None:
+    tensors = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "out": out}
+    return (
+        check_dtype(qkv)
+        or _check_head_dim("qk_norm_mrope_store", q_weight.shape[0])
+        or check_alignment(**tensors, k_cache=k_cache, v_cache=v_cache)
+    )
+
+
+def _qk_norm_mrope_store_cuda(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    mrope_section: list[int],
+    theta: float,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    head_dim = q_weight.shape[0]
+    _ext.extension().qk_norm_mrope_store(
+        _ext.DTYPES[qkv.dtype], head_dim, qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(),
+        positions.data_ptr(), frequencies(head_dim, theta, 1, qkv.device).data_ptr(),
+        k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping.data_ptr(), out.data_ptr(),
+        qkv.stride(0), positions.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        out.stride(0), out.stride(1), qkv.shape[0], num_heads, num_kv_heads, k_cache.shape[1],
+        mrope_section[0], mrope_section[1], eps, device_of(qkv).num_sms, overlaps(qkv),
+        _ext.stream_of(qkv),
+    )  # fmt: skip
+
+
+register("qk_norm_mrope_store", _qk_norm_mrope_store_cuda, _qk_norm_mrope_store_refuses)

@@ -29,10 +29,11 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,19 @@ FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # of `#pragma 
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
-def _hash(paths: list[Path], flags: list[str]) -> str:
+def _included(source: Path, found: dict[str, Path]) -> dict[str, Path]:
+    """Our own headers that ``source`` includes, directly or not, by the name it does so with."""
+    for name in re.findall(r'#include ["<]([^">]+)[">]', source.read_text()):
+        for folder in (SHIM, ROOT / "csrc" / "include"):
+            if name not in found and (folder / name).is_file():
+                found[name] = folder / name
+                _included(folder / name, found)
+    return found
+
+
+def _hash(paths: Iterable[Path], flags: list[str]) -> str:
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in paths:
+    for path in sorted(paths):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -60,7 +71,6 @@ def build(cache: Path, *, sanitize: bool = False) -> Path:
     compiler, pybind11 = shutil.which("g++"), pytest.importorskip("pybind11")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    headers = [*SHIM.rglob("*.*h"), *(ROOT / "csrc" / "include").rglob("*.*h")]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
 
     def compile_one(source: Path) -> Path:
@@ -70,7 +80,7 @@ def build(cache: Path, *, sanitize: bool = False) -> Path:
         else:
             flags += [f"-isystem{sysconfig.get_path('include')}", '-DKEYE_ARCHITECTURES=""']
             flags += [f"-isystem{pybind11.get_include()}"]
-        out = cache / f"{source.stem}-{_hash([source, *sorted(headers)], flags)}.o"
+        out = cache / f"{source.stem}-{_hash([source, *_included(source, {}).values()], flags)}.o"
         if not out.exists():
             partial = out.with_suffix(f".{os.getpid()}")
             command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
