@@ -74,6 +74,13 @@ def _umulhi_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _fma_kernel(x_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    tl.store(out_ptr + offs, tl.fma(x, x, tl.load(z_ptr + offs)))
+
+
+@triton.jit
 def _scalar_condition_kernel(x_ptr, limit_ptr, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     mask = (offs > 0) & (tl.load(limit_ptr) < 1)
@@ -204,6 +211,15 @@ def test_high_words_of_signed_operands():
     pairs = zip(x.tolist(), y.tolist(), strict=True)
     expected = [(a % 2**32 * (b % 2**32)) >> 32 for a, b in pairs]
     assert [value % 2**32 for value in out.tolist()] == expected
+
+
+def test_fma_rounds_once():
+    x = 1 + torch.arange(256, dtype=torch.float32) * 2**-23
+    out = torch.empty_like(x)
+    _fma_kernel[(1,)](x, -x * x, out, BLOCK=256)
+    exact = x.double() * x.double() - (x * x).double()
+    assert torch.equal(out, exact.float())
+    assert out.any()
 
 
 def test_range_over_a_tensor():

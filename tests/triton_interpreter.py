@@ -165,6 +165,19 @@ def _repair_umulhi() -> None:
     InterpreterBuilder.create_umulhi = create_umulhi
 
 
+def _repair_fma() -> None:
+    """Before 3.9 the product was rounded before the sum. In fp64 it is exact."""
+    original = InterpreterBuilder.create_fma
+
+    def create_fma(self, x, y, z):
+        if z.data.dtype != np.float32:
+            return original(self, x, y, z)
+        total = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
 @dataclass
 class Traffic:
     """Bytes that kernels asked for. Caches are not modelled: what is read twice counts twice."""
@@ -296,6 +309,7 @@ def traffic() -> Iterator[Traffic]:
 
 def install() -> None:
     """Repair the interpreter. Once per process, before the first kernel runs."""
+    _repair_fma()
     for name in ("binary_op", "unary_op", "create_rsqrt", "create_erf", "create_fma"):
         _on_values(name)
     _repair_select()
