@@ -1,0 +1,314 @@
+"""What is replaced in which family: one table each.
+
+A row names a class of the family's modeling module. Where releases differ, the row says how; what
+stays the library's is listed too, with the reason, so that a report can name it.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+from keye_kernels.integrations import _layers, _rotary, _vision
+from keye_kernels.integrations._layers import Forward
+
+Maker = Callable[[ModuleType, Forward], Forward]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One class whose forward is replaced.
+
+    Attributes:
+        classes: Its name, then its names in other releases.
+        ops: Ops of ours that the new forward calls; all must be asked for.
+        make: Makes the new forward of the modeling module and of the forward that is there.
+        refuse: What is wrong with the configuration of a module, or None.
+        missing: Why a release cannot have this replacement, or None; given the class.
+        note: What a user should know of it.
+    """
+
+    classes: tuple[str, ...]
+    ops: tuple[str, ...]
+    make: Maker
+    refuse: Callable[[nn.Module], str | None] = lambda _: None
+    missing: Callable[[type], str | None] = lambda _: None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family of transformers.
+
+    Attributes:
+        modeling: Its module below `transformers.models`.
+        since: First major version of transformers that has it.
+        replacements: In no order; each is independent of the others.
+        functions: Module functions that get a second way in, for positions instead of cosines:
+            name to the op that asks for it.
+        decoder: Class whose attention goes through transformers' AttentionInterface, and the class
+            of the model around it.
+        left: What stays as it is: class name to reason.
+    """
+
+    modeling: str
+    since: int
+    replacements: tuple[Replacement, ...]
+    functions: dict[str, str]
+    decoder: str | None
+    left: dict[str, str]
+
+
+def _refuse_swiglu(module: nn.Module) -> str | None:
+    if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
+        return f"act_fn must be SiLU, got {type(module.act_fn).__name__}"
+    for name in ("gate_proj", "up_proj"):
+        if type(getattr(module, name)) is not nn.Linear:
+            kind = type(getattr(module, name)).__name__
+            return f"{name} must be torch.nn.Linear (no adapter, not quantised), got {kind}"
+    return None
+
+
+def _refuse_gelu(activation: str) -> Callable[[nn.Module], str | None]:
+    """``activation``: path from the module to its activation."""
+
+    def refuse(module: nn.Module) -> str | None:
+        found = module.get_submodule(activation)
+        if _layers.approximation(found) is None:
+            return f"{activation} must be GELU, exact or by tanh, got {type(found).__name__}"
+        return None
+
+    return refuse
+
+
+def _refuse_attention(module: nn.Module) -> str | None:
+    if module.head_dim % 8 or module.head_dim > 256:
+        return f"head_dim must be a multiple of 8 up to 256, got {module.head_dim}"
+    return None
+
+
+def _refuse_vision_rotary(module: nn.Module) -> str | None:
+    theta = _rotary.rope_theta(module.config)
+    return None if theta == 10000 else f"rope_theta must be 10000, got {theta}"
+
+
+def _refuse_decoder_rotary(module: nn.Module) -> str | None:
+    # transformers 4 names the kind of Qwen2.5-VL "default" or "mrope", which are the same.
+    if module.rope_type not in ("default", "mrope"):
+        return f"rope_type must be 'default', got {module.rope_type!r}"
+    section, half = _rotary.mrope_section(module), module.inv_freq.shape[0]
+    if sum(section) != half:
+        return f"mrope_section must add up to head_dim / 2 = {half}, got {list(section)}"
+    return None
+
+
+def _cosines_only(cls: type) -> str | None:
+    if "position_ids" in inspect.signature(cls.forward).parameters:
+        return None
+    return "the towers of this release hand down cosines, our op takes positions"
+
+
+def _aligned_corners(cls: type) -> str | None:
+    # Releases up to 5.20 sampled the table so, which Keye never did.
+    if "interpolation_align_corners = True" in inspect.getsource(cls.__init__):
+        return "this release samples the position table with aligned corners, our op does not"
+    return None
+
+
+def _plain(forward: Forward) -> Maker:
+    return lambda *_: forward
+
+
+def _rms_norm(*classes: str) -> Replacement:
+    return Replacement(classes, ("rms_norm",), _plain(_layers.rms_norm_forward))
+
+
+def _swiglu(*classes: str) -> Replacement:
+    return Replacement(classes, ("silu_mul",), _plain(_layers.swiglu_forward), _refuse_swiglu)
+
+
+def _gelu(name: str, *parts: str) -> Replacement:
+    make = _plain(_layers.gelu_mlp(*parts))
+    return Replacement((name,), ("gelu",), make, _refuse_gelu(parts[1]))
+
+
+def _layer(name: str, op: str, *parts: str, returns_tuple: bool = False) -> Replacement:
+    make = _plain(_layers.layer(*parts, returns_tuple=returns_tuple))
+    return Replacement((name,), (op,), make, note="the first sum goes into the second norm")
+
+
+def _decoder_layer(name: str, *, returns_tuple: bool = False) -> Replacement:
+    parts = ("input_layernorm", "self_attn", "post_attention_layernorm")
+    return _layer(name, "rms_norm", *parts, returns_tuple=returns_tuple)
+
+
+def _decoder_rotary(name: str, *, interleaved: bool = False) -> Replacement:
+    make = _plain(_rotary.decoder_rotary(interleaved=interleaved))
+    return Replacement((name,), ("mrope_",), make, _refuse_decoder_rotary)
+
+
+def _vision_rotary(*classes: str) -> Replacement:
+    make = _plain(_rotary.vision_rotary_forward)
+    return Replacement(classes, ("rope_2d_",), make, _refuse_vision_rotary, _cosines_only)
+
+
+def _attention(name: str, of: Callable[[ModuleType], Forward]) -> Replacement:
+    def make(modeling: ModuleType, _: Forward) -> Forward:
+        return of(modeling)
+
+    return Replacement((name,), ("varlen_attention",), make, _refuse_attention)
+
+
+def _lengths(name: str, wrap: Callable[[Forward], Forward]) -> Replacement:
+    def make(_: ModuleType, original: Forward) -> Forward:
+        return wrap(original)
+
+    return Replacement((name,), ("varlen_attention",), make, note="lengths once, not per layer")
+
+
+_ONCE = "once per call, in torch.nn.LayerNorm"
+_PAIRS = "a patch is a pair of frames there, our op takes one"
+
+
+def families(major: int) -> dict[str, Family]:
+    """The tables for a major version of transformers."""
+    return {
+        "paddleocr_vl": Family(
+            "paddleocr_vl.modeling_paddleocr_vl",
+            5,
+            (
+                Replacement(
+                    ("PaddleOCRVisionEmbeddings",),
+                    ("patch_embed",),
+                    _plain(_vision.paddle_embeddings_forward),
+                    missing=_aligned_corners,
+                ),
+                _vision_rotary("PaddleOCRVisionRotaryEmbedding"),
+                _attention(
+                    "PaddleOCRVisionAttention",
+                    _vision.paddle_attention,
+                ),
+                _lengths("PaddleOCRVisionEncoder", _vision.paddle_encoder),
+                _layer(
+                    "PaddleOCRVisionEncoderLayer",
+                    "layer_norm",
+                    "layer_norm1",
+                    "self_attn",
+                    "layer_norm2",
+                ),
+                _gelu("PaddleOCRVisionMLP", "fc1", "activation_fn", "fc2"),
+                Replacement(
+                    ("PaddleOCRProjector",),
+                    ("merge_patches", "gelu"),
+                    _plain(_vision.paddle_projector_forward),
+                    _refuse_gelu("act"),
+                ),
+                _rms_norm("PaddleOCRRMSNorm"),
+                _decoder_layer("PaddleOCRDecoderLayer"),
+                _decoder_rotary("PaddleOCRRotaryEmbedding"),
+                _swiglu("PaddleOCRMLP"),
+            ),
+            {"apply_rotary_pos_emb": "mrope_", "apply_rotary_pos_emb_vision": "rope_2d_"},
+            "PaddleOCRAttention",
+            {"PaddleOCRVisionTransformer": f"post_layernorm: {_ONCE}"},
+        ),
+        "qwen2_5_vl": Family(
+            "qwen2_5_vl.modeling_qwen2_5_vl",
+            4,
+            (
+                _vision_rotary("Qwen2_5_VLVisionRotaryEmbedding", "Qwen2_5_VisionRotaryEmbedding"),
+                _attention(
+                    "Qwen2_5_VLVisionAttention",
+                    _vision.qwen_attention,
+                ),
+                _lengths(
+                    "Qwen2_5_VisionTransformerPretrainedModel",
+                    # In 4.57 all layers would get what is said of windows.
+                    _vision.qwen_tower(windows=major >= 5),
+                ),
+                _layer("Qwen2_5_VLVisionBlock", "rms_norm", "norm1", "attn", "norm2"),
+                _swiglu("Qwen2_5_VLMLP"),
+                Replacement(
+                    ("Qwen2_5_VLPatchMerger",),
+                    ("gelu",),
+                    _plain(_vision.qwen2_5_merger_forward),
+                    _refuse_gelu("mlp.1"),
+                ),
+                _rms_norm("Qwen2_5_VLRMSNorm", "Qwen2RMSNorm"),
+                _decoder_layer("Qwen2_5_VLDecoderLayer", returns_tuple=major == 4),
+                _decoder_rotary("Qwen2_5_VLRotaryEmbedding"),
+                _swiglu("Qwen2MLP"),
+            ),
+            {
+                "apply_rotary_pos_emb": "mrope_",
+                "apply_multimodal_rotary_pos_emb": "mrope_",
+                "apply_rotary_pos_emb_vision": "rope_2d_",
+            },
+            "Qwen2_5_VLAttention",
+            {"Qwen2_5_VisionPatchEmbed": _PAIRS},
+        ),
+        "qwen3_vl": Family(
+            "qwen3_vl.modeling_qwen3_vl",
+            4,
+            (
+                _vision_rotary("Qwen3VLVisionRotaryEmbedding"),
+                _attention("Qwen3VLVisionAttention", _vision.qwen_attention),
+                _lengths("Qwen3VLVisionModel", _vision.qwen_tower(windows=False)),
+                _layer("Qwen3VLVisionBlock", "layer_norm", "norm1", "attn", "norm2"),
+                _gelu("Qwen3VLVisionMLP", "linear_fc1", "act_fn", "linear_fc2"),
+                Replacement(
+                    ("Qwen3VLVisionPatchMerger",),
+                    ("layer_norm", "gelu"),
+                    _plain(_vision.qwen3_merger_forward),
+                    _refuse_gelu("act_fn"),
+                ),
+                _rms_norm("Qwen3VLTextRMSNorm"),
+                _decoder_layer("Qwen3VLTextDecoderLayer"),
+                _decoder_rotary("Qwen3VLTextRotaryEmbedding", interleaved=True),
+                _swiglu("Qwen3VLTextMLP"),
+            ),
+            {"apply_rotary_pos_emb": "mrope_", "apply_rotary_pos_emb_vision": "rope_2d_"},
+            "Qwen3VLTextAttention",
+            {
+                "Qwen3VLVisionPatchEmbed": _PAIRS,
+                "Qwen3VLVisionModel": "position table: sampled with aligned corners, in another "
+                "order than our op's",
+            },
+        ),
+        "siglip2": Family(
+            "siglip2.modeling_siglip2",
+            4,
+            (
+                _attention("Siglip2Attention", _vision.siglip2_attention),
+                _lengths("Siglip2Encoder", _vision.siglip2_encoder),
+                _layer(
+                    "Siglip2EncoderLayer", "layer_norm", "layer_norm1", "self_attn", "layer_norm2"
+                ),
+                _gelu("Siglip2MLP", "fc1", "activation_fn", "fc2"),
+            ),
+            {},
+            None,
+            {
+                "Siglip2VisionEmbeddings": "position table: sampled with antialiasing, our op has "
+                "none",
+                "Siglip2MultiheadAttentionPoolingHead": "one query per image, in "
+                "torch.nn.MultiheadAttention",
+                "Siglip2VisionModel": f"post_layernorm: {_ONCE}",
+            },
+        ),
+        "qwen3": Family(
+            "qwen3.modeling_qwen3",
+            4,
+            (
+                _rms_norm("Qwen3RMSNorm"),
+                _decoder_layer("Qwen3DecoderLayer"),
+                _decoder_rotary("Qwen3RotaryEmbedding"),
+                _swiglu("Qwen3MLP"),
+            ),
+            {"apply_rotary_pos_emb": "mrope_"},
+            "Qwen3Attention",
+            {},
+        ),
+    }

@@ -1,0 +1,363 @@
+"""Our ops inside models of Hugging Face transformers, with one line.
+
+    from keye_kernels.integrations.transformers import apply, report, revert
+
+    apply(model)            # this model; apply("qwen3_vl") changes the classes of a family
+    print(report(model))    # what was replaced, what was not, and why
+    revert(model)
+
+Modules get another `forward` and keep everything else: weights, names, state_dict, device. Forward
+only: call the model under `torch.inference_mode()` or `torch.no_grad()`.
+"""
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from types import MethodType, ModuleType
+from typing import Any
+
+import transformers
+from torch import nn
+
+from keye_kernels.integrations import _decoder_attention, _rotary
+from keye_kernels.integrations._families import Family, Replacement, families
+
+_MAJOR, _MINOR = (
+    int(part) for part in re.match(r"(\d+)\.(\d+)", transformers.__version__).groups()
+)
+_DECODER_ATTENTION = "varlen_attention"
+_MARK = "_keye_kernels_replaces"  # on a forward of ours: the forward of the class before
+_BEFORE = "_keye_kernels_attn_implementation"  # on a module: its config's, before
+_ROTATE = {"mrope_": _rotary.rotate_decoder, "rope_2d_": _rotary.rotate_vision}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class of a family in a report.
+
+    Attributes:
+        part: Name of the class.
+        ops: Ops of ours that its forward calls, or would call.
+        replaced: Modules that call them; for a family 0 or 1.
+        modules: Modules of that class; for a family 1.
+        note: Why not, or what to know.
+    """
+
+    part: str
+    ops: tuple[str, ...]
+    replaced: int
+    modules: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found; ``str()`` of it is a table."""
+
+    target: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        cells = [("part", "ops", "replaced", "note")]
+        for row in self.rows:
+            ops = ", ".join(row.ops) or "-"
+            cells.append((row.part, ops, f"{row.replaced} of {row.modules}", row.note))
+        widths = [max(len(line[i]) for line in cells) for i in range(3)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]).rstrip()
+            for line in cells
+        ]
+        return "\n".join([f"{self.target} (transformers {transformers.__version__})", *lines])
+
+
+def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = None) -> None:
+    """Let a model, or all models of a family, run on our ops.
+
+    Args:
+        model_or_family: A model or any part of one, which alone is changed; or the name of a
+            family ("paddleocr_vl", "qwen2_5_vl", "qwen3_vl", "siglip2", "qwen3"), whose classes
+            are changed: all its models, those built later too. A model with parts of several
+            families (a SigLIP2 tower before a Qwen3 decoder) gets them all. The attention of a
+            decoder is changed in models only: a family's take
+            ``attn_implementation="keye_kernels"``.
+        ops: Names of the ops to use. None: all that the family has a place for.
+
+    Raises:
+        ValueError: The family or an op is unknown here; or a module is configured in a way our op
+            does not serve, which the message names with the op to leave out.
+        RuntimeError: The release of transformers is not supported; or the model, its family or a
+            part of it is changed already, or carries forwards of somebody else (hooks of
+            accelerate): `revert` first, or apply to the model before them.
+    """
+    _check_release()
+    if isinstance(model_or_family, str):
+        family, modeling = _family(model_or_family)
+        chosen = _chosen([family], ops)
+        if _is_family_changed(family, modeling):
+            raise RuntimeError(f"{model_or_family!r} is changed already; call revert first")
+        _decoder_attention.register()
+        for replacement, cls in _available(family, modeling):
+            if chosen.issuperset(replacement.ops) and _owned(cls, modeling):
+                cls.forward = _checked(replacement, modeling, cls.forward)
+        _install(family, modeling, chosen)
+        return
+
+    found = _families_of(model_or_family)
+    chosen = _chosen([family for family, _ in found], ops)
+    for family, modeling in found:
+        if _is_family_changed(family, modeling):
+            name = modeling.__name__.split(".")[2]
+            raise RuntimeError(f"the family {name!r} of the model is changed already")
+    planned = [
+        (module, replacement, modeling)
+        for family, modeling in found
+        for replacement, cls in _available(family, modeling)
+        if chosen.issuperset(replacement.ops)
+        for module in _of_class(model_or_family, cls)
+    ]
+    decoders = [
+        module
+        for family, modeling in found
+        if family.decoder and _DECODER_ATTENTION in chosen
+        for module in _of_class(model_or_family, getattr(modeling, family.decoder))
+    ]
+    if any(_is_ours(module) for module in model_or_family.modules()):
+        raise RuntimeError("the model, or a part of it, is changed already; call revert first")
+    for module, replacement, _ in planned:  # nothing is changed where something is refused
+        _refuse(module, replacement)
+        if "forward" in vars(module) and not _is_plain(module):
+            raise RuntimeError(
+                f"{type(module).__name__} must have the forward of its class, got one of its own "
+                "(hooks of accelerate, for several devices or offloading); apply before it is added"
+            )
+    for module, replacement, modeling in planned:
+        original = type(module).forward
+        module.forward = MethodType(_marked(replacement, modeling, original), module)
+    for family, modeling in found:
+        _install(family, modeling, chosen)
+    _decoder_attention.register()
+    for module in decoders:
+        vars(module)[_BEFORE] = module.config._attn_implementation
+    for module in decoders:  # which share their config
+        module.config._attn_implementation = _decoder_attention.NAME
+
+
+def revert(model_or_family: nn.Module | str) -> None:
+    """Undo `apply` with the same argument.
+
+    Raises:
+        ValueError: The family is unknown.
+        RuntimeError: There is nothing to undo.
+    """
+    if isinstance(model_or_family, str):
+        family, modeling = _family(model_or_family)
+        if not _is_family_changed(family, modeling):
+            raise RuntimeError(f"{model_or_family!r} is not changed; apply it first")
+        for replacement in family.replacements:
+            cls, _ = _resolve(replacement, modeling)
+            if _is_marked(cls.forward):
+                cls.forward = getattr(cls.forward, _MARK)
+        return
+    changed = [module for module in model_or_family.modules() if _is_ours(module)]
+    if not changed:
+        raise RuntimeError("the model is not changed by itself; apply it first")
+    for module in changed:
+        if _is_marked(vars(module).get("forward")):
+            del module.forward
+        if _BEFORE in vars(module):
+            module.config._attn_implementation = vars(module).pop(_BEFORE)
+
+
+def report(model_or_family: nn.Module | str) -> Report:
+    """Tell, for each class of a model or family, how many modules run on our ops, and why not.
+
+    Raises:
+        ValueError: The family is unknown, or the model has no part of a family served.
+        RuntimeError: The release of transformers is not supported.
+    """
+    _check_release()
+    if isinstance(model_or_family, str):
+        family, modeling = _family(model_or_family)
+        return Report(model_or_family, tuple(_rows(family, modeling, None)))
+    rows = [
+        row
+        for family, modeling in _families_of(model_or_family)
+        for row in _rows(family, modeling, model_or_family)
+    ]
+    return Report(type(model_or_family).__name__, tuple(rows))
+
+
+def _rows(family: Family, modeling: ModuleType, model: nn.Module | None) -> Iterator[Row]:
+    def count(cls: type) -> tuple[int, int]:
+        if model is None:
+            return int(_is_marked(cls.forward)), 1
+        modules = list(_of_class(model, cls))
+        return sum(_is_marked(module.forward) for module in modules), len(modules)
+
+    for replacement in family.replacements:
+        cls, why_not = _resolve(replacement, modeling)
+        if cls is None:
+            continue
+        replaced, modules = count(cls)
+        if not modules:
+            continue
+        note = replacement.note
+        if replaced < modules:
+            note = why_not or "not asked for"
+            if replaced or _is_marked(cls.forward):
+                note = "the others have a forward of their own"
+            elif model is None and not _owned(cls, modeling):
+                note = f"shared with {cls.__module__.split('.')[2]}; apply to a model changes it"
+        yield Row(cls.__name__, replacement.ops, replaced, modules, note)
+    if family.decoder:
+        cls, name = getattr(modeling, family.decoder), _decoder_attention.NAME
+        modules = [] if model is None else list(_of_class(model, cls))
+        replaced = sum(module.config._attn_implementation == name for module in modules)
+        if modules or model is None:
+            note = _decoder_attention.NOTE
+            if not replaced:
+                note = f"attn_implementation={name!r} is not asked for"
+            yield Row(cls.__name__, (_DECODER_ATTENTION,), replaced, len(modules) or 1, note)
+    for part, why_not in family.left.items():
+        cls = getattr(modeling, part, None)
+        modules = 0 if cls is None else count(cls)[1]
+        if modules:
+            yield Row(part, (), 0, modules, why_not)
+
+
+def _check_release() -> None:
+    if not ((_MAJOR, _MINOR) == (4, 57) or (_MAJOR == 5 and _MINOR >= 17)):
+        raise RuntimeError(
+            f"transformers must be 4.57, or 5 from 5.17 on, got {transformers.__version__}"
+        )
+
+
+def _family(name: str) -> tuple[Family, ModuleType]:
+    known = {k: family for k, family in families(_MAJOR).items() if family.since <= _MAJOR}
+    if name not in known:
+        raise ValueError(
+            f"model_or_family must be a model or one of {', '.join(known)} with transformers "
+            f"{transformers.__version__}, got {name!r}"
+        )
+    return known[name], importlib.import_module(f"transformers.models.{known[name].modeling}")
+
+
+def _families_of(model: nn.Module) -> list[tuple[Family, ModuleType]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model_or_family must be a model or a name, got {type(model).__name__}")
+    modules = {type(module).__module__ for module in model.modules()}
+    names = [
+        name
+        for name, family in families(_MAJOR).items()
+        if f"transformers.models.{family.modeling}" in modules
+    ]
+    if not names:
+        raise ValueError(
+            "model_or_family must have parts of one of the families "
+            f"{', '.join(families(_MAJOR))}, got {type(model).__name__}"
+        )
+    return [_family(name) for name in names]
+
+
+def _chosen(found: list[Family], ops: Collection[str] | None) -> set[str]:
+    known = {op for family in found for row in family.replacements for op in row.ops}
+    known |= {_DECODER_ATTENTION for family in found if family.decoder}
+    unknown = set() if ops is None else set(ops) - known
+    if isinstance(ops, str) or unknown:
+        raise ValueError(f"ops must be names out of {', '.join(sorted(known))}, got {ops!r}")
+    return known if ops is None else set(ops)
+
+
+def _resolve(replacement: Replacement, modeling: ModuleType) -> tuple[type | None, str | None]:
+    """The class in this release, and why it cannot be replaced here."""
+    for name in replacement.classes:
+        cls = getattr(modeling, name, None)
+        if cls is not None:
+            return cls, replacement.missing(cls)
+    return None, None
+
+
+def _available(family: Family, modeling: ModuleType) -> Iterator[tuple[Replacement, type]]:
+    for replacement in family.replacements:
+        cls, why_not = _resolve(replacement, modeling)
+        if cls is None:
+            raise RuntimeError(
+                f"transformers must have a class {replacement.classes[0]} in {modeling.__name__}, "
+                f"got none in {transformers.__version__}"
+            )
+        if why_not is None:
+            yield replacement, cls
+
+
+def _owned(cls: type, modeling: ModuleType) -> bool:
+    """Whether a change of the class stays within the family."""
+    return cls.__module__ == modeling.__name__
+
+
+def _of_class(model: nn.Module, cls: type) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if type(module) is cls)
+
+
+def _refuse(module: nn.Module, replacement: Replacement) -> None:
+    why = replacement.refuse(module)
+    if why is not None:
+        raise ValueError(
+            f"{why} in {type(module).__name__}; leave {' or '.join(map(repr, replacement.ops))} "
+            "out of ops"
+        )
+
+
+def _marked(
+    replacement: Replacement, modeling: ModuleType, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    forward = replacement.make(modeling, original)
+    setattr(forward, _MARK, original)
+    return forward
+
+
+def _checked(
+    replacement: Replacement, modeling: ModuleType, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The same for a class, whose modules are met when they are called."""
+    inner = replacement.make(modeling, original)
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _refuse(self, replacement)
+        return inner(self, *args, **kwargs)
+
+    setattr(forward, _MARK, original)
+    return forward
+
+
+def _is_marked(forward: Any) -> bool:
+    return hasattr(getattr(forward, "__func__", forward), _MARK)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether the module itself, not its class, is changed."""
+    return _is_marked(vars(module).get("forward")) or _BEFORE in vars(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    # transformers 4.57 leaves the forward of the class on a module whose outputs it recorded.
+    return getattr(module.forward, "__func__", None) is type(module).forward
+
+
+def _is_family_changed(family: Family, modeling: ModuleType) -> bool:
+    return any(_is_marked(cls.forward) for _, cls in _available(family, modeling))
+
+
+def _install(family: Family, modeling: ModuleType, chosen: set[str]) -> None:
+    """Give the functions that apply a rotation their second way in, once per process.
+
+    Models that hand them cosines never notice, so nobody takes it out again.
+    """
+    for name, op in family.functions.items():
+        function = getattr(modeling, name, None)
+        if function is not None and op in chosen and not hasattr(function, _MARK):
+            rotate = _ROTATE[op](function)
+            setattr(rotate, _MARK, function)
+            setattr(modeling, name, rotate)

@@ -1,0 +1,138 @@
+"""Keye checkpoints through transformers' Auto classes, without `trust_remote_code`.
+
+    from keye_model.integrations.transformers import register
+
+    register()
+    model = AutoModelForImageTextToText.from_pretrained("Kwai-Keye/Keye-VL-8B-Preview")
+    processor = AutoProcessor.from_pretrained("Kwai-Keye/Keye-VL-8B-Preview")
+
+The model is a `keye_model.KeyeForConditionalGeneration` and the processor a
+`keye_model.KeyeProcessor`, with what these can do. A checkpoint's own code is never run.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+)
+
+import keye_model
+from keye_model import KeyeForConditionalGeneration
+from keye_model.hub import CONFIG_FILES, WEIGHT_FILES, locate
+
+# What the Auto classes hand on that says nothing about a checkpoint whose code is never run.
+_NOT_OURS = (
+    "_from_auto",
+    "_commit_hash",
+    "adapter_kwargs",
+    "code_revision",
+    "config",
+    "name_or_path",
+)
+_ROPE = "rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters"
+_DOWNLOAD = ("cache_dir", "force_download", "revision", "token")
+
+
+def _directory(path_or_id: str | os.PathLike, options: dict[str, Any], *, weights: bool) -> Path:
+    """The checkpoint's directory; takes the options out that only matter to find it."""
+    for name in _NOT_OURS:
+        options.pop(name, None)
+    download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
+    given = {name: value for name, value in download.items() if value}
+    local = options.get("local_files_only", False)
+    if not given or os.path.isdir(path_or_id):
+        return locate(path_or_id, weights=weights, local_files_only=local)
+    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
+    return Path(
+        snapshot_download(path_or_id, allow_patterns=patterns, local_files_only=local, **given)
+    )
+
+
+class _AutoConfig(PretrainedConfig):
+    """`config.json` for who looks at it through transformers; the model reads the file itself."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """All keys as attributes, untouched; ``kwargs`` are the model's to judge."""
+        wants_unused = kwargs.pop("return_unused_kwargs", False)
+        config = cls()
+        for name, value in config_dict.items():
+            if name == "vision_config":
+                config.vision_config = PretrainedConfig()
+                for key, one in value.items():
+                    if key != "model_type":
+                        setattr(config.vision_config, key, one)
+            elif name in ("dtype", "torch_dtype"):
+                config.dtype = getattr(torch, str(value).removeprefix("torch."))
+            elif name not in ("model_type", "auto_map"):
+                setattr(config, _ROPE if name == "rope_scaling" else name, value)
+        return (config, kwargs) if wants_unused else config
+
+
+class KeyeAutoConfig(_AutoConfig):
+    """Configuration of a Keye-VL-8B-Preview checkpoint."""
+
+    model_type = "Keye"
+
+
+class KeyeVL1_5AutoConfig(_AutoConfig):
+    """Configuration of a Keye-VL-1.5 checkpoint."""
+
+    model_type = "KeyeVL1_5"
+
+
+class _ConvertedAutoConfig(_AutoConfig):
+    """The same, in the layout of the transformers port of 1.5."""
+
+    model_type = "keye_vl_1_5"
+
+
+class _Model:
+    """What `AutoModelForImageTextToText` asks of a model class."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | os.PathLike, **options: Any
+    ) -> KeyeForConditionalGeneration:
+        directory = _directory(path_or_id, options, weights=True)
+        return KeyeForConditionalGeneration.from_pretrained(directory, **options)
+
+
+class KeyeProcessor(keye_model.KeyeProcessor):
+    """Under the name that a published `preprocessor_config.json` asks for."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | os.PathLike, **options: Any
+    ) -> keye_model.KeyeProcessor:
+        directory = _directory(path_or_id, options, weights=False)
+        return keye_model.KeyeProcessor.from_pretrained(directory, **options)
+
+
+class KeyeVL1_5Processor(KeyeProcessor):
+    """Under the name of 1.5."""
+
+
+def register() -> None:
+    """Let `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` load both model lines.
+
+    May be called again. Options of the Auto classes go to `KeyeForConditionalGeneration` and
+    `KeyeProcessor`, which refuse those they do not have.
+    """
+    for config, processor in (
+        (KeyeAutoConfig, KeyeProcessor),
+        (KeyeVL1_5AutoConfig, KeyeVL1_5Processor),
+        (_ConvertedAutoConfig, KeyeVL1_5Processor),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        model = type(KeyeForConditionalGeneration.__name__, (_Model,), {"config_class": config})
+        AutoModelForImageTextToText.register(config, model, exist_ok=True)
+        AutoProcessor.register(config, processor, exist_ok=True)
