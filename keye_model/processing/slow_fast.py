@@ -31,7 +31,7 @@ MIN_FRAME_SIMILARITY = 0.9
 FAST_TOKEN_RATIO = 0.3
 _COMPARE_MAX_PIXELS = 256 * TOKEN_PIXELS
 _SAME_PATCH = 0.7  # cosine above which two patches count as alike
-_CACHED_PATCHES = 63  # converted at a time, so that all temporaries stay in the cache
+_CACHED_PATCHES = 42  # converted at a time, so that all temporaries stay in the cache
 _BLACK = 0.01  # norm below which a patch is black
 
 
