@@ -1,5 +1,8 @@
 """Tower, prefill, decode step and whole requests against transformers, with the same weights.
 
+A decode step is all of it, from the last token to the next: ours once with its launches, and once
+as the CUDA graph that a user gets.
+
 Peers: transformers' PaddleOCR-VL tower and projector (descended from Keye's) and Qwen3 decoder, all
 with SDPA. Widths are the published checkpoint's; on a CPU one layer each and a vocabulary of 2048
 fit a small machine. The weights are random: what is computed does not depend on them.
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.measure import difference
-from benchmarks.providers import Provider, our_model
+from benchmarks.providers import Provider, absent, our_model
 from benchmarks.shapes import REAL, TEXT, VISION, num_patches
 from benchmarks.timing import DEVICE, ON_GPU
 
@@ -28,6 +31,8 @@ from keye_model import (  # noqa: E402
 )
 from keye_model.cache import PAGE_SIZE, PagedCache  # noqa: E402
 from keye_model.config import PREVIEW  # noqa: E402
+from keye_model.decode_batch import Running  # noqa: E402
+from keye_model.decode_graph import Decoder, StepGraphs, why_no_graphs  # noqa: E402
 from keye_model.generation import Generation  # noqa: E402
 from keye_model.inputs import Request  # noqa: E402
 from keye_model.sampling import SamplingParams  # noqa: E402
@@ -229,36 +234,64 @@ def bench_prefill(ours, decoder, measure, length):
     )
 
 
+def _with_graphs(run):
+    """Ours with CUDA graphs, which it replays by itself."""
+    why_not = why_no_graphs(DEVICE)
+    return {"ours (graph)": absent(why_not) if why_not else Provider(run, ours=True, capture=False)}
+
+
 @pytest.mark.parametrize(("batch", "context"), DECODES)
 def bench_decode_step(ours, decoder, measure, batch, context):
     """The same step again and again: its token is stored where it was stored before."""
     prompt = torch.randint(100, 2000, (batch, context), device=DEVICE)
     past = decoder(prompt, use_cache=True, logits_to_keep=1).past_key_values
     num_pages = batch * -(-(context + 1) // PAGE_SIZE)
-    cache = PagedCache(TEXT_CONFIG, num_pages, dtype=DTYPE, device=DEVICE)
-    handles = [cache.add() for _ in range(batch)]
+    launched = Decoder.launched(ours.model, ours.lm_head, num_pages)
+    captured = dataclasses.replace(
+        launched, graphs=None if why_no_graphs(DEVICE) else StepGraphs(DEVICE)
+    )
+    cache, rows = launched.cache, launched.batch
+    handles = [cache.add(context + 1) for _ in range(batch)]
     hidden = ours.model.language_model.embed_tokens(prompt.flatten())
     positions = torch.arange(context, device=DEVICE).repeat(batch).expand(3, -1).contiguous()
     ours.model(hidden, positions, cache, cache.step(handles, [context] * batch))
-    step = cache.step(handles, [1] * batch)
-    at = torch.full((3, batch), context, device=DEVICE)
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    # Each has generated one token, which the step puts in.
+    rows.place([Running(0, handle, prompt[0], params, context, [0]) for handle in handles])
+    counters = rows.counters.clone()
 
-    def mine(ids):
-        hidden = ours.model.language_model.embed_tokens(ids)
-        return ours.lm_head(ours.model(hidden, at, cache, step))
+    def mine(ids, how=launched):
+        rows.counters.copy_(counters)
+        rows.token_ids[:batch] = ids
+        how.step(ours.model, ours.lm_head, batch, context + 1)
+        return rows.token_ids[:batch].clone()
 
-    def theirs(ids):
+    def their_logits(ids):
         logits = decoder(ids[:, None], past_key_values=past, use_cache=True).logits[:, -1]
         past.crop(-1)
         return logits
 
+    def check_logits(ids):
+        """The step's tokens cannot be compared with theirs: near ties fall either way in bf16."""
+        step = cache.step(handles, [1] * batch)
+        hidden = ours.model.language_model.embed_tokens(ids)
+        at = torch.full((3, batch), context, device=DEVICE)
+        fault = _differs(ours.lm_head(ours.model(hidden, at, cache, step)), their_logits(ids))
+        assert not fault, fault
+
+    check_logits(prompt[:, 0])
     measure.compare(
         "decode step",
         f"batch {batch} after {context}",
         make=lambda: {"ids": torch.randint(100, 2000, (batch,), device=DEVICE)},
-        providers=our_model(mine) | {"transformers": Provider(theirs, capture=False)},
-        definition=theirs,
-        differs=_differs,
+        providers=our_model(mine, capture=False)
+        | _with_graphs(lambda ids: mine(ids, captured))
+        | {
+            "transformers": Provider(
+                lambda ids: their_logits(ids).argmax(-1), capture=False, differs=lambda *_: ""
+            )
+        },
+        definition=mine,
         size=batch,
         models=(ours,),
         **text_work([1] * batch, [context] * batch),
@@ -269,8 +302,15 @@ def bench_generate(ours, decoder, measure):
     """Prefill of 64 tokens and greedy tokens, each side's own loop."""
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
 
-    def mine(ids):
-        run = Generation(ours.model, ours.lm_head, [Request(ids)], [params], eos_token_ids=())
+    def mine(ids, decoders=None):
+        run = Generation(
+            ours.model,
+            ours.lm_head,
+            [Request(ids)],
+            [params],
+            eos_token_ids=(),
+            decoders=decoders,
+        )
         return [token.token_id for token in run]
 
     def theirs(ids):
@@ -288,6 +328,7 @@ def bench_generate(ours, decoder, measure):
         f"64 + {NEW_TOKENS} tokens",
         make=lambda: {"ids": torch.randint(100, 2000, (64,))},
         providers=our_model(mine, capture=False)
+        | _with_graphs(lambda ids: mine(ids, ours.decoders))
         | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=differs,

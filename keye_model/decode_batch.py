@@ -63,6 +63,11 @@ class DecodeBatch:
         cache: Holds what the requests said before.
         max_position_embeddings: Of the model; no sequence is longer.
         vocab_size: Of the logits.
+
+    Attributes:
+        token_ids: [MAX_ROWS], int64: each row's last token, which is not in the cache yet.
+        counters: [3, MAX_ROWS], int64: tokens in the cache, where the last one goes, its number.
+        penalised: A placed request has a repetition penalty.
     """
 
     def __init__(self, cache: PagedCache, max_position_embeddings: int, vocab_size: int) -> None:
@@ -71,9 +76,9 @@ class DecodeBatch:
         self._vocab_size = vocab_size
         self._ints = torch.zeros(7, MAX_ROWS, dtype=torch.int64, device=device)
         # A step adds `active`, 1 or 0 for padding, to each of the three counters.
-        self._counters, self._active = self._ints[:3], self._ints[3]
-        self._stored, self._positions, self._step = self._counters
-        self._token_ids, self._top_k, self._seed = self._ints[4:]
+        self.counters, self._active = self._ints[:3], self._ints[3]
+        self._stored, self._positions, self._step = self.counters
+        self.token_ids, self._top_k, self._seed = self._ints[4:]
         self._floats = torch.ones(3, MAX_ROWS, device=device)
         self._temperature, self._top_p, self._penalty = self._floats
         self._seen: torch.Tensor | None = None  # [MAX_ROWS, vocab_size], once a penalty asks for it
@@ -81,7 +86,7 @@ class DecodeBatch:
         self._block_table = torch.full((MAX_ROWS, pages), -1, dtype=torch.int32, device=device)
         self._cache_seqlens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         self._cu_seqlens_q = torch.arange(MAX_ROWS + 1, dtype=torch.int32, device=device)
-        self.penalised = False  # a placed request has a repetition penalty
+        self.penalised = False
 
     def place(self, running: Sequence[Running]) -> None:
         """Write one row for each of these requests, and make padding of all others."""
@@ -153,13 +158,13 @@ class DecodeBatch:
             is_decode=True,
         )
         # Padding of a broken model may have chosen -1; no request gets here that has.
-        token_ids = self._token_ids[rows].clamp(min=0)
+        token_ids = self.token_ids[rows].clamp(min=0)
         if penalised:
             self._seen[rows].scatter_(1, token_ids[:, None], True)
         hidden = model.language_model.embed_tokens(token_ids)
         hidden = model(hidden, self._positions[rows].expand(3, -1), self.cache, step)
         self.sample(lm_head(hidden), penalised)
-        self._counters[:, rows] += self._active[rows]
+        self.counters[:, rows] += self._active[rows]
 
     def sample(self, logits: torch.Tensor, penalised: bool) -> None:
         """Choose a token for each of the first rows; logits: [num_rows, vocab_size]."""
@@ -173,9 +178,9 @@ class DecodeBatch:
             self._step[rows],
             repetition_penalty=self._penalty[rows] if penalised else None,
             seen=self._seen[rows] if penalised else None,
-            out=self._token_ids[rows],
+            out=self.token_ids[rows],
         )
 
     def tokens(self, num_rows: int) -> list[int]:
         """What the first rows chose last, -1 where there was nothing to choose; waits for it."""
-        return self._token_ids[:num_rows].tolist()
+        return self.token_ids[:num_rows].tolist()

@@ -498,10 +498,10 @@ def test_padding_changes_nothing(model, requests, penalised):
         assert padded.tokens(3) == exact.tokens(3)
         assert min(padded.tokens(8)) >= 0
     assert padded._stored.tolist()[:4] == [10, 4, 5, 0]
-    for name in ("_counters", "_active"):
+    for name in ("counters", "_active"):
         rows = getattr(padded, name)
         assert torch.equal(rows, getattr(exact, name))
-    assert torch.equal(padded._counters[:, 3:], before[0][:3, 3:])
+    assert torch.equal(padded.counters[:, 3:], before[0][:3, 3:])
     assert torch.equal(padded._block_table, before[1])
     for mine, other in ((padded.cache.k, exact.cache.k), (padded.cache.v, exact.cache.v)):
         torch.testing.assert_close(mine, other, equal_nan=True)
@@ -528,7 +528,7 @@ def test_padding_on_kernels(model, requests, monkeypatch):
             patch.setattr(_backends, "find", find)
             padded.step(model.model, model.lm_head, num_rows=4, **options)
         assert padded.tokens(3) == exact.tokens(3)
-    assert torch.equal(padded._counters, exact._counters)
+    assert torch.equal(padded.counters, exact.counters)
     torch.testing.assert_close(padded.cache.k, exact.cache.k, equal_nan=True, atol=1e-5, rtol=0)
     torch.testing.assert_close(padded.cache.v, exact.cache.v, equal_nan=True, atol=1e-5, rtol=0)
 
@@ -537,7 +537,7 @@ def test_padding_on_kernels(model, requests, monkeypatch):
 def test_padding_that_chose_nothing_stays_harmless(model, requests):
     """-1 in a row that nobody looks at must not be looked up in the embedding."""
     batch = placed(model, requests[:1], greedy(9))
-    batch._token_ids[1:] = -1
+    batch.token_ids[1:] = -1
     batch.step(model.model, model.lm_head, num_rows=4, capacity=512, penalised=False)
     assert min(batch.tokens(4)) >= 0
 
