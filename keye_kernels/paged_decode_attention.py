@@ -1,8 +1,22 @@
-"""Attention of one new token per sequence over a paged key/value cache."""
+"""Attention of one new token per sequence over a paged key/value cache.
+
+The keys of a sequence are cut into pieces of whole tiles. A program has one piece of one key/value
+head, with the query heads that share it as rows of its matrix products. A second launch adds the
+pieces up; where there is one piece, the first writes the result.
+
+How many pieces there are follows from shapes, so a captured graph stays valid. Where they start
+follows from the sequence's own length, read on the device: all have work whatever the length, and
+what a sequence gets does not depend on its neighbours.
+"""
+
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-from keye_kernels import reference
+from keye_kernels import _backends, reference
+from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
 from keye_kernels.paged_attention import check_paged
 
@@ -11,6 +25,208 @@ _paged_decode_attention_op = define_op(
     "Tensor cache_seqlens, float softmax_scale, SymInt max_seqlen_k, Tensor(a!) out) -> ()",
     reference=reference.paged_decode_attention,
 )
+
+_LOG2_E = 1.4426950408889634
+_ROUND = 32  # pieces that the second launch adds up at once
+# Entries of the block table are asked for four tiles ahead, so that keys and values can be asked
+# for two tiles ahead. With 3 or 4 stages Triton has one tile of each and no overlap, and a page
+# number carried from one tile to the next stops its pipeline altogether.
+_STAGES = 5
+
+
+class Tiles(NamedTuple):
+    """Pieces of a sequence, query heads of a program, and keys that it takes at a time."""
+
+    num_splits: int
+    heads: int
+    keys: int
+
+
+def _launch_config(
+    batch_size: int,
+    group: int,
+    num_kv_heads: int,
+    block: int,
+    itemsize: int,
+    max_seqlen_k: int,
+    num_sms: int,
+) -> Tiles:
+    """Tiles for ``group`` query heads per key/value head of ``block`` elements, padding included.
+
+    Two programs per multiprocessor keep enough bytes on their way. Past that, pieces are 2048 keys
+    long: what a program hands on is then 0.2 % of what it reads. Up to 16 programs per
+    multiprocessor, so that one long sequence among short ones is spread too.
+    """
+    if itemsize == 4:  # no tensor cores: larger tiles do not fit into registers
+        heads = keys = 16
+    else:
+        heads = min(max(triton.next_power_of_2(group), 16), 64)  # an MMA has 16 rows or more
+        keys = min(8192 // block, 64)  # 16 KB of keys, and of values
+    programs = batch_size * num_kv_heads * triton.cdiv(group, heads)  # per piece
+    fill = 2 * num_sms // programs
+    if fill > _ROUND:
+        fill -= fill % _ROUND
+    spread = min(triton.cdiv(max_seqlen_k, 2048), 16 * num_sms // programs)
+    num_splits = min(max(fill, spread), triton.cdiv(max_seqlen_k, keys))
+    return Tiles(max(num_splits, 1), heads, keys)
+
+
+@triton.jit
+def _length(seqlens_ptr, row, max_seqlen_k, KEYS: tl.constexpr):
+    """Keys of a sequence, as many as its block table can name at most, and tiles of them."""
+    seqlen = tl.minimum(tl.maximum(tl.load(seqlens_ptr + row), 0), max_seqlen_k)
+    return seqlen, tl.cdiv(seqlen, KEYS)
+
+
+@triton.jit
+def _page_and_row(table_ptr, start, end, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """Where the KEYS keys from ``start`` on lie: page, one for all or one each, and rows in it."""
+    if PAGE_SIZE % KEYS == 0:
+        page = tl.load(table_ptr + start // PAGE_SIZE)
+        row = (start % PAGE_SIZE + tl.arange(0, KEYS))[:, None]
+    else:
+        keys = start + tl.arange(0, KEYS)
+        page = tl.load(table_ptr + keys // PAGE_SIZE, mask=keys < end, other=0)[:, None]
+        row = (keys % PAGE_SIZE)[:, None]
+    return page.to(tl.int64), row.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["stride_table", "max_seqlen_k"])
+def _paged_decode_attention_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, seqlens_ptr, out_ptr, sums_ptr, stats_ptr,
+    stride_q, stride_k_page, stride_v_page, stride_table, stride_out,
+    num_kv_heads, max_seqlen_k, scale,
+    stride_q_head: tl.constexpr, stride_k_row: tl.constexpr, stride_k_head: tl.constexpr,
+    stride_v_row: tl.constexpr, stride_v_head: tl.constexpr, stride_out_head: tl.constexpr,
+    GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    PRECISION: tl.constexpr = "ieee" if k_cache_ptr.dtype.element_ty == tl.float32 else "tf32"
+    # Key/value heads of one piece start together: their rows are neighbours in memory.
+    pid, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row = (pid // (num_kv_heads * BLOCKS)).to(tl.int64)
+    kv_head = pid // BLOCKS % num_kv_heads
+    in_group = pid % BLOCKS * HEADS + tl.arange(0, HEADS)
+    head = (kv_head * GROUP + in_group).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask_head, mask_cols = (in_group < GROUP)[:, None], (cols < HEAD_DIM)[None, :]
+
+    seqlen, num_tiles = _length(seqlens_ptr, row, max_seqlen_k, KEYS)
+    q_ptrs = q_ptr + row * stride_q + head[:, None] * stride_q_head + cols[None, :]
+    q = tl.load(q_ptrs, mask=mask_head & mask_cols, other=0.0)  # [HEADS, BLOCK]
+    # num_tiles * split // num_splits, within int32
+    length, rest = num_tiles // num_splits, num_tiles % num_splits
+    start = (split * length + tl.minimum(split, rest)) * KEYS
+    end = tl.minimum(start + (length + (split < rest).to(tl.int32)) * KEYS, seqlen)
+
+    table_ptr += row * stride_table
+    k_ptrs = k_cache_ptr + kv_head.to(tl.int64) * stride_k_head + cols[None, :]
+    v_ptrs = v_cache_ptr + kv_head.to(tl.int64) * stride_v_head + cols[None, :]
+    peak = tl.full((HEADS,), float("-inf"), tl.float32)
+    weights = tl.zeros((HEADS, KEYS), tl.float32)  # added up at the end: no exchange per tile
+    acc = tl.zeros((HEADS, BLOCK), tl.float32)
+    for first in tl.range(start, end, KEYS, num_stages=NUM_STAGES):
+        page, row_in_page = _page_and_row(table_ptr, first, end, PAGE_SIZE, KEYS)
+        visible = first + tl.arange(0, KEYS) < end
+        mask = visible[:, None] & mask_cols
+        k = tl.load(k_ptrs + (page * stride_k_page + row_in_page * stride_k_row), mask, other=0.0)
+        v = tl.load(v_ptrs + (page * stride_v_page + row_in_page * stride_v_row), mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # in powers of 2
+        scores = tl.where(visible[None, :], scores, float("-inf"))  # [HEADS, KEYS]
+        above = tl.maximum(peak, tl.max(scores, axis=1))
+        p = tl.exp2(scores - above[:, None])
+        shrink = tl.exp2(peak - above)[:, None]
+        weights = weights * shrink + p
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
+        peak = above
+    total = tl.sum(weights, axis=1)
+
+    if SPLIT:
+        if start < end:  # a piece without keys leaves nothing: the second launch knows
+            rows = (row * num_kv_heads * GROUP + head) * num_splits + split
+            sums_ptrs = sums_ptr + rows[:, None] * HEAD_DIM + cols[None, :]
+            tl.store(sums_ptrs, acc, mask_head & mask_cols)
+            tl.store(stats_ptr + 2 * rows, peak, in_group < GROUP)
+            tl.store(stats_ptr + 2 * rows + 1, total, in_group < GROUP)
+    else:
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+        out_ptrs = out_ptr + row * stride_out + head[:, None] * stride_out_head + cols[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask_head & mask_cols)
+
+
+@triton.jit(do_not_specialize=["num_splits", "max_seqlen_k"])
+def _paged_decode_combine_kernel(
+    sums_ptr, stats_ptr, seqlens_ptr, out_ptr, stride_out, stride_out_head, num_heads, num_splits,
+    max_seqlen_k, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row, head = pid // num_heads, pid % num_heads
+    cols = tl.arange(0, BLOCK)
+    _, num_tiles = _length(seqlens_ptr, row, max_seqlen_k, KEYS)
+    peak, total = float("-inf"), 0.0
+    acc = tl.zeros((BLOCK,), tl.float32)
+    num_splits_used = tl.minimum(num_tiles, num_splits)
+    for first in range(0, num_splits_used, ROUND):
+        splits = first + tl.arange(0, ROUND)
+        mask = splits < num_splits_used
+        rows = pid * num_splits + splits
+        peaks = tl.load(stats_ptr + 2 * rows, mask, other=float("-inf"))
+        totals = tl.load(stats_ptr + 2 * rows + 1, mask, other=0.0)
+        sums_ptrs = sums_ptr + rows[:, None] * HEAD_DIM + cols[None, :]
+        sums = tl.load(sums_ptrs, mask[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)
+        above = tl.maximum(peak, tl.max(peaks))
+        shrink, grow = tl.exp2(peak - above), tl.exp2(peaks - above)
+        acc = acc * shrink + tl.sum(sums * grow[:, None], axis=0)
+        total = total * shrink + tl.sum(totals * grow)
+        peak = above
+    acc = acc / tl.where(total == 0, 1.0, total)
+    out_ptrs = out_ptr + row * stride_out + head * stride_out_head + cols
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), cols < HEAD_DIM)
+
+
+def _paged_decode_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    max_seqlen_k: int,
+    out: torch.Tensor,
+) -> None:
+    batch_size, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    group, block = num_heads // num_kv_heads, max(triton.next_power_of_2(head_dim), 16)
+    num_sms = device_of(q).num_sms
+    tiles = _launch_config(
+        batch_size, group, num_kv_heads, block, q.itemsize, max_seqlen_k, num_sms
+    )
+    split = tiles.num_splits > 1
+    sums = stats = None
+    if split:
+        rows = (batch_size, num_heads, tiles.num_splits)
+        sums = torch.empty((*rows, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((*rows, 2), dtype=torch.float32, device=q.device)
+    programs = batch_size * num_kv_heads * triton.cdiv(group, tiles.heads)
+    _paged_decode_attention_kernel[(programs, tiles.num_splits)](
+        q, k_cache, v_cache, block_table, cache_seqlens, out, sums, stats,
+        q.stride(0), k_cache.stride(0), v_cache.stride(0), block_table.stride(0), out.stride(0),
+        num_kv_heads, max_seqlen_k, softmax_scale * _LOG2_E,
+        q.stride(1), *k_cache.stride()[1:3], *v_cache.stride()[1:3], out.stride(1),
+        GROUP=group, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=block, HEADS=tiles.heads,
+        KEYS=tiles.keys, NUM_STAGES=_STAGES, SPLIT=split, num_warps=4,
+    )  # fmt: skip
+    if split:
+        _paged_decode_combine_kernel[(batch_size * num_heads,)](
+            sums, stats, cache_seqlens, out, out.stride(0), out.stride(1), num_heads,
+            tiles.num_splits, max_seqlen_k, HEAD_DIM=head_dim, BLOCK=block, KEYS=tiles.keys,
+            ROUND=_ROUND, num_warps=2,
+        )  # fmt: skip
+
+
+_backends.register("paged_decode_attention", "triton", _paged_decode_attention_triton)
 
 
 def paged_decode_attention(
