@@ -89,10 +89,13 @@ REAL = Shapes(
     },
     prefill={"1k tokens": 1024, "4k tokens": 4096, "32k tokens": 32768},
     decode={
-        "batch 1, 1k": Decode(1, 1024),
-        "batch 1, 32k": Decode(1, 32768),
-        "batch 8, 16k": Decode(8, 16384),
-        "batch 64, 4k": Decode(64, 4096),
+        f"batch {batch}, {context // 1024}k": Decode(batch, context)
+        for batch, contexts in {
+            1: (1024, 4096, 32768, 131072),
+            8: (1024, 16384, 131072),
+            64: (1024, 4096, 32768),
+        }.items()
+        for context in contexts
     },
 )
 
