@@ -1,5 +1,6 @@
 """Page bookkeeping of the cache, and what a step says about new tokens."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,40 @@ def test_pages_grow_and_come_back():
     assert cache.num_free_pages == 4
 
 
+def test_pages_for_all_tokens_from_the_start():
+    cache = make(4)
+    handle = cache.add(33)
+    assert cache.num_free_pages == 1
+    assert (cache.pages(handle).tolist(), cache.pages(handle).dtype) == ([0, 1, 2], np.int32)
+    step = cache.step([handle], [16])
+    assert (step.max_seqlen_k, step.block_table.tolist()) == (16, [[0, 1, 2]])
+    other = cache.add(1)
+    with pytest.raises(RuntimeError, match="must have 1 free pages of 16 tokens for 5 new tokens"):
+        cache.add(5)
+    assert len(cache._sequences) == 2
+    cache.free(handle)
+    assert cache.num_free_pages == 3
+    assert cache.pages(other).tolist() == [3]
+
+
+def test_advance_counts_what_the_device_stores():
+    cache = make(4)
+    first, second = cache.add(32), cache.add(16)
+    cache.step([first, second], [3, 15])
+    assert cache.advance([first, second]) == 16
+    assert [cache.num_tokens(h) for h in (first, second)] == [4, 16]
+    assert cache.advance([first]) == 5
+    message = f"sequence {second} must own pages for another token, got room for 16"
+    with pytest.raises(RuntimeError, match=message):
+        cache.advance([first, second])
+    assert [cache.num_tokens(h) for h in (first, second)] == [5, 16]
+    assert cache.step([first], [1]).slot_mapping.tolist() == [5]
+
+
+def test_num_bytes():
+    assert make(5).num_bytes == 2 * 2 * 5 * 16 * 2 * 128 * 4
+
+
 def test_out_of_pages_changes_nothing():
     cache = make(3)
     first, second = cache.add(), cache.add()
@@ -119,7 +154,8 @@ def test_freed_handles_are_gone():
     cache = make()
     handle = cache.add()
     cache.free(handle)
-    for use in (cache.free, cache.num_tokens, lambda h: cache.step([h], [1])):
+    uses = (cache.free, cache.num_tokens, cache.pages)
+    for use in (*uses, lambda h: cache.step([h], [1]), lambda h: cache.advance([h])):
         with pytest.raises(ValueError, match=f"a sequence in the cache, got {handle}"):
             use(handle)
 

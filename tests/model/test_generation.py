@@ -1,10 +1,13 @@
 """The generation loop on tokens alone: against full recomputation, and against itself."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from keye_model import generation as generation_module
+from keye_model import plan as plan_module
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW, V1_5
 from keye_model.generation import Generation
@@ -120,6 +123,21 @@ def test_all_pages_come_back(model, requests):
     assert len(caches) == 6 * len(requests)
     assert caches[0].num_pages == sum(-(-(r.input_ids.numel() + 5) // 64) for r in requests)
     assert caches[-1].num_free_pages == caches[-1].num_pages
+
+
+def test_so_many_requests_run_at_once(model, requests, monkeypatch):
+    whole = run(model, requests)
+    for module in (generation_module, plan_module):
+        monkeypatch.setattr(module, "MAX_ROWS", 2)
+    generation = Generation(
+        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
+    )
+    ids = [[] for _ in requests]
+    for token in generation:
+        ids[token.request].append(token.token_id)
+        assert len(generation._running) <= 2
+        assert generation._decoder.cache.num_pages == 2
+    assert ids == whole[0]
 
 
 def test_stop_ids_end_one_request(model, requests):
@@ -284,5 +302,8 @@ def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
     token = (2 * 2 * 128 + 128) * 4
     pages = generation._max_pages()
     assert pages == (int(0.9 * (14 << 20)) - widest) // (token * 64)
+    generation._decoders = SimpleNamespace(idle_bytes=5 << 20)
+    assert generation._max_pages() == (int(0.9 * (19 << 20)) - widest) // (token * 64)
+    generation._decoders = None
     free = reserved = allocated = 0
     assert generation._max_pages() == 0

@@ -1,13 +1,18 @@
 """The cost model against the published checkpoint's own numbers, worked out from its shapes."""
 
+import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 
+from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW, V1_5, KeyeConfig, KeyeTextConfig, KeyeVisionConfig
+from keye_model.generation import Generation
 from keye_model.inputs import Request
 from keye_model.plan import Costs, plan
+from keye_model.sampling import SamplingParams
 
 TEXT = KeyeTextConfig(
     vocab_size=151936,
@@ -88,6 +93,42 @@ def test_plan_decode_step_is_bound_by_bytes():
     assert counts.decode_step_bytes == pytest.approx(53.79e9, rel=1e-3)
     step = counts.floor_seconds(790e12, 4.3e12)["decode_step"]
     assert step == pytest.approx(12.51e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [PREVIEW.name, V1_5.name])
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens"),
+    [([5, 64, 1], 1), ([63, 65, 7], 2), ([5, 130], 64), ([1020], 30)],
+    ids=["prompts alone", "page edges", "answers", "context ends"],
+)
+def test_plan_matches_what_is_allocated(checkpoints, name, prompts, max_new_tokens):
+    raw = KeyeConfig.from_pretrained(checkpoints[name])
+    text = dataclasses.replace(raw.text_config, max_position_embeddings=1024)
+    model = loaded(checkpoints[name])
+    model.model.config = dataclasses.replace(raw, text_config=text)
+    requests = [request(count) for count in prompts]
+    counts = plan(model.model.config, requests, max_new_tokens)
+    params = [SamplingParams(max_new_tokens)] * len(requests)
+    run = Generation(model.model, model.lm_head, requests, params, eos_token_ids=())
+    caches = [run._decoder.cache for _ in run]
+    assert counts.cache_bytes == caches[0].num_bytes
+    assert counts.weight_bytes == sum(weight.nbytes for weight in model.parameters())
+    assert len(caches) == sum(min(max_new_tokens, 1024 - count) for count in prompts)
+
+
+@functools.cache
+def loaded(directory):
+    return KeyeForConditionalGeneration.from_pretrained(directory)
+
+
+def test_plan_of_more_requests_than_run_at_once():
+    counts = plan(config(), [request(64)] * 300 + [request(640)], 1)
+    assert counts.cache_bytes == (255 + 10) * 64 * 147_456
+    assert len(counts.prompt_tokens) == 301
+
+
+def test_plan_of_a_prompt_that_is_too_long():
+    assert plan(config(), [request(40960)], 512).cache_bytes == 40960 * 147_456
 
 
 def test_plan_refuses_no_new_tokens():
