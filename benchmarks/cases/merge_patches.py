@@ -43,7 +43,7 @@ def _case(name: str, grids: list[Grid], norm_first: bool, behind_tower: bool) ->
     passes = 3 if behind_tower else 2
     num_bytes = (passes * num_patches(grids) + vectors) * VISION.hidden_size * DTYPE.itemsize
     name += ", 8B-Preview" if norm_first else ", 1.5"
-    name += "" if behind_tower else ", features"
+    name += "" if behind_tower else ", alone"
     arguments = partial(_merge_patches, grids, norm_first, behind_tower)
     return Case("merge_patches", name, arguments, num_bytes)
 

@@ -24,7 +24,7 @@ CASES = {str(case): case for case in all_cases(REAL)}
         ("patch_embed, 1k patches", 1024 * 588 + (588 + 1 + 729 + 1024) * 1152 * 2),
         ("merge_patches, 1k patches, 8B-Preview", (3 * 1024 + 4) * 1152 * 2),
         ("merge_patches, 1k patches, 1.5", (3 * 1024 + 10) * 1152 * 2),
-        ("merge_patches, 576 patches, 8B-Preview, features", (2 * 576 + 2) * 1152 * 2),
+        ("merge_patches, 576 patches, 8B-Preview, alone", (2 * 576 + 2) * 1152 * 2),
         ("sample, batch 8, greedy", 8 * 151936 * 2),
     ],
 )
