@@ -130,8 +130,9 @@ class Native:
         finally:
             self._library.shim_configure(0, 0, b"")
 
-    def schedules(self, without: str = "") -> Iterator:
-        for order in (0, 1, 2, 3):
+    def schedules(self, count: int = 4, without: str = "") -> Iterator:
+        """Contexts for ``count`` orders, each with early and with late copies."""
+        for order in range(count):
             for early_copies in (False, True):
                 yield self.schedule(order, early_copies=early_copies, without=without)
 

@@ -30,7 +30,7 @@ struct DecodeTile {
     // The sums of a warp take the place of its pipeline, with rows apart by 8 banks.
     static constexpr int kSumStride = kHeadDim + 8;
     static_assert(kRows * kSumStride * sizeof(float) <= kWarpElements * sizeof(T));
-    // q, pipelines, the warps' maxima and weights, a flag
+    // q, pipelines, the warps' maxima and weights, a ticket
     static constexpr int kQBytes = kRows * kStride * sizeof(T);
     static constexpr int kPipelineBytes = kWarps * kWarpElements * sizeof(T);
     static constexpr int kStatsBytes = kWarps * kRows * sizeof(float2);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     T* q_tile = reinterpret_cast<T*>(shared);
     T* pipelines = reinterpret_cast<T*>(shared + Tile::kQBytes);
     float2* stats = reinterpret_cast<float2*>(shared + Tile::kQBytes + Tile::kPipelineBytes);
-    int* is_last = reinterpret_cast<int*>(stats + Tile::kWarps * Tile::kRows);
+    auto* ticket = reinterpret_cast<unsigned*>(stats + Tile::kWarps * Tile::kRows);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
     // Blocks of the same keys are neighbours: their rows are too, in memory.
@@ -352,12 +352,12 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     // The last block to come here sees the sums of all, and leaves the counter at 0.
     __threadfence();
     __syncthreads();
+    const unsigned last = num_runs - 1;
     if (threadIdx.x == 0) {
-        const unsigned last = num_runs - 1;
-        *is_last = atomicInc(params.counters + block, last) == last;
+        *ticket = atomicInc(params.counters + block, last);
     }
     __syncthreads();
-    if (!*is_last) {
+    if (*ticket != last) {
         return;
     }
     __threadfence();

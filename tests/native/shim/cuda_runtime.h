@@ -1,14 +1,15 @@
 // CUDA on the CPU, for tests: as much of the language as the kernels of csrc use.
 //
-// A CUDA thread is a fiber. Fibers run one at a time, each until it waits for others; the blocks of
-// a launch run one after another. In which order is up to shim::order, and so is the moment an
-// asynchronous copy takes place: results must not depend on either.
+// A CUDA thread is a fiber. Fibers run one at a time, each until it waits for others, a warp as far
+// as it gets alone; a few blocks of a launch are under way at a time. In which order all that goes
+// is up to shim::order, and so is the moment an asynchronous copy takes place: results must not
+// depend on either.
 //
 // Errors show like this: what no thread wrote in shared memory is NaN; a barrier that some threads
 // never reach, and a warp whose lanes meet at different instructions, end the launch; each barrier
 // and wait can be switched off by its place in the source, and a test must then turn red.
 //
-// Not modelled: blocks at the same time, memory order between blocks, wgmma, TMA, clusters.
+// Not modelled: memory order (__threadfence does nothing), wgmma, TMA, clusters.
 #pragma once
 
 #include <algorithm>
@@ -62,8 +63,9 @@ namespace shim {
 
 constexpr size_t kMaxSharedBytes = 99 * 1024;  // what every GPU we compile for has: sm_120 has least
 
-// How a launch runs. order 0: threads and blocks in order, 1: backwards, else: shuffled by this
-// seed. early_copies: a copy takes place at once; else not before its thread waits for it.
+// How a launch runs. order 0: threads in order, one block after another; 1: backwards, else:
+// shuffled by this seed, and several blocks at a time. early_copies: a copy takes place at once;
+// else not before its thread waits for it.
 inline int order = 0;
 inline bool early_copies = false;
 
@@ -98,7 +100,6 @@ enum class State { kReady, kAtBlockBarrier, kInWarp, kDone };
 
 struct Thread {
     Fiber fiber;
-    uint3 index;
     State state;
     std::vector<Copy> copies;
     int open_group;
@@ -112,19 +113,27 @@ struct Warp {
     Operation operation;
 };
 
-inline std::vector<Thread> threads;
-inline std::vector<Warp> warps;
-inline int current = 0;
-inline std::string failure;  // ends the launch
-inline std::function<void()> body;
-inline std::vector<unsigned char> shared_storage;
-inline unsigned char* shared = nullptr;
+struct Block {
+    unsigned index;
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    std::vector<unsigned char> storage;
+    unsigned char* shared;
+};
 
-inline void leave() { threads[current].fiber.leave(); }
+constexpr size_t kResidentBlocks = 3;
+inline std::vector<std::unique_ptr<Block>> pool;  // kept between launches, for the stacks
+inline Block* block = nullptr;                    // whose thread runs
+inline int current = 0;                           // that thread
+inline std::string failure;                       // ends the launch
+inline std::function<void()> body;
+
+inline Thread& self() { return block->threads[current]; }
+inline void leave() { self().fiber.leave(); }
 
 inline void fail(const std::string& message) {
-    failure = message + " (block " + std::to_string(blockIdx.x) + ", thread " +
-              std::to_string(threads[current].index.x) + ")";
+    failure = message + " (block " + std::to_string(block->index) + ", thread " +
+              std::to_string(current) + ")";
     leave();
     std::abort();  // a failed launch resumes nobody
 }
@@ -134,7 +143,7 @@ inline int lane() { return current % 32; }
 // Every lane of a warp brings `mine`; the last to arrive runs the operation for all.
 template <class Mine>
 void together(Mine& mine, Operation operation) {
-    Warp& warp = warps[current / 32];
+    Warp& warp = block->warps[current / 32];
     if (warp.arrived == 0) {
         warp.operation = operation;
     } else if (warp.operation != operation) {
@@ -146,10 +155,10 @@ void together(Mine& mine, Operation operation) {
         warp.arrived = 0;
         operation(warp.lanes);
         for (int i = current / 32 * 32; i < current / 32 * 32 + 32; ++i) {
-            threads[i].state = State::kReady;
+            block->threads[i].state = State::kReady;
         }
     } else {
-        threads[current].state = State::kInWarp;
+        self().state = State::kInWarp;
         leave();
     }
 }
@@ -166,16 +175,16 @@ inline void start_copy(void* to, const void* from) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
         fail("an asynchronous copy between addresses that do not divide by 16");
     }
-    const Copy copy{to, from, threads[current].open_group};
+    const Copy copy{to, from, self().open_group};
     if (early_copies) {
         perform(copy);
     } else {
-        threads[current].copies.push_back(copy);
+        self().copies.push_back(copy);
     }
 }
 
 inline void finish_copies(int newest) {
-    Thread& thread = threads[current];
+    Thread& thread = self();
     std::vector<Copy> rest;
     for (const Copy& copy : thread.copies) {
         if (copy.group < thread.open_group - newest) {
@@ -189,7 +198,7 @@ inline void finish_copies(int newest) {
 
 inline void enter() {
     body();
-    threads[current].state = State::kDone;
+    self().state = State::kDone;
     leave();
     std::abort();
 }
@@ -206,49 +215,73 @@ inline std::vector<int> ordered(int n, std::mt19937& random) {
     return numbers;
 }
 
-inline void run_block(std::mt19937& random) {
-    const int n = static_cast<int>(threads.size());
-    for (Thread& thread : threads) {
+inline void start(Block& fresh, unsigned index, unsigned num_threads, size_t shared_bytes) {
+    fresh.index = index;
+    if (fresh.threads.size() != num_threads) {
+        fresh.threads = std::vector<Thread>(num_threads);
+    }
+    fresh.warps.assign(num_threads / 32, Warp{});
+    for (Thread& thread : fresh.threads) {
         thread.fiber.start(enter);
         thread.state = State::kReady;
         thread.copies.clear();
         thread.open_group = 0;
     }
-    for (Warp& warp : warps) {
-        warp.arrived = 0;
-    }
-    while (true) {
-        bool ran = false;
-        for (int i : ordered(n, random)) {
-            if (threads[i].state != State::kReady) {
-                continue;
-            }
+    fresh.storage = std::vector<unsigned char>(shared_bytes + 256);
+    fresh.shared = fresh.storage.data() + 128;
+    fresh.shared -= reinterpret_cast<uintptr_t>(fresh.storage.data()) % 128;
+    std::memset(fresh.shared, 0xFF, shared_bytes);  // NaN in every type
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(fresh.shared + shared_bytes, 128);
+#endif
+}
+
+// Resume each lane that is ready; false if there is none.
+inline bool run_warp(int warp, std::mt19937& random) {
+    bool ran = false;
+    for (int lane : ordered(32, random)) {
+        current = warp * 32 + lane;
+        if (self().state == State::kReady) {
             ran = true;
-            current = i;
-            threadIdx = threads[i].index;
-            threads[i].fiber.resume();
+            threadIdx = uint3{static_cast<unsigned>(current), 0, 0};
+            blockIdx = uint3{block->index, 0, 0};
+            self().fiber.resume();
             if (!failure.empty()) {
                 throw std::runtime_error(failure);
             }
         }
-        int waiting = 0, done = 0;
-        for (const Thread& thread : threads) {
-            waiting += thread.state == State::kAtBlockBarrier;
-            done += thread.state == State::kDone;
+    }
+    return ran;
+}
+
+// Run one warp of `block` as far as it gets alone, or open the barrier; false when all is done.
+inline bool go_on(std::mt19937& random) {
+    for (int warp : ordered(static_cast<int>(block->warps.size()), random)) {
+        bool ran = false;
+        while (run_warp(warp, random)) {
+            ran = true;
         }
-        if (done == n) {
-            return;
-        }
-        if (waiting > 0 && waiting + done == n) {
-            for (Thread& thread : threads) {
-                if (thread.state == State::kAtBlockBarrier) {
-                    thread.state = State::kReady;
-                }
-            }
-        } else if (!ran) {
-            throw std::runtime_error("deadlock: some threads never reach what others wait for");
+        if (ran) {
+            return true;
         }
     }
+    size_t waiting = 0, done = 0;
+    for (const Thread& thread : block->threads) {
+        waiting += thread.state == State::kAtBlockBarrier;
+        done += thread.state == State::kDone;
+    }
+    if (done == block->threads.size()) {
+        return false;
+    }
+    if (waiting + done < block->threads.size()) {
+        throw std::runtime_error("deadlock: some threads never reach what others wait for");
+    }
+    for (Thread& thread : block->threads) {
+        if (thread.state == State::kAtBlockBarrier) {
+            thread.state = State::kReady;
+        }
+    }
+    return true;
 }
 
 template <class Body>
@@ -262,22 +295,36 @@ void launch(unsigned num_blocks, unsigned num_threads, size_t shared_bytes, Body
     failure.clear();
     gridDim = dim3(num_blocks);
     blockDim = dim3(num_threads);
-    if (threads.size() != num_threads) {
-        threads = std::vector<Thread>(num_threads);
-    }
-    warps.assign(num_threads / 32, Warp{});
-    for (unsigned i = 0; i < num_threads; ++i) {
-        threads[i].index = uint3{i, 0, 0};
-    }
-    shared_storage = std::vector<unsigned char>(shared_bytes + 256);
-    shared = shared_storage.data() + 128 - reinterpret_cast<uintptr_t>(shared_storage.data()) % 128;
-#ifdef __SANITIZE_ADDRESS__
-    __asan_poison_memory_region(shared + shared_bytes, 128);
-#endif
-    for (int block : ordered(static_cast<int>(num_blocks), random)) {
-        std::memset(shared, 0xFF, shared_bytes);  // NaN in every type
-        blockIdx = uint3{static_cast<unsigned>(block), 0, 0};
-        run_block(random);
+    pool.resize(kResidentBlocks);
+    std::vector<int> waiting = ordered(static_cast<int>(num_blocks), random);
+    std::reverse(waiting.begin(), waiting.end());  // the next one is at the back
+    std::vector<Block*> resident(order == 0 ? 1 : kResidentBlocks, nullptr);
+    while (true) {
+        bool any = false;
+        for (int slot : ordered(static_cast<int>(resident.size()), random)) {
+            if (resident[slot] == nullptr && !waiting.empty()) {
+                if (!pool[slot]) {
+                    pool[slot] = std::make_unique<Block>();
+                }
+                resident[slot] = pool[slot].get();
+                start(*resident[slot], waiting.back(), num_threads, shared_bytes);
+                waiting.pop_back();
+            }
+            block = resident[slot];
+            if (block != nullptr) {
+                any = true;
+                // A block may get far ahead of another from any point on.
+                for (int steps = order > 1 ? 1 << random() % 6 : 1; steps > 0; --steps) {
+                    if (!go_on(random)) {
+                        resident[slot] = nullptr;
+                        break;
+                    }
+                }
+            }
+        }
+        if (!any) {
+            return;
+        }
     }
 }
 
@@ -307,7 +354,7 @@ inline void check_mask(unsigned mask) {
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (!shim::is_disabled(file, line)) {
-        shim::threads[shim::current].state = shim::State::kAtBlockBarrier;
+        shim::self().state = shim::State::kAtBlockBarrier;
         shim::leave();
     }
 }

@@ -12,7 +12,7 @@ using fp16 = __half;
 
 constexpr int kWarpSize = 32;
 
-inline unsigned char* dynamic_shared() { return shim::shared; }
+inline unsigned char* dynamic_shared() { return shim::block->shared; }
 
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
@@ -20,7 +20,7 @@ inline void let_next_kernel_start() {}
 inline void copy_async_16(void* to, const void* from, bool valid = true) {
     shim::start_copy(to, valid ? from : nullptr);
 }
-inline void commit_copies() { ++shim::threads[shim::current].open_group; }
+inline void commit_copies() { ++shim::self().open_group; }
 template <int kNewest>
 void wait_for_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (!shim::is_disabled(file, line)) {
