@@ -124,7 +124,8 @@ class DecodeBatch:
         capacity = _MIN_CAPACITY
         while capacity < longest:
             capacity *= _CAPACITY_FACTOR
-        return min(capacity, self._block_table.shape[1] * self.cache.page_size)
+        pages = min(self.cache.pages_needed(capacity), self._block_table.shape[1])
+        return pages * self.cache.page_size
 
     def step(
         self,

@@ -26,8 +26,8 @@ from keye_model.model import KeyeModel
 KEPT_TOKENS = 8192
 
 # The graphs of a decoder share memory for their tensors; what each adds is a list of some 400
-# launches, on host and device. 12 row counts at two capacities.
-_MAX_GRAPHS = 24
+# launches, on host and device. 13 row counts at two capacities are 26.
+_MAX_GRAPHS = 26
 
 # Their definitions read slots, lengths and parameters back, which a graph cannot.
 _READ_BACK = ("qk_norm_mrope_store", "paged_decode_attention", "sample")
@@ -49,8 +49,8 @@ def why_no_graphs(device: torch.device) -> str:
 def padded_rows(num_rows: int) -> int:
     """Rows of the captured step that serves so many: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
 
-    Padding is half of the rows at most, a third from 16 on. While a step waits for the weights'
-    bytes, up to about 190 rows, more rows take little more time.
+    Less than half of them is padding, and less than a third above 16. While a step waits for the
+    weights' bytes, up to about 190 rows, more rows take little more time.
     """
     power = 1 << (num_rows - 1).bit_length()
     middle = power * 3 // 4

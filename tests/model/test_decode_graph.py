@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from keye_kernels import _backends, _device, use_backend
-from keye_model import Keye, decode_batch, decode_graph
+from keye_model import Keye, cli, decode_batch, decode_graph
 from keye_model.cache import PagedCache
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW
@@ -424,6 +424,17 @@ def test_without_a_gpu_nothing_is_captured(model, requests):
     assert why_no_graphs(torch.device("cpu")) == "needs a GPU"
 
 
+def test_command_line_speaks_of_graphs(capsys, preview_checkpoint):
+    assert cli.main(["info"]) == 0
+    answer = why_no_graphs(torch.device("cuda" if ON_GPU else "cpu"))
+    line = f"cuda graphs   {'no: ' + answer if answer else 'yes, of decode steps'}\n"
+    assert line in capsys.readouterr().out
+    assert cli.main(["plan", "--model", str(preview_checkpoint), "Hello"]) == 0
+    kept = 8192 * 2 * 2 * 128 * 4  # two layers, keys and values of one head, fp32
+    out = capsys.readouterr().out
+    assert f"with CUDA graphs 8,192 tokens or more, {kept / 1e9:.3f} GB" in out
+
+
 def test_definitions_are_not_captured():
     with use_backend("reference"):
         assert why_no_graphs(torch.device("cuda")) == (
@@ -566,3 +577,7 @@ def test_capacities(model):
     found = {batch.capacity(longest) for longest in range(1, 40961)}
     assert found == {2048, 8192, 32768, 40960}
     assert [batch.capacity(n) for n in (1, 2048, 2049, 32769)] == [2048, 2048, 8192, 40960]
+    options = {"page_size": 48, "dtype": torch.float32, "device": "meta"}
+    cache = PagedCache(model.config.text_config, 50, **options)
+    batch = DecodeBatch(cache, 40960, 10)
+    assert [batch.capacity(n) for n in (1, 2049)] == [2064, 2400], "whole pages"

@@ -76,6 +76,8 @@ def test_plan_image_of_1280_tokens():
     assert counts.vision_flops == pytest.approx(7.580e12, rel=1e-3)
     assert counts.prefill_flops == pytest.approx(18.7e12, rel=1e-2)
     assert counts.floor_seconds(790e12, 4.3e12)["vision"] == pytest.approx(9.60e-3, rel=1e-3)
+    widest = max(5120 * (7 * 1152 + 2 * 4304), 1310 * (7 * 4096 + 3 * 12288))
+    assert counts.workspace_bytes == 2 * widest + 5 * 151936
 
 
 @pytest.mark.parametrize(
