@@ -29,8 +29,8 @@ _paged_decode_attention_op = define_op(
 _LOG2_E = 1.4426950408889634
 _ROUND = 32  # pieces that the second launch adds up at once
 # Entries of the block table are asked for four tiles ahead, so that keys and values can be asked
-# for two tiles ahead. With 3 or 4 stages Triton has one tile of each and no overlap, and a page
-# number carried from one tile to the next stops its pipeline altogether.
+# for two tiles ahead. With 3 or 4 stages Triton makes room for one tile of them, and where a page
+# number is carried from tile to tile it gives up its pipeline.
 _STAGES = 5
 
 
@@ -74,7 +74,7 @@ def _launch_config(
 @triton.jit
 def _length(seqlens_ptr, row, max_seqlen_k, KEYS: tl.constexpr):
     """Keys of a sequence, as many as its block table can name at most, and tiles of them."""
-    seqlen = tl.minimum(tl.maximum(tl.load(seqlens_ptr + row), 0), max_seqlen_k)
+    seqlen = tl.minimum(tl.load(seqlens_ptr + row), max_seqlen_k)
     return seqlen, tl.cdiv(seqlen, KEYS)
 
 
@@ -96,6 +96,7 @@ def _paged_decode_attention_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, seqlens_ptr, out_ptr, sums_ptr, stats_ptr,
     stride_q, stride_k_page, stride_v_page, stride_table, stride_out,
     num_kv_heads, max_seqlen_k, scale,
+    # Known to the compiler, or it would not see that heads of 72 elements start at 16 bytes.
     stride_q_head: tl.constexpr, stride_k_row: tl.constexpr, stride_k_head: tl.constexpr,
     stride_v_row: tl.constexpr, stride_v_head: tl.constexpr, stride_out_head: tl.constexpr,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,7 +116,7 @@ def _paged_decode_attention_kernel(
     seqlen, num_tiles = _length(seqlens_ptr, row, max_seqlen_k, KEYS)
     q_ptrs = q_ptr + row * stride_q + head[:, None] * stride_q_head + cols[None, :]
     q = tl.load(q_ptrs, mask=mask_head & mask_cols, other=0.0)  # [HEADS, BLOCK]
-    # num_tiles * split // num_splits, within int32
+    # Pieces of equal length, but for the first ``rest``, which have one tile more.
     length, rest = num_tiles // num_splits, num_tiles % num_splits
     start = (split * length + tl.minimum(split, rest)) * KEYS
     end = tl.minimum(start + (length + (split < rest).to(tl.int32)) * KEYS, seqlen)
