@@ -53,7 +53,7 @@ def check_paged(
     if out is not None:
         check_tensor("out", out, q.shape, q.dtype, q.device)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    check_finite("softmax_scale", scale)
+    check_finite("softmax_scale", scale, low=0.0)
     return scale
 
 
@@ -88,7 +88,7 @@ def paged_prefill_attention(
         cache_seqlens: [batch_size] int32, tokens in the cache, the new ones included; at least the
             number of queries.
         max_seqlen_q, max_seqlen_k: Longest in queries and in cached tokens, or more.
-        softmax_scale: Factor on q k^T, default head_dim ** -0.5.
+        softmax_scale: Factor on q k^T, above 0, default head_dim ** -0.5.
         out: Like ``q``.
 
     Returns:

@@ -396,6 +396,8 @@ def _varlen_attention(
     causal: bool,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    tiles: torch.Tensor | None = None,  # noqa: ARG001 - a schedule is for kernels
+    block_m: int = 0,  # noqa: ARG001
 ) -> None:
     cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     check_cu_seqlens("cu_seqlens_q", cu_q, q.shape[0], max_seqlen_q)
@@ -438,6 +440,7 @@ def varlen_attention(
     causal: bool = False,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    schedule: object = None,  # noqa: ARG001 - for kernels
 ) -> torch.Tensor | Pair:
     """softmax(q k^T * softmax_scale) v per sequence; lse from explicit fp32 scores."""
     out = torch.empty_like(q) if out is None else out

@@ -72,8 +72,9 @@ def check_shared_errors(call, device):
     message = "max_seqlen_k must be at most the 64 tokens that block_table can name, got 65"
     check(message, max_seqlen=lambda _: 65)
     check(r"max_seqlen_k must be a non-negative int, got 4\.5", max_seqlen=lambda _: 4.5)
-    message = "softmax_scale must be a finite number, got inf"
-    check(message, keywords={"softmax_scale": float("inf")})
+    for scale in (float("inf"), 0.0):
+        message = f"softmax_scale must be a finite number above 0, got {scale}"
+        check(message, keywords={"softmax_scale": scale})
     message = r"out must have shape \(1, 4, 32\), got \(1, 2, 32\)"
     check(message, keywords={"out": q[:, :2]})
 

@@ -15,7 +15,7 @@ from keye_model import Keye
 from keye_model.config import PREVIEW, V1_5
 from keye_model.inputs import Request
 
-ATTENTION = {"varlen_attention", "paged_prefill_attention"}
+ATTENTION = {"paged_prefill_attention"}
 GEMM = {"linear_decode"}  # a matrix product: PyTorch's, unless the CUDA extension serves it
 ELSEWHERE = {"mrope_"}  # for other models: Keye's own rotation is part of qk_norm_mrope_store
 

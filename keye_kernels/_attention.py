@@ -1,0 +1,281 @@
+"""One attention kernel for packed and for paged keys, and what its launches choose.
+
+Online softmax over key tiles, in fp32 and base 2. A head_dim that is no power of two is taken in
+two parts, 72 as 64 + 8: products over all of it need two dots, but no padding to 96 or 128.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from keye_kernels._device import device_of
+
+
+class Tiles(NamedTuple):
+    """Keys per tile, pipeline depth, and a bound on registers per thread (None: there is none)."""
+
+    block_n: int
+    num_stages: int
+    max_registers: int | None
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Widths, powers of two, of the two parts of a head; the second is 0 where one does."""
+    head = 1 << (head_dim.bit_length() - 1)
+    tail = triton.next_power_of_2(head_dim - head) if head_dim > head else 0
+    return (2 * head, 0) if tail == head else (head, tail)
+
+
+def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[int, int]) -> Tiles:
+    """Tiles of keys.
+
+    ``block_n`` depends on the head alone, so that the order in which a query meets its keys, and
+    with it every bit of its result, is the same whatever else is in the batch.
+    """
+    head, _ = split_head_dim(head_dim)
+    if itemsize == 4:
+        return Tiles(32, 2 if head <= 64 else 1, None)
+    if head <= 64:
+        # 128 registers: two programs of 8 warps per multiprocessor, one computes exponentials while
+        # the other multiplies. Elsewhere it would spill.
+        two_fit = block_m == 128 and capability[0] == 9
+        return Tiles(64, 3, 128 if two_fit else None)
+    return Tiles(64 if head <= 128 else 32, 2, None)
+
+
+def choose_block_m(num_tokens: int, num_heads: int, num_sms: int) -> int:
+    """Queries per program.
+
+    128 read half as much from the L2 cache per FLOP as 64, which fill the GPU where two programs
+    of 128 per multiprocessor would not.
+    """
+    return 128 if num_tokens * num_heads >= 2 * 128 * num_sms else 64
+
+
+@triton.jit
+def find_tile(cu_seqlens_ptr, tile, batch_size, BLOCK_M: tl.constexpr):
+    """Sequence and first row of a tile. One load answers for 256 sequences.
+
+    Sequence i begins at tile cu_seqlens[i] // BLOCK_M + i, which leaves room for all rows before.
+    """
+    count = 0
+    for start in tl.range(0, batch_size, 256):
+        i = start + tl.arange(0, 256)
+        begins = tl.load(cu_seqlens_ptr + i, mask=i < batch_size, other=0) // BLOCK_M + i
+        count += tl.sum(((i < batch_size) & (begins <= tile)).to(tl.int32))
+    sequence = count - 1
+    begin = tl.load(cu_seqlens_ptr + sequence) // BLOCK_M + sequence
+    return sequence, (tile - begin) * BLOCK_M
+
+
+@triton.jit
+def _load(ptrs, mask, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Columns START to START + WIDTH of rows [BLOCK, 1]; 0 outside."""
+    cols = START + tl.arange(0, WIDTH)[None, :]
+    if START + WIDTH > HEAD_DIM:
+        mask = mask & (cols < HEAD_DIM)
+    return tl.load(ptrs + cols, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptrs, x, mask, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    cols = START + tl.arange(0, WIDTH)[None, :]
+    if START + WIDTH > HEAD_DIM:
+        mask = mask & (cols < HEAD_DIM)
+    tl.store(ptrs + cols, x.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pages(table_ptr, start_n, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pages of the keys from start_n on: one for all of them where a tile lies within a page."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        pages = tl.load(table_ptr + start_n // PAGE_SIZE, mask=start_n < end, other=0)
+    else:
+        keys = start_n + tl.arange(0, BLOCK_N)[:, None]
+        pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=keys < end, other=0)  # [BLOCK_N, 1]
+    return pages.to(tl.int64)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_q", "stride_q_head", "stride_out", "stride_out_head", "stride_k_page", "stride_k",
+        "stride_k_head", "stride_v_page", "stride_v", "stride_v_head", "stride_lse", "stride_table",
+        "num_tiles", "batch_size", "group",
+    ]
+)  # fmt: skip
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, seqlens_k_ptr, table_ptr, tiles_ptr,
+    stride_q, stride_q_head, stride_out, stride_out_head, stride_k_page, stride_k, stride_k_head,
+    stride_v_page, stride_v, stride_v_head, stride_lse, stride_table,
+    softmax_scale, scale, num_tiles, batch_size, group,
+    HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # All tiles of a key/value head, then of the next one: what it reads stays in the L2 cache.
+    pid = tl.program_id(0)
+    kv_head = (pid // (num_tiles * group)).to(tl.int64)
+    head = kv_head * group + pid % group
+    tile = pid // group % num_tiles
+    if tiles_ptr is None:
+        # Of causal tiles the last ones see the most keys: they start first.
+        tile = num_tiles - 1 - tile if CAUSAL else tile
+        sequence, first = find_tile(cu_seqlens_q_ptr, tile, batch_size, BLOCK_M)
+    else:
+        sequence = tl.load(tiles_ptr + 2 * tile)
+        first = tl.load(tiles_ptr + 2 * tile + 1)
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    len_q = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    if first >= len_q:
+        return
+    if PAGE_SIZE > 0:
+        len_k = tl.load(seqlens_k_ptr + sequence)
+        table_ptr += sequence.to(tl.int64) * stride_table
+    else:
+        start_k = tl.load(seqlens_k_ptr + sequence)
+        len_k = tl.load(seqlens_k_ptr + sequence + 1) - start_k
+        k_ptr += start_k.to(tl.int64) * stride_k * UNIT
+        v_ptr += start_k.to(tl.int64) * stride_v * UNIT
+    k_ptr += kv_head * stride_k_head * UNIT
+    v_ptr += kv_head * stride_v_head * UNIT
+    q_ptr += (start_q.to(tl.int64) * stride_q + head * stride_q_head) * UNIT
+    out_ptr += (start_q.to(tl.int64) * stride_out + head * stride_out_head) * UNIT
+
+    # A dot multiplies 16 columns or more, but gives 8.
+    HEAD_QK: tl.constexpr = 16 if HEAD == 8 else HEAD
+    TAIL_QK: tl.constexpr = 16 if TAIL == 8 else TAIL
+    rows = first + tl.arange(0, BLOCK_M)
+    mask_m = (rows < len_q)[:, None]
+    q_ptrs = q_ptr + rows[:, None].to(tl.int64) * (stride_q * UNIT)
+    q = _load(q_ptrs, mask_m, 0, HEAD_QK, HEAD_DIM)  # [BLOCK_M, HEAD_QK]
+    acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
+    if TAIL > 0:
+        q_tail = _load(q_ptrs, mask_m, HEAD, TAIL_QK, HEAD_DIM)  # [BLOCK_M, TAIL_QK]
+        acc_tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
+
+    # Every row sees all keys before `full`, none sees one from `end` on.
+    full = len_k
+    end = len_k
+    if CAUSAL:
+        shift = len_k - len_q
+        full = tl.minimum(len_k, shift + first + 1)
+        end = tl.minimum(len_k, shift + first + BLOCK_M)
+    # `scale` is softmax_scale * log2(e). How `base`, the largest score scaled, is rounded does not
+    # matter: all weights of a row share it.
+    base = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    largest = base
+    total = tl.zeros([BLOCK_M], tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    step_k, step_v = stride_k.to(tl.int64) * UNIT, stride_v.to(tl.int64) * UNIT
+    offs_k, offs_v = offs_n[:, None] * step_k, offs_n[:, None] * step_v
+    if PAGE_SIZE > 0:
+        pages = _pages(table_ptr, 0, end, PAGE_SIZE, BLOCK_N)
+    for start_n in tl.range(0, end, BLOCK_N):
+        if PAGE_SIZE == 0:
+            k_ptrs = k_ptr + start_n * step_k + offs_k
+            v_ptrs = v_ptr + start_n * step_v + offs_v
+        elif PAGE_SIZE % BLOCK_N == 0:
+            row = start_n % PAGE_SIZE
+            k_ptrs = k_ptr + (pages * stride_k_page + row * stride_k) * UNIT + offs_k
+            v_ptrs = v_ptr + (pages * stride_v_page + row * stride_v) * UNIT + offs_v
+        else:
+            row = ((start_n + offs_n) % PAGE_SIZE)[:, None]
+            k_ptrs = k_ptr + (pages * stride_k_page + row * stride_k) * UNIT
+            v_ptrs = v_ptr + (pages * stride_v_page + row * stride_v) * UNIT
+        if PAGE_SIZE > 0:  # one tile ahead: addresses wait for it
+            pages = _pages(table_ptr, start_n + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+
+        mask_n = (start_n + offs_n < end)[:, None]
+        k = _load(k_ptrs, mask_n, 0, HEAD_QK, HEAD_DIM)  # [BLOCK_N, HEAD_QK]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if TAIL > 0:
+            k_tail = _load(k_ptrs, mask_n, HEAD, TAIL_QK, HEAD_DIM)  # [BLOCK_N, TAIL_QK]
+            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
+        if start_n + BLOCK_N > full:
+            keys = start_n + offs_n[None, :]
+            seen = keys < len_k
+            if CAUSAL:
+                seen = keys < tl.minimum(len_k, shift + rows[:, None] + 1)
+            scores = tl.where(seen, scores, float("-inf"))
+
+        highest = tl.max(scores, axis=1)
+        new = tl.maximum(base, highest * scale)
+        if lse_ptr is not None:
+            largest = tl.maximum(largest, highest)
+        minus = -new
+        if CAUSAL:
+            minus = tl.where(new == float("-inf"), 0.0, minus)  # of rows that have seen no key yet
+        weights = tl.exp2(tl.fma(scores, scale, minus[:, None]))
+        shrink = tl.exp2(base + minus)
+        total = total * shrink + tl.sum(weights, axis=1)
+        base = new
+        weights = weights.to(v_ptr.dtype.element_ty)
+        v = _load(v_ptrs, mask_n, 0, HEAD, HEAD_DIM)  # [BLOCK_N, HEAD]
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
+        if TAIL > 0:
+            v_tail = _load(v_ptrs, mask_n, HEAD, TAIL, HEAD_DIM)  # [BLOCK_N, TAIL]
+            acc_tail = tl.dot(weights, v_tail, acc_tail * shrink[:, None], input_precision="ieee")
+
+    total = tl.where(total == 0, 1.0, total)  # rows that saw no key: 0, and -inf for lse
+    out_ptrs = out_ptr + rows[:, None].to(tl.int64) * (stride_out * UNIT)
+    _store(out_ptrs, acc / total[:, None], mask_m, 0, HEAD, HEAD_DIM)
+    if TAIL > 0:
+        _store(out_ptrs, acc_tail / total[:, None], mask_m, HEAD, TAIL, HEAD_DIM)
+    if lse_ptr is not None:
+        # Natural, from the score itself and not from `base`, whose rounding is taken back.
+        lse = tl.fma(largest, scale, -base)
+        lse = largest * softmax_scale + (tl.log2(total) - lse) * 0.6931471805599453  # ln 2
+        lse = tl.where(base == float("-inf"), base, lse)
+        tl.store(lse_ptr + head * stride_lse + start_q + rows, lse, mask=rows < len_q)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    out: torch.Tensor,
+    *,
+    lse: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    tiles: torch.Tensor | None = None,
+    block_m: int = 0,
+) -> None:
+    """Start the kernel.
+
+    With ``block_table`` k and v are the pages of a cache and ``seqlens_k`` holds lengths; without,
+    starts. Without ``tiles`` each program finds its own, of a number that is enough for any
+    lengths.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    device = device_of(q)
+    batch_size = cu_seqlens_q.shape[0] - 1
+    if tiles is None:
+        block_m = choose_block_m(num_tokens, num_heads, device.num_sms)
+        num_tiles = num_tokens // block_m + batch_size
+    else:
+        num_tiles = tiles.shape[0]
+    paged = block_table is not None
+    strides = [*q.stride()[:2], *out.stride()[:2]]
+    for x in (k, v):
+        strides += x.stride()[:-1] if paged else (0, *x.stride()[:-1])
+    # In units of 8 elements: so the compiler knows that a thread's 16 bytes are aligned.
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    head, tail = split_head_dim(head_dim)
+    block_n, num_stages, max_registers = choose_tiles(
+        head_dim, q.itemsize, block_m, device.capability
+    )
+    _attention_kernel[(num_tiles * num_heads,)](
+        q, k, v, out, lse, cu_seqlens_q, seqlens_k, block_table, tiles,
+        *(stride // unit for stride in strides),
+        lse.stride(0) if lse is not None else 0, block_table.stride(0) if paged else 0,
+        softmax_scale, softmax_scale * 1.4426950408889634,  # log2(e)
+        num_tiles, batch_size, num_heads // k.shape[-2],
+        HEAD_DIM=head_dim, HEAD=head, TAIL=tail, PAGE_SIZE=k.shape[1] if paged else 0,
+        CAUSAL=causal, UNIT=unit, BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=block_m // 16, num_stages=num_stages, maxnreg=max_registers,
+    )  # fmt: skip
