@@ -109,12 +109,10 @@ def test_decode_refuses_what_it_has_no_kernel_for():
         with pytest.raises(NotImplementedError, match=message):
             decode(q, cache)
 
-    check(
-        "dtype must be .*bfloat16 or .*float16, got .*float32",
-        *make([3], 16, 1, 1, 64, torch.float32),
-    )
-    check(r"head_dim must be 64, 72, 80 or 128, got 32", *make([3], 16, 1, 1, 32, torch.float16))
-    q, cache = make([3, 3], 16, 1, 1, 64, torch.float16)
+    message = "dtype must be torch.bfloat16 or torch.float16, got torch.float32"
+    check(message, *make([3], 16, 1, 1, 64, torch.float32))
+    check("head_dim must be 64, 72, 80 or 128, got 32", *make([3], 16, 1, 1, 32, torch.float16))
+    _, cache = make([3, 3], 16, 1, 1, 64, torch.float16)
     shifted = torch.zeros(2, 1, 68).half()[..., 4:]
     check("the rows of q must begin at multiples of 16 bytes, got address 0x", shifted, cache)
 

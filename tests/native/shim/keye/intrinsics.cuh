@@ -17,6 +17,15 @@ inline unsigned char* dynamic_shared() { return shim::block->shared; }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
+inline void prefetch_to_l2(const void* from, unsigned bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes == 0) {
+        shim::fail("a prefetch whose address or size does not divide by 16");
+    }
+    // AddressSanitizer sees what is out of bounds.
+    [[maybe_unused]] volatile char first = *static_cast<const char*>(from);
+    [[maybe_unused]] volatile char last = static_cast<const char*>(from)[bytes - 1];
+}
+
 inline void copy_async_16(void* to, const void* from, bool valid = true) {
     shim::start_copy(to, valid ? from : nullptr);
 }
@@ -110,7 +119,6 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
     multiply_add_depth<T, 8>(d, a, &b);
 }
 
-inline uint4 load_streaming_16(const void* from) { return *static_cast<const uint4*>(from); }
 inline float load_shared_by_blocks(const float* from) { return *from; }
 inline float4 load_shared_by_blocks(const float4* from) { return *from; }
 
