@@ -322,6 +322,8 @@ CASES = {
 }
 if MAJOR < 5:
     del CASES["paddleocr_vl"]
+elif _paddleocr_vl().model.visual.vision_model.embeddings.interpolation_align_corners:
+    del CASES["paddleocr_vl"].calls["patch_embed"]  # as releases before 5.23 had it
 
 
 @functools.cache
