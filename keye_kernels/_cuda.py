@@ -234,3 +234,68 @@ def _qk_norm_mrope_store_cuda(
 
 
 register("qk_norm_mrope_store", _qk_norm_mrope_store_cuda, _qk_norm_mrope_store_refuses)
+
+
+def num_column_runs(tiles: int, in_features: int, num_sms: int) -> int:
+    """Blocks that share a tile of 64 weight rows in linear_decode, each with a run of its columns.
+
+    To read at full rate, latency x bandwidth must be on its way: on an H200 some 1 µs x 4.3 TB/s,
+    33 KB for each of 132 multiprocessors. A block keeps 32 KB on its way, and three fit: one reads
+    while another starts or ends, and there are blocks for all three as far as a run has 1024
+    columns, 128 KB or 4 µs of a multiprocessor's share. Shorter ones would begin and end more than
+    read.
+
+    At 4096 columns that is 256 blocks for 4096 rows, 384 for 6144 and for 2 x 12288, at 12288
+    columns 384 for 4096 rows, of 396 at a time; the head's 2374 come one after the other.
+    """
+    return max(min(3 * num_sms // tiles, -(-in_features // 1024)), 1)
+
+
+def _linear_decode_refuses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float | None,  # noqa: ARG001
+    residual: torch.Tensor | None,
+    swiglu: bool,  # noqa: ARG001
+    out: torch.Tensor,
+) -> str | None:
+    for name, size in (("in_features", x.shape[1]), ("the result's width", out.shape[1])):
+        if size % 8:
+            return f"{name} must be a multiple of 8, got {size}"
+    optional = {"bias": bias, "norm_weight": norm_weight, "residual": residual}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    return check_dtype(x) or check_alignment(x=x, weight=weight, out=out, **given)
+
+
+def _linear_decode_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    swiglu: bool,
+    out: torch.Tensor,
+) -> None:
+    num_rows, in_features = x.shape
+    width = out.shape[1]
+    tiles = -(-width // (32 if swiglu else 64))
+    splits = num_column_runs(tiles, in_features, device_of(x).num_sms)
+    stream = _ext.stream_of(x)
+    partial = counts = None
+    if splits > 1:
+        size = tiles * splits * num_rows * 64
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        counts = counters.get(x.device, stream, tiles)
+    tensors = (x, weight, bias, norm_weight, residual, out, partial, counts)
+    _ext.extension().linear_decode(
+        _ext.DTYPES[x.dtype], *(0 if t is None else t.data_ptr() for t in tensors),
+        x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+        out.stride(0), num_rows, in_features, width, splits, eps or 0.0, swiglu, overlaps(x),
+        stream,
+    )  # fmt: skip
+
+
+register("linear_decode", _linear_decode_cuda, _linear_decode_refuses)

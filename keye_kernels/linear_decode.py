@@ -80,6 +80,6 @@ def linear_decode(
         out = x.new_empty((num_tokens, width))
     else:
         check_tensor("out", out, (num_tokens, width), x.dtype, x.device)
-    if num_tokens > 0:
+    if out.numel() > 0:
         _linear_decode_op(x, weight, bias, norm_weight, eps, residual, swiglu, out)
     return out

@@ -63,9 +63,7 @@ def test_norm_and_swiglu(case):
     normed = kk.reference.rms_norm(x, norm_weight, EPS)
     gate, up = product(normed, weight, bias).chunk(2, dim=1)
     plain = kk.reference.silu_mul(F.linear(normed, weight, bias))
-    got = kk.linear_decode(
-        x, weight, bias=bias, norm_weight=norm_weight, eps=EPS, swiglu=True
-    )
+    got = kk.linear_decode(x, weight, bias=bias, norm_weight=norm_weight, eps=EPS, swiglu=True)
     assert_close(got, plain, F.silu(gate) * up)
 
 
@@ -118,9 +116,7 @@ def test_offsets_past_2_to_the_31():
     assert torch.equal(kk.linear_decode(far[0], far[1], residual=far[2], out=out), expected)
 
 
-def test_no_columns_and_no_width():
-    x, bias = torch.randn(2, 0).half(), torch.randn(8).half()
-    assert torch.equal(kk.linear_decode(x, torch.randn(8, 0).half(), bias=bias)[1], bias)
+def test_no_width():
     assert kk.linear_decode(torch.ones(2, 8).half(), torch.ones(0, 8).half()).shape == (2, 0)
 
 

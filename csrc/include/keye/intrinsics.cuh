@@ -14,6 +14,7 @@ using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
 constexpr int kWarpSize = 32;
+constexpr int kMaxSharedBytes = 99 * 1024;  // of a block on every GPU we build for: sm_120 has least
 
 // Shared memory of the launch; kernels lay it out themselves and declare no other.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -21,8 +22,8 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
     return bytes;
 }
 
-// Nothing of a kernel launched with `overlap` may touch global memory before this: the kernel
-// before it may still be running. Does nothing in other launches.
+// Nothing of a kernel launched with `overlap` may read or write global memory before this: the
+// kernel before it may still be running. Does nothing in other launches.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -33,6 +34,14 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Ask for global memory that will be read soon. What other kernels write to it later still counts.
+// Address and size must divide by 16. Does nothing before sm_90.
+__device__ __forceinline__ void prefetch_to_l2(const void* from, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 #endif
 }
 
@@ -142,15 +151,6 @@ __device__ __forceinline__ void multiply_add<fp16>(float (&d)[4], const uint32_t
         "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
-// 16 bytes that are read once by the whole grid, such as weights: not kept in L1.
-__device__ __forceinline__ uint4 load_streaming_16(const void* from) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-    return v;
 }
 
 // What another block of this launch wrote: from L2, since an L1 does not see it.

@@ -11,6 +11,7 @@ using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
 constexpr int kWarpSize = 32;
+constexpr int kMaxSharedBytes = shim::kMaxSharedBytes;
 
 inline unsigned char* dynamic_shared() { return shim::block->shared; }
 

@@ -1,0 +1,428 @@
+// A few rows times a large matrix, bound by reading the matrix once.
+//
+// A block has 64 rows of the matrix, with swiglu 32 of gate and the same 32 of up, and a run of its
+// columns. Its warps stand side by side: they read 512 neighbouring bytes of each row. The matrix is
+// the 16-row operand of the tensor cores and x the 8- or 16-column one, so that 1 to 8 rows of x cost
+// the same. The matrix comes through a pipeline that each warp has for itself; x is normalised on
+// its way to shared memory, for all warps. Then the warps' sums meet in shared memory and, if the
+// columns are spread over several blocks, in global memory, where the block that comes last adds
+// them up, always in the same order.
+#pragma once
+
+#include "keye/linear_decode.h"
+#include "keye/types.cuh"
+
+namespace keye {
+
+// kTiles: of 8 rows of x.
+template <int kTiles>
+struct LinearTile {
+    static constexpr int kWarps = 4;
+    static constexpr int kThreads = kWarps * kWarpSize;
+    static constexpr int kBlocksPerSm = 3;
+    static constexpr int kColumns = 64;                 // of the matrix, of a warp in a step
+    static constexpr int kStep = kWarps * kColumns;     // of a block
+    static constexpr int kHalf = 32;                    // rows of the matrix that a stage holds
+    static constexpr int kRows = 2 * kHalf;
+    static constexpr int kStages = 3;                   // two of them, 8 KB per warp, on their way
+    static constexpr int kStageElements = kHalf * kColumns;
+    static constexpr int kWarpElements = kStages * kStageElements;
+    static constexpr int kWarpFloats = kWarpElements / 2;
+    static constexpr int kPrefetched = 512;  // columns asked for before the kernel before has ended
+    // x, in two buffers of kChunk columns. 64 bytes more from row to row: what 8 lanes read at once
+    // is in different banks.
+    static constexpr int kXRows = 8 * kTiles;
+    static constexpr int kChunk = 512 / kTiles;
+    static constexpr int kStepsPerChunk = kChunk / kStep;
+    static constexpr int kXStride = kChunk + 32;
+    static constexpr int kXElements = kXRows * kXStride;
+    static constexpr int kPieces = kChunk / 8;                  // 16-byte pieces of a row
+    static constexpr int kRowsAtOnce = kThreads / kPieces;      // that the block takes
+    static constexpr int kTurns = kXRows / kRowsAtOnce;
+    // The sums of a warp take the place of its pipeline: a row of x, then 64 of the matrix.
+    static constexpr int kSumStride = kRows + 4;
+    static constexpr int kPipelineBytes = kWarps * kWarpElements * 2;
+    static constexpr int kXBytes = 2 * kXElements * 2;
+    static constexpr int kSharedBytes = kPipelineBytes + kXBytes + kXRows * sizeof(float) + 16;
+    static_assert(kXRows * kSumStride * sizeof(float) <= kWarpElements * 2);
+};
+
+// The part of the matrix that a block has. Half 1 follows half 0; with swiglu it is in up.
+struct LinearPart {
+    int64_t first_row[2];
+    int num_rows[2];        // of these 32 that there are
+    int first_step, count;  // of kStep columns
+};
+
+// One stage: 32 rows, of which `visible` exist, at the lane's columns; zeros where there is nothing.
+// A row has its pieces in order, but odd rows have the two halves of 64 bytes swapped: what 8 lanes
+// read at once, 4 pieces of two rows, is in different banks.
+template <int kTiles, class T>
+__device__ __forceinline__ void copy_weights(T* stage, const T* at, int64_t stride, int visible,
+                                             bool columns_exist, int lane) {
+    using Tile = LinearTile<kTiles>;
+    const int row = lane / 8, piece = (lane % 8) ^ (row % 2 * 4);
+    const T* first = at;
+#pragma unroll
+    for (int i = 0; i < Tile::kHalf / 4; ++i) {
+        const bool valid = columns_exist && row + 4 * i < visible;
+        copy_async_16(stage + (row + 4 * i) * Tile::kColumns + piece * 8, valid ? at : first, valid);
+        at += 4 * stride;
+    }
+}
+
+// A dot product may take its columns in any order, if both operands do. So a lane reads 16 bytes of
+// each: they are its columns of two products one after the other, as they lie in memory.
+template <int kTiles>
+struct LinearSums {
+    using Tile = LinearTile<kTiles>;
+    float sums[4][kTiles][4];     // of 16 rows of the matrix and 8 of x each
+    uint4 x[kTiles][2];
+
+    __device__ __forceinline__ void start() {
+#pragma unroll
+        for (int i = 0; i < 16 * kTiles; ++i) {
+            sums[i / 4 / kTiles][i / 4 % kTiles][i % 4] = 0.0f;
+        }
+    }
+
+    // `tile` at the columns of the warp.
+    template <class T>
+    __device__ __forceinline__ void load_x(const T* tile, int lane) {
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) {
+            const int row = i / 2 * 8 + lane / 4, column = i % 2 * 32 + lane % 4 * 8;
+            x[i / 2][i % 2] = load_16(tile + row * Tile::kXStride + column);
+        }
+    }
+
+    // Rows 32 half and on.
+    template <class T>
+    __device__ __forceinline__ void add_stage(const T* stage, int half, int lane) {
+        const T* from = stage + lane / 4 * Tile::kColumns;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int group = i / 2, rows = i % 2 * 16;
+            const int column = ((group * 4 + lane % 4) ^ (lane / 4 % 2 * 4)) * 8;
+            const uint4 top = load_16(from + rows * Tile::kColumns + column);
+            const uint4 bottom = load_16(from + (rows + 8) * Tile::kColumns + column);
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                const uint4 b = x[tile][group];
+                float(&d)[4] = sums[half * 2 + i % 2][tile];
+                multiply_add<T>(d, {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
+                multiply_add<T>(d, {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
+            }
+        }
+    }
+
+    // out: [kXRows, kSumStride].
+    __device__ __forceinline__ void store(float* out, int lane) {
+#pragma unroll
+        for (int i = 0; i < 16 * kTiles; ++i) {
+            const int row = i / 4 % kTiles * 8 + lane % 4 * 2 + i % 2;
+            const int channel = i / 4 / kTiles * 16 + i / 2 % 2 * 8 + lane / 4;
+            out[row * Tile::kSumStride + channel] = sums[i / 4 / kTiles][i / 4 % kTiles][i % 4];
+        }
+    }
+};
+
+// What a thread moves of each chunk of x: one piece of several rows. Zeros where there is none.
+template <class T, int kTiles>
+struct LinearInput {
+    using Tile = LinearTile<kTiles>;
+    uint4 x[Tile::kTurns], weight;
+    float scale[Tile::kTurns];
+
+    __device__ __forceinline__ void load(const LinearDecodeParams& params, int first_column) {
+        const int row = threadIdx.x / Tile::kPieces;
+        const int column = first_column + threadIdx.x % Tile::kPieces * 8;
+        const T* at = static_cast<const T*>(params.x) + row * params.stride_x + column;
+#pragma unroll
+        for (int i = 0; i < Tile::kTurns; ++i) {
+            const bool valid =
+                column < params.in_features && row + i * Tile::kRowsAtOnce < params.num_rows;
+            x[i] = valid ? load_16(at) : make_uint4(0, 0, 0, 0);
+            at += Tile::kRowsAtOnce * params.stride_x;
+        }
+        if (params.norm_weight != nullptr && column < params.in_features) {
+            weight = load_16(static_cast<const T*>(params.norm_weight) + column);
+        }
+    }
+
+    __device__ __forceinline__ void store(const LinearDecodeParams& params, T* tile) {
+        const int row = threadIdx.x / Tile::kPieces, piece = threadIdx.x % Tile::kPieces;
+#pragma unroll
+        for (int i = 0; i < Tile::kTurns; ++i) {
+            uint4 value = x[i];
+            if (params.norm_weight != nullptr && row + i * Tile::kRowsAtOnce < params.num_rows) {
+                float y[8], factor[8];
+                unpack_8<T>(y, value);
+                unpack_8<T>(factor, weight);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    y[j] = rounded<T>(y[j] * scale[i]) * factor[j];
+                }
+                value = pack_8<T>(y);
+            }
+            store_16(tile + (row + i * Tile::kRowsAtOnce) * Tile::kXStride + piece * 8, value);
+        }
+    }
+};
+
+// 1 / RMS of each row of x, by a warp each.
+template <class T, int kTiles>
+__device__ __forceinline__ void row_scales(const LinearDecodeParams& params, float* scales) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    for (int row = warp; row < params.num_rows; row += LinearTile<kTiles>::kWarps) {
+        const T* x = static_cast<const T*>(params.x) + row * params.stride_x;
+        float squares = 0.0f;
+#pragma unroll 8
+        for (int column = lane * 8; column < params.in_features; column += kWarpSize * 8) {
+            float values[8];
+            unpack_8<T>(values, load_16(x + column));
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                squares += values[i] * values[i];
+            }
+        }
+#pragma unroll
+        for (int bits = kWarpSize / 2; bits > 0; bits /= 2) {
+            squares += __shfl_xor_sync(~0u, squares, bits);
+        }
+        if (lane == 0) {
+            scales[row] = __frsqrt_rn(squares / static_cast<float>(params.in_features) + params.eps);
+        }
+    }
+}
+
+__device__ __forceinline__ void clear(float (&y)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        y[i] = 0.0f;
+    }
+}
+__device__ __forceinline__ void add(float (&y)[8], const float4& low, const float4& high) {
+    const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        y[i] += x[i];
+    }
+}
+
+// y + bias, rounded as a product is.
+template <class T>
+__device__ __forceinline__ void add_bias(float (&y)[8], const LinearDecodeParams& params,
+                                         int64_t channel) {
+    float bias[8] = {};
+    if (params.bias != nullptr) {
+        unpack_8<T>(bias, load_16(static_cast<const T*>(params.bias) + channel));
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        y[i] = rounded<T>(y[i] + bias[i]);
+    }
+}
+
+// What follows the product, 8 channels of a row per thread. `sums(y, row, channel)` gives them, by
+// the channel in the tile.
+template <int kTiles, class T, class Sums>
+__device__ __forceinline__ void write_rows(const LinearDecodeParams& params, int64_t tile,
+                                           const Sums& sums) {
+    using Tile = LinearTile<kTiles>;
+    const int pieces = (params.swiglu ? Tile::kHalf : Tile::kRows) / 8;
+    for (int i = threadIdx.x; i < params.num_rows * pieces; i += Tile::kThreads) {
+        const int row = i / pieces, piece = i % pieces;
+        const int64_t channel = (tile * pieces + piece) * 8;
+        if (channel >= params.width) {
+            continue;
+        }
+        float y[8];
+        sums(y, row, piece * 8);
+        add_bias<T>(y, params, channel);
+        if (params.swiglu) {
+            float up[8];
+            sums(up, row, Tile::kHalf + piece * 8);
+            add_bias<T>(up, params, params.width + channel);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                y[j] = rounded<T>(y[j] / (1.0f + __expf(-y[j]))) * up[j];
+            }
+        } else if (params.residual != nullptr) {
+            float residual[8];
+            unpack_8<T>(residual, load_16(static_cast<const T*>(params.residual) +
+                                          row * params.stride_residual + channel));
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                y[j] += residual[j];
+            }
+        }
+        store_16(static_cast<T*>(params.out) + row * params.stride_out + channel, pack_8<T>(y));
+    }
+}
+
+template <int kTiles>
+__device__ __forceinline__ LinearPart part_of(const LinearDecodeParams& params, int64_t tile,
+                                              int split) {
+    using Tile = LinearTile<kTiles>;
+    LinearPart part;
+    const int64_t width = params.width;
+    const int64_t first = tile * (params.swiglu ? Tile::kHalf : Tile::kRows);
+    part.first_row[0] = first;
+    part.first_row[1] = params.swiglu ? width + first : first + Tile::kHalf;
+    const int64_t end[2] = {width, params.swiglu ? 2 * width : width};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int64_t left = end[half] - part.first_row[half];
+        part.num_rows[half] = static_cast<int>(left < Tile::kHalf ? left : Tile::kHalf);
+    }
+    const int steps = (params.in_features + Tile::kStep - 1) / Tile::kStep;
+    const int per_split = steps / params.num_splits, rest = steps % params.num_splits;
+    part.first_step = split * per_split + min(split, rest);
+    part.count = per_split + (split < rest ? 1 : 0);
+    return part;
+}
+
+template <class T, int kTiles>
+__global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTiles>::kBlocksPerSm)
+    linear_decode_kernel(const __grid_constant__ LinearDecodeParams params) {
+    using Tile = LinearTile<kTiles>;
+    unsigned char* shared = dynamic_shared();
+    T* pipelines = reinterpret_cast<T*>(shared);
+    T* x_tiles = reinterpret_cast<T*>(shared + Tile::kPipelineBytes);
+    auto* scales = reinterpret_cast<float*>(shared + Tile::kPipelineBytes + Tile::kXBytes);
+    auto* ticket = reinterpret_cast<unsigned*>(scales + Tile::kXRows);
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int64_t tile = blockIdx.x / params.num_splits;
+    const int split = blockIdx.x % params.num_splits;
+    const LinearPart part = part_of<kTiles>(params, tile, split);
+    const T* weight = static_cast<const T*>(params.weight);
+
+    // The first columns go to L2 while the kernel before ends. It may be the one that wrote them:
+    // what L2 holds is still right then, what a block had read would not be.
+    if (threadIdx.x < Tile::kRows) {
+        const int half = threadIdx.x / Tile::kHalf, row = threadIdx.x % Tile::kHalf;
+        const int first = part.first_step * Tile::kStep;
+        const int columns = min(min(part.count * Tile::kStep, Tile::kPrefetched),
+                                params.in_features - first);
+        // No index that is not constant: it would put both on the stack.
+        const int64_t first_row = half == 0 ? part.first_row[0] : part.first_row[1];
+        if (row < (half == 0 ? part.num_rows[0] : part.num_rows[1]) && columns > 0) {
+            prefetch_to_l2(weight + (first_row + row) * params.stride_weight + first,
+                           columns * sizeof(T));
+        }
+    }
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+
+    T* pipeline = pipelines + warp * Tile::kWarpElements;
+    const int first_column = part.first_step * Tile::kStep;
+    const int lane_column = first_column + warp * Tile::kColumns + lane % 8 * 8;
+    const T* lane_rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        lane_rows[half] =
+            weight + (part.first_row[half] + lane / 8) * params.stride_weight + lane_column;
+    }
+    // Stage number `unit` has half unit % 2 of step unit / 2.
+    auto copy_unit = [&](int unit, int half, int slot) {
+        const int step = unit / 2;
+        if (step < part.count) {
+            copy_weights<kTiles>(pipeline + slot * Tile::kStageElements,
+                                 lane_rows[half] + step * Tile::kStep, params.stride_weight,
+                                 part.num_rows[half],
+                                 lane_column + step * Tile::kStep < params.in_features, lane);
+        }
+        commit_copies();
+    };
+#pragma unroll
+    for (int unit = 0; unit < Tile::kStages - 1; ++unit) {
+        copy_unit(unit, unit % 2, unit);
+    }
+
+    LinearInput<T, kTiles> input;
+    input.load(params, first_column);
+    if (params.norm_weight != nullptr) {
+        row_scales<T, kTiles>(params, scales);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < Tile::kTurns; ++i) {
+            input.scale[i] = scales[threadIdx.x / Tile::kPieces + i * Tile::kRowsAtOnce];
+        }
+    }
+    LinearSums<kTiles> sums;
+    sums.start();
+    int slot = 0;  // of the stage to add next
+    for (int step = 0; step < part.count; ++step) {
+        T* x_tile = x_tiles + step / Tile::kStepsPerChunk % 2 * Tile::kXElements;
+        if (step % Tile::kStepsPerChunk == 0) {
+            input.store(params, x_tile);
+            __syncthreads();  // x is there for all warps, and all are done with the chunk before
+            if (step + Tile::kStepsPerChunk < part.count) {
+                input.load(params, first_column + (step + Tile::kStepsPerChunk) * Tile::kStep);
+            }
+        }
+        sums.load_x(x_tile + step % Tile::kStepsPerChunk * Tile::kStep + warp * Tile::kColumns,
+                    lane);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            constexpr int kAhead = Tile::kStages - 1;
+            wait_for_copies<kAhead - 1>();
+            __syncwarp();  // the stage is there for all lanes, and all are done with that before
+            copy_unit(2 * step + half + kAhead, (half + kAhead) % 2, slot == 0 ? kAhead : slot - 1);
+            sums.add_stage(pipeline + slot * Tile::kStageElements, half, lane);
+            slot = slot == kAhead ? 0 : slot + 1;
+        }
+    }
+    sums.store(reinterpret_cast<float*>(pipeline), lane);
+    __syncthreads();
+
+    auto sums_of_warps = [&](float (&y)[8], int row, int channel) {
+        const auto* from = reinterpret_cast<const float*>(pipelines) +
+                           row * Tile::kSumStride + channel;
+        clear(y);
+#pragma unroll
+        for (int other = 0; other < Tile::kWarps; ++other) {
+            const auto* at = reinterpret_cast<const float4*>(from + other * Tile::kWarpFloats);
+            add(y, at[0], at[1]);
+        }
+    };
+    if (params.num_splits == 1) {
+        write_rows<kTiles, T>(params, tile, sums_of_warps);
+        return;
+    }
+    const int elements = params.num_rows * Tile::kRows;  // of a split
+    float* partial = params.partial + tile * params.num_splits * elements;
+    for (int i = threadIdx.x; i < elements / 8; i += Tile::kThreads) {
+        float y[8];
+        sums_of_warps(y, i * 8 / Tile::kRows, i * 8 % Tile::kRows);
+        auto* to = reinterpret_cast<float4*>(partial + split * elements + i * 8);
+        to[0] = make_float4(y[0], y[1], y[2], y[3]);
+        to[1] = make_float4(y[4], y[5], y[6], y[7]);
+    }
+
+    // The last block to come here sees the sums of all, and leaves the counter at 0.
+    __threadfence();
+    __syncthreads();
+    const unsigned last = params.num_splits - 1;
+    if (threadIdx.x == 0) {
+        *ticket = atomicInc(params.counters + tile, last);
+    }
+    __syncthreads();
+    if (*ticket != last) {
+        return;
+    }
+    __threadfence();
+    write_rows<kTiles, T>(params, tile, [&](float (&y)[8], int row, int channel) {
+        const auto* from =
+            reinterpret_cast<const float4*>(partial + row * Tile::kRows + channel);
+        clear(y);
+#pragma unroll 4
+        for (int other = 0; other < params.num_splits; ++other) {
+            const float4* at = from + other * (elements / 4);
+            add(y, load_shared_by_blocks(at), load_shared_by_blocks(at + 1));
+        }
+    });
+}
+
+}  // namespace keye

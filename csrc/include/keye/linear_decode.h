@@ -1,0 +1,29 @@
+// A few rows times a large matrix: what a launch is given.
+#pragma once
+
+#include <cstdint>
+
+namespace keye {
+
+// T is bf16 or fp16. Strides count elements; like all addresses, in_features and width they divide
+// by 16 bytes.
+struct LinearDecodeParams {
+    const void* x;            // [num_rows, in_features] T, up to 16 rows
+    const void* weight;       // [width, in_features] T, with swiglu [2 * width, in_features]
+    const void* bias;         // [rows of weight] T, or null
+    const void* norm_weight;  // [in_features] T, or null: x is normalised before
+    const void* residual;     // [num_rows, width] T, or null
+    void* out;                // [num_rows, width] T; may be residual
+    float* partial;           // [tiles, num_splits, num_rows, 64]; unused with one split
+    unsigned* counters;       // [tiles], 0 before and after; unused with one split
+    int64_t stride_x, stride_weight, stride_residual, stride_out;
+    int num_rows, in_features, width;
+    int num_splits;
+    float eps;
+    bool swiglu;
+};
+
+// `overlap`: see launch.cuh. Throws std::runtime_error if the launch fails.
+void linear_decode(int dtype, const LinearDecodeParams& params, bool overlap, void* stream);
+
+}  // namespace keye
