@@ -2,7 +2,8 @@
 
 import torch
 
-from keye_kernels import reference
+from keye_kernels import _backends, reference
+from keye_kernels._attention import attend
 from keye_kernels._checks import (
     FLOAT_DTYPES,
     check_divides,
@@ -55,6 +56,29 @@ def check_paged(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_finite("softmax_scale", scale, low=0.0)
     return scale
+
+
+def _paged_prefill_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    max_seqlen_q: int,  # noqa: ARG001 - what it bounds is read on the device
+    max_seqlen_k: int,  # noqa: ARG001
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> None:
+    # The heads of a group are programs of their own, side by side, and not rows of one program: few
+    # tokens make few programs, and packing would make them fewer still.
+    attend(
+        q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, softmax_scale, True, out,
+        block_table=block_table,
+    )  # fmt: skip
+
+
+_backends.register("paged_prefill_attention", "triton", _paged_prefill_attention_triton)
 
 
 def paged_prefill_attention(

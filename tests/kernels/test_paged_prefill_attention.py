@@ -6,6 +6,9 @@ import torch
 import keye_kernels as kk
 from tests.compare import assert_close
 from tests.kernels.paged import Cache, check_shared_contents, check_shared_errors, naive
+from tests.memory import far_apart
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -31,8 +34,11 @@ PREFILL = {
     # new tokens, cached tokens with them, page_size, heads, kv_heads, head_dim
     "one token": ([1], [1], 16, 1, 1, 8),
     "prompts": ([20, 3, 16], [20, 3, 16], 16, 4, 2, 32),
-    "chunk and reused prefix": ([7, 1, 16], [39, 17, 32], 16, 8, 2, 16),
+    "chunk and reused prefix": ([7, 1], [39, 17], 16, 8, 1, 24),
     "with an empty one": ([5, 0, 2], [5, 33, 40], 32, 2, 1, 128),
+    "past two tiles": ([70], [135], 64, 2, 1, 72),  # a page is a tile of keys
+    "pages across tiles": ([3], [100], 48, 1, 1, 80),
+    "widest head": ([3], [70], 16, 1, 1, 256),
 }
 
 
@@ -47,6 +53,8 @@ def test_matches_naive(case, dtype, device):
     assert got.is_contiguous()
     plain = naive(q, lens_q, cache, scale, dtype)
     assert_close(got, plain, naive(q, lens_q, cache, scale, torch.float64))
+    if dtype == torch.bfloat16:
+        assert torch.equal(prefill(q, lens_q, cache), got)
 
 
 def test_chunks_equal_one_prefill(device):
@@ -57,6 +65,37 @@ def test_chunks_equal_one_prefill(device):
         cache.lengths.fill_(stop)
         chunk = prefill(q[start:stop], [stop - start], cache)
         torch.testing.assert_close(chunk, whole[start:stop], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_sms", [1, 132], indirect=True)
+@pytest.mark.usefixtures("num_sms")
+def test_a_sequence_does_not_depend_on_its_neighbours(device, backend):
+    """Bit by bit, also where the batch is so large that programs take twice as many queries."""
+    if backend == "reference":
+        pytest.skip("the reference promises it within rounding only")
+    cache = Cache([130, 20], 16, 1, 72, torch.bfloat16, device)
+    q = torch.randn(75, 2, 72, device=device).bfloat16()
+    together = prefill(q, [70, 5], cache)
+    cache.table, cache.lengths = cache.table[1:], cache.lengths[1:]
+    assert torch.equal(prefill(q[70:], [5], cache), together[70:])
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_pages_past_2_to_the_31_elements(page_size, device):
+    """One cache in which page 2 starts there."""
+    caches = [far_apart((3, page_size, 1, 8), torch.float16, device) for _ in "kv"]
+    k, v = torch.randn(2, 20, 1, 8, device=device).half()
+    for cache, x in zip(caches, (k, v), strict=True):
+        for i, page in enumerate((2, 0)):
+            rows = x[i * page_size : (i + 1) * page_size]
+            cache[page, : len(rows)] = rows
+    table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([20], dtype=torch.int32, device=device)
+    cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (3, 20))
+    q = torch.randn(3, 1, 8, device=device).half()
+    got = kk.paged_prefill_attention(q, *caches, table, cu_q, lengths, 3, 20)
+    expected = kk.varlen_attention(q, k, v, cu_q, cu_k, 3, 20, causal=True)
+    assert torch.equal(got, expected)
 
 
 def test_strides_scale_and_out(device):
@@ -88,7 +127,9 @@ def test_errors(device):
         prefill(q, [-1], cache)
 
 
-def test_contents_are_checked_on_a_cpu():
+def test_contents_are_checked_on_a_cpu(backend):
+    if backend == "triton":
+        pytest.skip("a kernel does not read contents to check them")
     check_shared_contents(lambda q, cache: prefill(q, [1], cache))
     cache = Cache([20], 16, 1, 8, torch.float32, "cpu")
     cache.lengths = torch.tensor([2], dtype=torch.int32)

@@ -1,7 +1,6 @@
 """The whole model on its Triton kernels: the same answers as on the definitions.
 
-Attention has no Triton kernel yet, so its ops run their definition here too. Without a GPU the
-kernels run under Triton's interpreter.
+Without a GPU the kernels run under Triton's interpreter.
 """
 
 from collections import Counter
@@ -61,7 +60,7 @@ def test_whole_model_equals_the_definitions(checkpoints, launches, name):
     torch.testing.assert_close(answer_logits(keye, requests[0]), logits, atol=2e-5, rtol=0)
     assert set(_backends._registry) - set(counts) == ELSEWHERE
     without = {op for op, served in _backends._registry.items() if "triton" not in served}
-    assert without == ATTENTION | GEMM
+    assert without == GEMM
 
 
 def answer_logits(keye, request):
@@ -76,4 +75,4 @@ def test_every_kernel_is_chosen_on_a_gpu():
     """`auto` on CUDA tensors takes Triton wherever there is a kernel."""
     served = keye_kernels.backends("cuda")
     chosen = {op for op, by in served.items() if by.backend == "triton"}
-    assert chosen == set(served) - ATTENTION - GEMM
+    assert chosen == set(served) - GEMM
