@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 import keye_kernels
 from keye_model.cli import main
+from keye_model.decode_graph import why_no_graphs
 
 
 def run(capsys, *arguments):
@@ -114,6 +116,8 @@ def test_info(capsys, preview_checkpoint):
     assert status == 0
     for line in ("keye-kernels", "varlen_attention", "Keye-VL-8B-Preview", "4,096 tokens"):
         assert line in out
+    why_not = why_no_graphs(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert f"cuda graphs   {f'no: {why_not}' if why_not else 'yes, of decode steps'}\n" in out
 
 
 def test_plan(capsys, preview_checkpoint, media):
@@ -122,6 +126,8 @@ def test_plan(capsys, preview_checkpoint, media):
     assert status == 0
     assert "72 image tokens" in out
     assert "3 x 58 tokens each" in out
+    kept = 8192 * 2 * 2 * 128 * 4  # two layers, keys and values of one head, fp32
+    assert f"with CUDA graphs 8,192 tokens or more, {kept / 1e9:.3f} GB" in out
     assert "not a measurement" in out
 
 
