@@ -21,11 +21,16 @@ from keye_kernels.patch_embed import patch_embed
 from keye_kernels.qk_norm_mrope_store import qk_norm_mrope_store
 from keye_kernels.rope import mrope_, rope_2d_
 from keye_kernels.sampling import sample
-from keye_kernels.varlen_attention import attention_schedule, varlen_attention
+from keye_kernels.varlen_attention import (
+    AttentionSchedule,
+    attention_schedule,
+    varlen_attention,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionSchedule",
     "__version__",
     "attention_schedule",
     "backends",

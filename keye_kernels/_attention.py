@@ -42,7 +42,7 @@ def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[i
         # the other multiplies. Elsewhere it would spill.
         two_fit = block_m == 128 and capability[0] == 9
         return Tiles(64, 3, 128 if two_fit else None)
-    return Tiles(64 if head <= 128 else 32, 2, None)
+    return Tiles(64, 3, None) if head <= 128 else Tiles(32, 2, None)
 
 
 def choose_block_m(num_tokens: int, num_heads: int, num_sms: int) -> int:

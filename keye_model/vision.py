@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from keye_kernels import gelu, layer_norm, patch_embed, rope_2d_, varlen_attention
+from keye_kernels import (
+    AttentionSchedule,
+    attention_schedule,
+    gelu,
+    layer_norm,
+    patch_embed,
+    rope_2d_,
+    varlen_attention,
+)
 from keye_model.config import KeyeConfig, KeyeVisionConfig
 from keye_model.inputs import Grid, GridTHW, host_grid, upload
 
@@ -27,11 +35,13 @@ class VisionStep:
         positions: [num_patches, 2], int64, device: (row, column) of each patch in its own frame.
         cu_seqlens: [num_segments + 1], int32, device: where each attention segment starts.
         max_seqlen: Patches of the longest segment.
+        schedule: Tiles of the segments, for attention in all layers.
     """
 
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    schedule: AttentionSchedule
 
 
 class KeyeVisionModel(nn.Module):
@@ -83,7 +93,9 @@ class KeyeVisionModel(nn.Module):
             image_mean=self.config.image_mean,
             image_std=self.config.image_std,
         )
-        step = plan_step(grid, self.joint_video_attention, x.device)
+        step = plan_step(
+            grid, self.joint_video_attention, self.config.num_attention_heads, x.device
+        )
         residual = None
         for layer in self.layers:
             x, residual = layer(x, residual, step)
@@ -129,8 +141,9 @@ class VisionAttention(nn.Module):
         qkv = self.qkv_proj(x).view(-1, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(1)
         rope_2d_(q, k, step.positions, theta=self.theta)
+        cu_seqlens, longest = step.cu_seqlens, step.max_seqlen
         x = varlen_attention(
-            q, k, v, step.cu_seqlens, step.cu_seqlens, step.max_seqlen, step.max_seqlen
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, schedule=step.schedule
         )
         return self.out_proj(x.flatten(1))
 
@@ -163,7 +176,9 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
 
 
-def plan_step(grid: Grid, joint_video_attention: bool, device: torch.device) -> VisionStep:
+def plan_step(
+    grid: Grid, joint_video_attention: bool, num_heads: int, device: torch.device
+) -> VisionStep:
     """Positions and segments of the patches of `grid`, one copy each to `device`."""
     frames, rows, columns = np.array(grid, np.int64).reshape(-1, 3).T
     frame_size = rows * columns
@@ -178,6 +193,7 @@ def plan_step(grid: Grid, joint_video_attention: bool, device: torch.device) -> 
         upload(torch.from_numpy(positions), device),
         upload(torch.from_numpy(cu_seqlens), device),
         int(lengths.max(initial=0)),
+        attention_schedule(lengths, num_heads=num_heads, device=device),
     )
 
 

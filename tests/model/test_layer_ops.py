@@ -1,11 +1,14 @@
 """Between two GEMMs a layer calls our ops and nothing else: no elementwise op, cast or copy."""
 
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from keye_kernels import reference
+from keye_model import text
 from keye_model.cache import PagedCache
 from keye_model.config import PREVIEW, V1_5
 from keye_model.vision import plan_step
@@ -43,7 +46,7 @@ def model():
 @torch.no_grad()
 def test_vision_layer(model):
     grid = ((1, 4, 4),)
-    step = plan_step(grid, True, model.device)
+    step = plan_step(grid, True, 2, model.device)
     x = torch.randn(16, 144, device=model.device)
     residual = torch.randn_like(x)
     with Recorder() as recorder:
@@ -57,30 +60,66 @@ def test_vision_layer(model):
     assert sum(recorder.ops[name] for name in _GEMM) == 4
 
 
-@pytest.mark.parametrize(("new_tokens", "attention"), [(17, "prefill"), (1, "decode")])
-@torch.no_grad()
-def test_decoder_layer(model, new_tokens, attention):
+def decoder_step(model, new_tokens, dtype=torch.float32):
+    """What a decoder layer takes beside the hidden states, for one sequence."""
     text = model.config.text_config
-    cache = PagedCache(text, 2, dtype=torch.float32, device=model.device)
+    cache = PagedCache(text, 2, dtype=dtype, device=model.device)
     handle = cache.add()
     cache.step([handle], [3])
-    step = cache.step([handle], [new_tokens])
-    hidden = torch.randn(new_tokens, text.hidden_size, device=model.device)
-    residual = torch.randn_like(hidden)
-    positions = torch.arange(new_tokens, device=model.device).expand(3, -1).contiguous()
     for pages in (cache.k, cache.v):
         pages.zero_()
+    positions = torch.arange(new_tokens, device=model.device).expand(3, -1).contiguous()
+    return positions, cache, cache.step([handle], [new_tokens])
+
+
+@torch.no_grad()
+def test_decoder_layer(model):
+    hidden = torch.randn(17, model.config.text_config.hidden_size, device=model.device)
+    residual, step = torch.randn_like(hidden), decoder_step(model, 17)
     with Recorder() as recorder:
-        model.language_model.layers[0](hidden, residual, positions, cache, step)
-    few = 4 if attention == "decode" and model.device.type == "cpu" else 0
-    moved = {
+        model.language_model.layers[0](hidden, residual, *step)
+    assert moving(recorder.ops) == {
         "keye.rms_norm": 2,
         "keye.qk_norm_mrope_store": 1,
-        f"keye.paged_{attention}_attention": 1,
+        "keye.paged_prefill_attention": 1,
         "keye.silu_mul": 1,
     }
-    assert moving(recorder.ops) == moved | ({"keye.linear_decode": few} if few else {})
-    assert sum(recorder.ops[name] for name in _GEMM) == 4 - few
+    assert sum(recorder.ops[name] for name in _GEMM) == 4
+
+
+@torch.no_grad()
+def test_decoder_layer_of_few_rows(model):
+    hidden = torch.randn(1, model.config.text_config.hidden_size, device=model.device)
+    step = decoder_step(model, 1)
+    with Recorder() as recorder:
+        model.language_model.layers[0].decode(hidden, *step)
+    assert moving(recorder.ops) == {
+        "keye.linear_decode": 4,
+        "keye.qk_norm_mrope_store": 1,
+        "keye.paged_decode_attention": 1,
+    }
+    assert not any(recorder.ops[name] for name in _GEMM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_few_rows_are_rounded_like_many(model, dtype, monkeypatch):
+    """Where linear_decode serves, norms, SwiGLU and residual adds are part of it: the same bits."""
+    decoder = deepcopy(model).to(dtype).language_model
+    hidden = torch.randn(1, decoder.config.hidden_size, device=model.device).to(dtype)
+    step = decoder_step(model, 1, dtype)
+    results = []
+    for serves in (False, True):
+        with Recorder() as recorder, monkeypatch.context() as patch:
+            patch.setattr(text, "_served_by_linear_decode", lambda _, serves=serves: serves)
+            patch.setattr(text.Linear, "forward", linear_of_few_rows)
+            results.append(decoder(hidden, *step))
+        assert recorder.ops["keye.rms_norm"] == (1 if serves else 2 * len(decoder.layers) + 1)
+    assert torch.equal(*results)
+
+
+def linear_of_few_rows(layer, x):
+    return reference.linear_decode(x, layer.weight, bias=layer.bias)
 
 
 @torch.no_grad()
@@ -98,7 +137,7 @@ def test_from_the_last_layer_to_the_projector(variant):
     model = tiny.tiny_keye(variant).model
     grid = ((1, 4, 4),)
     pixels = tiny.pixels("pixel_values", 16).to(model.device)
-    step = plan_step(grid, variant.joint_video_attention, model.device)
+    step = plan_step(grid, variant.joint_video_attention, 2, model.device)
 
     def ops(run):
         with Recorder() as recorder:

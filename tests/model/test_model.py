@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from keye_kernels import attention_schedule
 from keye_model import vision
 from keye_model.cache import PagedCache
 from keye_model.config import PREVIEW, V1_5
@@ -116,10 +117,12 @@ def test_g1_alarm_images_attend_to_each_other(monkeypatch):
     # What the published code does without flash-attention; we must differ from it by this much.
     plan_step = vision.plan_step
 
-    def one_segment(grid, joint, device):
-        step = plan_step(grid, joint, device)
+    def one_segment(grid, joint, num_heads, device):
+        step = plan_step(grid, joint, num_heads, device)
         ends = step.cu_seqlens[[0, -1]]
-        return dataclasses.replace(step, cu_seqlens=ends, max_seqlen=int(ends[1]))
+        longest = int(ends[1])
+        schedule = attention_schedule([longest], num_heads=num_heads, device=device)
+        return dataclasses.replace(step, cu_seqlens=ends, max_seqlen=longest, schedule=schedule)
 
     expected = tiny.tiny_keye().logits(tiny.g1())
     monkeypatch.setattr(vision, "plan_step", one_segment)

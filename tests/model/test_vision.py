@@ -100,7 +100,7 @@ def test_patches_may_be_reordered_inside_a_segment():
     # Only positions tell patches apart: a kernel may visit them in any order.
     model = tiny.tiny_keye().model
     tower, grid = model.visual, ((2, 4, 4),)
-    step = plan_step(grid, True, tiny.DEVICE)
+    step = plan_step(grid, True, 2, tiny.DEVICE)
     order = torch.from_numpy(np.random.default_rng(0).permutation(32)).to(tiny.DEVICE)
     hidden = tiny.filler("hidden", (32, 144)).to(tiny.DEVICE)
 
@@ -120,14 +120,16 @@ def test_patches_may_be_reordered_inside_a_segment():
 
 def test_plan_positions_and_segments():
     grid = ((2, 2, 2), (1, 2, 4))
-    joint = plan_step(grid, True, torch.device("cpu"))
-    frames = plan_step(grid, False, torch.device("cpu"))
+    joint = plan_step(grid, True, 2, torch.device("cpu"))
+    frames = plan_step(grid, False, 2, torch.device("cpu"))
     square = [[0, 0], [0, 1], [1, 0], [1, 1]]
     wide = [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3]]
     assert joint.positions.tolist() == frames.positions.tolist() == square + square + wide
     assert (joint.cu_seqlens.tolist(), joint.max_seqlen) == ([0, 8, 16], 8)
     assert (frames.cu_seqlens.tolist(), frames.max_seqlen) == ([0, 4, 8, 16], 8)
     assert joint.cu_seqlens.dtype == torch.int32
+    assert joint.schedule.tiles.tolist() == [[0, 0], [1, 0]]
+    assert frames.schedule.tiles.tolist() == [[2, 0], [0, 0], [1, 0]]
 
 
 @pytest.mark.parametrize(
