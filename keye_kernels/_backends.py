@@ -39,8 +39,8 @@ class ServedBy:
 
 _registry: dict[str, dict[str, _Implementation]] = {}
 # By op, device type and backend asked for, so that a thread that still works with an earlier
-# request never writes where the next one reads.
-_chosen: dict[tuple[str, str, str], Callable[..., None]] = {}
+# request never writes where the next one reads. Who serves, and what to call: None if nobody does.
+_chosen: dict[tuple[str, str, str], tuple[ServedBy, Callable[..., None] | None]] = {}
 
 
 def _checked(source: str, name: str) -> str:
@@ -160,22 +160,31 @@ def _bound(op: str, device_type: str, requested: str, backend: str) -> Callable[
     return _with_limits(op, backend, implementation, fall_back)
 
 
+def _remembered(
+    op: str, device_type: str, asked: str
+) -> tuple[ServedBy, Callable[..., None] | None]:
+    chosen, key = _chosen, (op, device_type, asked)
+    found = chosen.get(key)
+    if found is None:
+        served = _choose(*key)
+        run = None if served.backend is None else _bound(*key, served.backend)
+        found = chosen[key] = served, run
+    return found
+
+
 def find(op: str, device_type: str) -> Callable[..., None]:
     """Implementation of ``op`` for tensors on ``device_type``, chosen once and remembered.
 
     Raises:
         RuntimeError: The backend asked for cannot serve; the message says why.
     """
-    chosen, asked = _chosen, requested()
-    run = chosen.get((op, device_type, asked))
+    asked = requested()
+    served, run = _remembered(op, device_type, asked)
     if run is None:
-        served = _choose(op, device_type, asked)
-        if served.backend is None:
-            raise RuntimeError(
-                f"backend {asked!r} cannot serve {op}: {served.why_not[asked]}; "
-                "backend 'auto' falls back"
-            )
-        run = chosen[op, device_type, asked] = _bound(op, device_type, asked, served.backend)
+        raise RuntimeError(
+            f"backend {asked!r} cannot serve {op}: {served.why_not[asked]}; "
+            "backend 'auto' falls back"
+        )
     return run
 
 
@@ -197,7 +206,8 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device_type must be 'cpu' or 'cuda', got {device_type!r}")
-    return {op: _choose(op, device_type, requested()) for op in _registry}
+    asked = requested()
+    return {op: _remembered(op, device_type, asked)[0] for op in _registry}
 
 
 class use_backend:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from keye_kernels import (
+    backends,
     linear_decode,
     paged_decode_attention,
     paged_prefill_attention,
@@ -49,6 +50,10 @@ class KeyeTextModel(nn.Module):
         Returns:
             [num_tokens, hidden_size], after the final norm.
         """
+        if step.is_decode and _served_by_linear_decode(hidden):
+            for layer in self.layers:
+                hidden = layer.decode(hidden, positions, cache, step)
+            return self.norm(hidden, None)[0]
         residual = None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, positions, cache, step)
@@ -81,6 +86,22 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
+    def decode(
+        self, x: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+    ) -> torch.Tensor:
+        """The same for few rows, where what surrounds a matrix is part of reading it.
+
+        Takes and returns the residual stream, [num_tokens, hidden_size]. Rounds where `forward`
+        does.
+        """
+        attention, mlp = self.self_attn, self.mlp
+        qkv = linear_decode(x, attention.qkv_proj.weight, **self.input_layernorm.arguments)
+        heads = attention.attend(qkv, positions, cache, step)
+        x = linear_decode(heads, attention.o_proj.weight, residual=x)
+        norm = self.post_attention_layernorm.arguments
+        y = linear_decode(x, mlp.gate_up_proj.weight, **norm, swiglu=True)
+        return linear_decode(y, mlp.down_proj.weight, residual=x)
+
 
 class Attention(nn.Module):
     """Grouped-query attention; q and k normalised per head before they are rotated."""
@@ -99,10 +120,16 @@ class Attention(nn.Module):
         self, x: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
     ) -> torch.Tensor:
         """x: [num_tokens, hidden_size]. Returns a tensor like x."""
+        return self.o_proj(self.attend(self.qkv_proj(x), positions, cache, step))
+
+    def attend(
+        self, qkv: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+    ) -> torch.Tensor:
+        """What lies between the projections: [num_tokens, num_heads * head_dim]."""
         config = self.config
         k_cache, v_cache = cache.layer(self.index)
         q = qk_norm_mrope_store(
-            self.qkv_proj(x),
+            qkv,
             self.q_norm.weight,
             self.k_norm.weight,
             positions,
@@ -135,7 +162,7 @@ class Attention(nn.Module):
                 step.max_seqlen_q,
                 step.max_seqlen_k,
             )
-        return self.o_proj(x.flatten(1))
+        return x.flatten(1)
 
 
 class MLP(nn.Module):
@@ -152,9 +179,16 @@ class Linear(nn.Linear):
     """nn.Linear whose few rows of a decode step go to ``linear_decode`` where that is faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] <= _FEW_ROWS and x.device.type == "cpu":
+        if _served_by_linear_decode(x):
             return linear_decode(x, self.weight, bias=self.bias)
         return super().forward(x)
+
+
+def _served_by_linear_decode(x: torch.Tensor) -> bool:
+    """Whether these are few rows and ``linear_decode`` is fast: its definition is on a CPU only."""
+    device = x.device.type
+    few = x.shape[0] <= _FEW_ROWS
+    return few and (device == "cpu" or backends(device)["linear_decode"].backend == "cuda")
 
 
 class RMSNorm(nn.Module):
@@ -164,6 +198,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.eps = eps
+
+    @property
+    def arguments(self) -> dict[str, torch.Tensor | float]:
+        """What ``linear_decode`` calls its norm."""
+        return {"norm_weight": self.weight, "eps": self.eps}
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None

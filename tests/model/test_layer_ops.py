@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,20 @@ def test_few_rows_are_rounded_like_many(model, dtype, monkeypatch):
             results.append(decoder(hidden, *step))
         assert recorder.ops["keye.rms_norm"] == (1 if serves else 2 * len(decoder.layers) + 1)
     assert torch.equal(*results)
+
+
+def test_linear_decode_serves_on_a_gpu_by_its_cuda_kernel_only(monkeypatch):
+    def serves(rows, device):
+        x = SimpleNamespace(shape=(rows, 8), device=torch.device(device))
+        return text._served_by_linear_decode(x)
+
+    assert serves(16, "cpu")
+    assert not serves(17, "cpu")
+    for backend in ("cuda", "reference"):
+        served = SimpleNamespace(backend=backend)
+        monkeypatch.setattr(text, "backends", lambda _, served=served: {"linear_decode": served})
+        assert serves(16, "cuda") == (backend == "cuda")
+        assert not serves(17, "cuda")
 
 
 def linear_of_few_rows(layer, x):
