@@ -102,24 +102,31 @@ def write_ninja(target: Path) -> None:
         lines.append(f"build {source.stem}.o: {rule} {source}")
     objects = " ".join(f"{source.stem}.o" for source in sources)
     lines.append(f"build {target.name}: link {objects}")
-    BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
 def compile_extension(target: Path) -> None:
     if not sys.platform.startswith("linux"):
         raise CannotBuild(f"it is built on Linux only, not on {sys.platform}")
+    import fcntl
+
     ninja = find_ninja()
-    write_ninja(target)
-    done = subprocess.run(
-        [ninja, "-C", str(BUILD)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two builds at a time the second finds all done
+        write_ninja(target)
+        done = subprocess.run(
+            [ninja, "-C", str(BUILD)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     print(done.stdout, file=sys.stderr)
     if done.returncode:
         errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
         raise CannotBuild(f"nvcc failed: {(errors or ['see the output of the build'])[0]}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(BUILD / target.name, target)
+    # In one step, and as a new file: a process that has the old one loaded keeps it.
+    fresh = target.with_suffix(f".{os.getpid()}")
+    shutil.copy2(BUILD / target.name, fresh)
+    fresh.replace(target)
 
 
 class BuildExtension(build_ext):

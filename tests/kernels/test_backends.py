@@ -70,6 +70,43 @@ def test_a_kernel_for_another_device_does_not_serve():
 
 
 @pytest.mark.usefixtures("registry")
+def test_auto_passes_on_what_a_kernel_does_not_serve(device):
+    def refuses(gate_up, out):  # noqa: ARG001
+        return "width must not be 6, got 6" if out.shape[1] == 6 else None
+
+    limits = {"device_types": ("cpu", "cuda"), "refuses": refuses, "max_rows": 2}
+    _backends.register("silu_mul", "cuda", negate_gate, **limits)
+    served, wide, tall = (torch.randn(n, w, device=device) for n, w in ((2, 8), (2, 12), (3, 8)))
+    for x in (wide, tall):
+        torch.testing.assert_close(kk.silu_mul(x), kk.reference.silu_mul(x))
+    assert torch.equal(kk.silu_mul(served), -served[:, :4])
+    with kk.use_backend("cuda"):
+        assert torch.equal(kk.silu_mul(tall), -tall[:, :4])
+        with pytest.raises(
+            NotImplementedError,
+            match="backend 'cuda' cannot serve this call of silu_mul: width must not be 6, got 6",
+        ):
+            kk.silu_mul(wide)
+
+
+@pytest.mark.usefixtures("registry")
+def test_auto_waits_for_hardware(device):
+    x = torch.randn(2, 8, device=device)
+    _backends.register("silu_mul", "cuda", negate_gate, device_types=("cpu", "cuda"), proven=False)
+    torch.testing.assert_close(kk.silu_mul(x), kk.reference.silu_mul(x))
+    reason = kk.backends()["silu_mul"].why_not["cuda"]
+    assert reason == "never run on hardware; ask for it by name"
+    with kk.use_backend("cuda"):
+        assert torch.equal(kk.silu_mul(x), -x[:, :4])
+    _backends.register(
+        "silu_mul", "cuda", negate_gate, device_types=("cpu", "cuda"), why_not=lambda: "not built"
+    )
+    assert kk.backends()["silu_mul"].why_not["cuda"] == "not built"
+    with kk.use_backend("cuda"), pytest.raises(RuntimeError, match="serve silu_mul: not built"):
+        kk.silu_mul(x)
+
+
+@pytest.mark.usefixtures("registry")
 def test_triton_serves_a_cpu_by_name_under_the_interpreter_only(monkeypatch):
     x = torch.randn(2, 8)
     expected = kk.silu_mul(x)

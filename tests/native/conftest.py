@@ -26,6 +26,7 @@ through `intrinsics.cuh`; a new one is a function there and its twin in `shim/ke
 
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -82,7 +83,7 @@ def build(cache: Path, *, sanitize: bool = False) -> Path:
             flags += [f"-isystem{pybind11.get_include()}"]
         out = cache / f"{source.stem}-{_hash([source, *_included(source, {}).values()], flags)}.o"
         if not out.exists():
-            partial = out.with_suffix(f".{os.getpid()}")
+            partial = out.with_suffix(".tmp")
             command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -92,17 +93,16 @@ def build(cache: Path, *, sanitize: bool = False) -> Path:
 
     cache.mkdir(parents=True, exist_ok=True)
     sources = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings.cpp"]
-    with ThreadPoolExecutor(2) as pool:
+    with open(cache / "lock", "w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side compile once
         objects = list(pool.map(compile_one, sources))
-    folder = cache / _hash(objects, SANITIZE if sanitize else [])
-    module = folder / f"_C{suffix}"
-    if not module.exists():
-        folder.mkdir(exist_ok=True)
-        partial = folder / f"{os.getpid()}.so"
-        flags = SANITIZE if sanitize else []
-        command = [compiler, "-shared", *flags, *map(str, objects), "-o", str(partial)]
-        subprocess.run(command, check=True)
-        partial.rename(module)
+        folder = cache / _hash(objects, SANITIZE if sanitize else [])
+        module = folder / f"_C{suffix}"
+        if not module.exists():
+            folder.mkdir(exist_ok=True)
+            link = [compiler, "-shared", *(SANITIZE if sanitize else []), *map(str, objects)]
+            subprocess.run([*link, "-o", f"{module}.tmp"], check=True)
+            Path(f"{module}.tmp").rename(module)
     return module
 
 

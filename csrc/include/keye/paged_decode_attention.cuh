@@ -36,6 +36,7 @@ struct DecodeTile {
     static constexpr int kStatsBytes = kWarps * kRows * sizeof(float2);
     static constexpr int kSharedBytes = kQBytes + kPipelineBytes + kStatsBytes + 16;
     static_assert(kMaxSplits * kRows * sizeof(float) <= kPipelineBytes);
+    static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 // One warp's softmax over its chunks, in matrix fragments: rows lane / 4 and 8 below.

@@ -1,0 +1,158 @@
+"""What nvcc makes of the kernels of csrc: registers, spills, widths of accesses, tensor cores.
+
+``python -m benchmarks.cuda_kernels`` builds what changed and prints the table; ``make kernels``
+adds it to docs/kernels.md. Needs nvcc, no GPU.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+ARCHITECTURES = ("80", "90a", "100a", "120")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+_ROOT = Path(__file__).parents[1]
+_HEAD = ["kernel", "sm", "registers", "stack", "loads", "stores", "tensor cores"]
+# Registers that leave room for as many blocks as the kernel counts on; 255 is what there is.
+_MAX_REGISTERS = {"qk_norm_mrope_store_kernel": 128}
+
+Kernel = dict[str, object]
+
+
+def build() -> Path:
+    """Compile what changed; returns the library.
+
+    Raises:
+        RuntimeError: The build fails; the message is its output.
+    """
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=_ROOT,
+        env=os.environ | {"KEYE_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return _ROOT / "keye_kernels" / f"_C{SUFFIX}"
+
+
+def _tool(*arguments: str) -> str:
+    folder = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    environment = os.environ | {"PATH": f"{folder}:{os.environ.get('PATH', '')}"}
+    command = [str(folder / "cuobjdump"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+def _readable(mangled: str) -> str:
+    """``rope_kernel<bf16, 128>`` from the name of the instance in the library."""
+    name = re.search(r"(?<=4keye)\d+([a-z]\w*?_kernel)", mangled)[1]
+    arguments = [
+        {"13__nv_bfloat16": "bf16", "6__half": "fp16", "b0": "false", "b1": "true"}.get(text, text)
+        for text in re.findall(r"13__nv_bfloat16|6__half|(?<=L)b[01](?=E)|(?<=Li)\d+(?=E)", mangled)
+    ]
+    return f"{name}<{', '.join(arguments)}>"
+
+
+def _bits(parts: list[str]) -> str:
+    return next((part for part in parts if part in ("128", "64")), None) or next(
+        (part[-2:].lstrip("US") for part in parts if part in ("U8", "S8", "U16", "S16")), "32"
+    )
+
+
+def read(
+    library: Path, architectures: Iterable[str] = ("80", "90a", "100a", "120")
+) -> list[Kernel]:
+    """Facts about each kernel in ``library``, by name, then architecture."""
+    sizes = {}
+    arch = ""
+    for line in _tool("-res-usage", str(library)).splitlines():
+        if match := re.search(r"arch = sm_(\w+)|compiled for sm_(\w+)", line):
+            arch = match[1] or match[2]
+        elif match := re.search(r"Function (\w+):", line):
+            function = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            sizes[function, arch] = int(match[1]), int(match[2])
+    found = []
+    for arch in architectures:
+        for body in _tool("-sass", "-arch", f"sm_{arch}", str(library)).split("Function : ")[1:]:
+            function = re.match(r"\w+", body)[0]
+            counts = {kind: Counter() for kind in ("loads", "stores", "mma", "local")}
+            for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body):
+                name, *parts = opcode.split(".")
+                if name in ("LDG", "LDGSTS", "STG"):
+                    counts["stores" if name == "STG" else "loads"][_bits(parts)] += 1
+                elif name in ("LDL", "STL"):
+                    counts["local"][name] += 1
+                elif re.fullmatch(r"[HQI]G?MMA|UTC\w*MMA", name):
+                    counts["mma"][name] += 1
+            registers, stack = sizes[function, arch]
+            facts = {"kernel": _readable(function), "arch": arch, "registers": registers}
+            found.append(facts | {"stack": stack} | {k: dict(v) for k, v in counts.items()})
+    return sorted(found, key=lambda kernel: (kernel["kernel"], int(kernel["arch"].rstrip("a"))))
+
+
+def faults(kernels: list[Kernel]) -> list[str]:
+    """What is wrong, one line each.
+
+    Wrong is: registers in memory; an access to global memory below 4 bytes; none of 16 bytes among
+    loads or stores; more registers than the kernel's blocks per multiprocessor allow.
+    """
+    found = []
+    for kernel in kernels:
+        where = f"sm_{kernel['arch']}, {kernel['kernel']}"
+        if kernel["stack"] or kernel["local"]:
+            found.append(f"{where}: {kernel['stack']} bytes of stack")
+        for kind in ("loads", "stores"):
+            if not kernel[kind].get("128"):
+                found.append(f"{where}: no {kind} of 16 bytes")
+            narrow = sum(kernel[kind].get(bits, 0) for bits in ("8", "16"))
+            if narrow:
+                found.append(f"{where}: {narrow} {kind} of 1 or 2 bytes")
+        most = _MAX_REGISTERS.get(kernel["kernel"].partition("<")[0], 255)
+        if kernel["registers"] > most:
+            found.append(f"{where}: {kernel['registers']} registers, more than {most}")
+    return found
+
+
+def report(kernels: list[Kernel]) -> str:
+    """The table as Markdown, with faults below."""
+
+    def counted(counts: dict[str, int]) -> str:
+        ordered = sorted(counts.items(), key=lambda item: (-len(item[0]), item[0]))
+        return ", ".join(f"{count} x {name}" for name, count in ordered) or "none"
+
+    rows = [_HEAD] + [
+        [kernel["kernel"], f"{kernel['arch']}", f"{kernel['registers']}", f"{kernel['stack']}"]
+        + [counted(kernel[kind]) for kind in ("loads", "stores", "mma")]
+        for kernel in kernels
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "## CUDA C++",
+        "",
+        "From the extension as nvcc builds it. Loads and stores count the instructions on global",
+        "memory by their bits per thread, copies to shared memory among them.",
+        "",
+    ]
+    for number, row in enumerate(rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"| {' | '.join(cells)} |")
+        if number == 0:
+            lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    wrong = faults(kernels)
+    lines += ["", *(f"- {fault}" for fault in wrong)] if wrong else ["", "No faults."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    found = read(build())
+    print(report(found), end="")
+    sys.exit(1 if faults(found) else 0)

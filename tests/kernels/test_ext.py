@@ -1,0 +1,179 @@
+"""The CUDA extension: how it is built or not, what is told about it, what nvcc makes of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import keye_kernels as kk
+from benchmarks import cuda_kernels
+from keye_kernels import _backends, _cuda, _ext
+
+ROOT = Path(__file__).resolve().parents[2]
+NEVER_RUN = "never run on hardware; ask for it by name"
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """A stand-in for an extension with code for 8.0 and 9.0a."""
+    module = SimpleNamespace(architectures="80 90a", capture_id=lambda _: 0)
+    monkeypatch.setattr(_ext, "_C", module)
+    monkeypatch.setattr(_backends, "_chosen", {})
+    return module
+
+
+@pytest.fixture
+def no_extension(monkeypatch, tmp_path):
+    """No extension, and a package folder of its own."""
+    monkeypatch.setattr(_ext, "_C", None)
+    monkeypatch.setattr(_backends, "_chosen", {})
+    monkeypatch.setattr(_ext, "__file__", str(tmp_path / "_ext.py"))
+    return tmp_path
+
+
+def test_reason_of_the_build_is_told(no_extension):
+    assert _ext.why_not() == "the CUDA extension is not built: no build was tried"
+    (no_extension / "_not_built.txt").write_text("no nvcc on PATH\n")
+    assert _ext.describe() == "the CUDA extension is not built: no nvcc on PATH"
+    assert _ext.architectures() == ()
+    served = kk.backends("cuda")["paged_decode_attention"]
+    assert served.why_not["cuda"] == "the CUDA extension is not built: no nvcc on PATH"
+
+
+def test_an_extension_that_cannot_be_loaded_is_told(no_extension, monkeypatch):
+    (no_extension / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+    monkeypatch.setattr(_ext, "_error", "undefined symbol: x")
+    assert _ext.why_not() == "the CUDA extension cannot be loaded: undefined symbol: x"
+
+
+@pytest.mark.usefixtures("extension")
+def test_architectures():
+    assert _ext.describe() == "built for sm_80, sm_90a"
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0)):
+        assert _ext.why_not_on(capability) is None
+    for capability in ((7, 5), (10, 0), (12, 0)):
+        major, minor = capability
+        assert _ext.why_not_on(capability) == (
+            f"the CUDA extension holds code for sm_80, sm_90a, not for sm_{major}{minor}"
+        )
+
+
+@pytest.mark.usefixtures("extension")
+def test_auto_leaves_out_what_never_ran_on_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for op in _cuda.AUTO_ROWS:
+        assert kk.backends("cuda")[op].why_not["cuda"] == NEVER_RUN
+        with kk.use_backend("cuda"):
+            assert kk.backends("cuda")[op].backend == "cuda"
+
+
+def test_counters_belong_to_one_stream_or_graph(extension, monkeypatch):
+    monkeypatch.setattr(_cuda.Counters, "NUM_SLICES", 3)
+    counters, cpu = _cuda.Counters(), torch.device("cpu")
+
+    def get(stream, count=8, capture=0):
+        extension.capture_id = lambda _: capture
+        found = counters.get(cpu, stream, count)
+        assert len(found) >= count
+        assert (found == 0).all()
+        return found.data_ptr()
+
+    # In a capture nothing can be prepared: cleared by a node of the graph.
+    assert get(1, capture=5) != get(1, capture=5)
+    first = get(1)
+    assert get(1) == first
+    others = {get(2), get(1, capture=6), first}
+    assert len(others) == 3
+    assert get(1, capture=6) in others
+    # Past the slices there are, and past the size of one: cleared at each launch.
+    assert get(3) not in others
+    assert get(1, count=1000) not in others
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """As much of the project as a build needs."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "keye_kernels").mkdir()
+    (tmp_path / "keye_kernels" / "__init__.py").touch()
+    return tmp_path
+
+
+def build_in(folder, **environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=folder,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_build_is_skipped_with_the_reason(checkout):
+    stale = checkout / "keye_kernels" / f"_C{cuda_kernels.SUFFIX}"
+    stale.touch()
+    done = build_in(checkout, KEYE_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    record = checkout / "keye_kernels" / "_not_built.txt"
+    assert record.read_text() == "KEYE_CUDA=0 was set at the build\n"
+    assert not stale.exists()
+
+
+def test_build_that_is_asked_for_fails_loudly(checkout):
+    broken = checkout / "bin"
+    broken.mkdir()
+    (broken / "nvcc").write_text("#!/bin/sh\necho 'sm_80'; echo 'error: no memory' >&2; exit 1\n")
+    (broken / "nvcc").chmod(0o755)
+    path = f"{broken}:{os.environ['PATH']}"
+    done = build_in(checkout, KEYE_CUDA="1", PATH=path)
+    assert done.returncode != 0
+    assert "KEYE_CUDA=1: " in done.stderr
+    done = build_in(checkout, PATH=path)
+    assert done.returncode == 0, done.stderr
+    reason = (checkout / "keye_kernels" / "_not_built.txt").read_text()
+    assert reason.startswith(("nvcc failed: ", "ninja is not", "pybind11 is not", "the headers of"))
+    done = build_in(checkout, KEYE_CUDA="yes")
+    assert done.returncode != 0
+    assert "KEYE_CUDA must be 0, 1 or unset, got 'yes'" in done.stderr
+
+
+def test_nvcc_makes_what_the_kernels_count_on():
+    """Built anew where sources changed. Spilled registers and warnings are errors of the build."""
+    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+        pytest.skip("nvcc is not installed")
+    library = cuda_kernels.build()
+    kernels = cuda_kernels.read(library, ["80", "90a"])
+    assert {kernel["kernel"].partition("_kernel")[0] for kernel in kernels} == set(_cuda.AUTO_ROWS)
+    assert cuda_kernels.faults(kernels) == []
+    for kernel in kernels:
+        assert ("HMMA" in kernel["mma"]) == ("qk_norm" not in kernel["kernel"]), kernel
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"local": {"STL": 1}}, "bytes of stack"),
+        ({"loads": {"64": 3}}, "no loads of 16 bytes"),
+        ({"stores": {}}, "no stores of 16 bytes"),
+        ({"loads": {"128": 1, "16": 2}}, "2 loads of 1 or 2 bytes"),
+        ({"registers": 129}, "129 registers, more than 128"),
+    ],
+    ids=["stack", "local", "loads", "stores", "narrow", "registers"],
+)
+def test_each_fault_is_found(changes, fault):
+    good = {"kernel": "qk_norm_mrope_store_kernel<bf16, 128>", "arch": "90a", "registers": 100}
+    good |= {"stack": 0, "local": {}, "loads": {"128": 1}, "stores": {"128": 1}, "mma": {}}
+    assert cuda_kernels.faults([good]) == []
+    found = cuda_kernels.faults([good | changes])
+    assert len(found) == 1
+    assert fault in found[0]
+    assert fault in cuda_kernels.report([good | changes])
