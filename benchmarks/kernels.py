@@ -17,8 +17,10 @@ ARCHITECTURES = (80, 90, 100)
 _ROOT = Path(__file__).parents[1]
 _HEAD = (
     "sm", "triton", "warps", "stages", "registers", "stack", "shared", "warps/SM",
-    "loads", "stores", "tensor cores",
+    "loads", "stores", "tensor cores", "padding",
 )  # fmt: skip
+
+_MAX_PADDING = 1.15
 
 Kernel = dict[str, Any]  # as benchmarks.compiled.compile_all yields them
 
@@ -80,7 +82,8 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
     Wrong is: the compiler failed; stack (spills) is used; an access to global memory has less than
     4 bytes though the layout allows more; no access of a case is as wide as its layout allows; no
-    tensor-core instruction in a case that has a dot.
+    tensor-core instruction in a case that has a dot; more than 1.15 times the useful work in the
+    tensor-core instructions of a loop (or less than it: then it was not counted right).
     """
     found = []
     by_case: dict[tuple, list[Kernel]] = defaultdict(list)
@@ -92,6 +95,10 @@ def faults(kernels: list[Kernel]) -> list[str]:
             continue
         if kernel["stack"]:
             found.append(f"{where} ({names}): {kernel['stack']} bytes of stack")
+        if kernel["padding"] is not None and not 1 <= kernel["padding"] <= _MAX_PADDING:
+            found.append(
+                f"{where} ({names}): {kernel['padding']:.3f} of the useful FLOP in its loop"
+            )
         for kind in ("loads", "stores"):
             width = min(case[f"{kind[:-1]}_width"] for case in kernel["cases"])
             narrow = {b: n for b, n in kernel[kind].items() if b in ("8", "16") and width >= 4}
@@ -123,7 +130,8 @@ def _row(kernel: Kernel) -> list[str]:
     numbers = ("num_warps", "num_stages", "registers", "stack", "shared", "warps_per_sm")
     row = [str(kernel["arch"]), kernel["triton"]]
     row += [str(kernel[number]) for number in numbers]
-    return row + [_counts(kernel[kind]) for kind in ("loads", "stores", "mma")]
+    row += [_counts(kernel[kind]) for kind in ("loads", "stores", "mma")]
+    return [*row, f"{kernel['padding']:.3f}" if kernel["padding"] else ""]
 
 
 def _table(rows: list[list[str]]) -> Iterator[str]:
@@ -162,7 +170,8 @@ def report(kernels: list[Kernel], moved: Iterable[dict[str, Any]] = ()) -> str:
         "Loads and stores count the instructions on global memory by their bits per thread; stack",
         "(spills) and shared memory are in bytes. Warps/SM is the bound that registers and shared",
         "memory set, of at most 64. Bytes and FLOP are what each shape must move and compute:",
-        "inputs once, outputs once, padding not counted.",
+        "inputs once, outputs once, padding not counted. Padding is the FLOP of the tensor-core",
+        "instructions in the loop of attention over the useful ones, where instructions tell it.",
         "",
         "What a kernel asks for is counted by Triton's interpreter at small shapes. Where the",
         "ratio passes 1, caches must serve the rest: weights that every row reads, keys that every",

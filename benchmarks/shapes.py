@@ -54,8 +54,11 @@ class Shapes:
 
     images: dict[str, list[Grid]]
     videos: dict[str, list[Grid]]
+    segments: dict[str, list[int]]  # patches that attend to each other, beside those of the grids
     prefill: dict[str, int]  # tokens
     decode: dict[str, Decode]
+    decode_rows: list[int]  # of the matrix products of a step
+    weight_share: int = 1  # these products have the real width divided by it, and all columns
 
     @property
     def grids(self) -> dict[str, list[Grid]]:
@@ -87,6 +90,15 @@ REAL = Shapes(
         "64 frames of 512": [(64, 16, 32)],
         "64 frames of 2880": [(64, 40, 72)],  # 720p with every frame slow
     },
+    segments={
+        "256 tokens": [256],
+        "64k tokens": [65536],
+        "64 x 128": [128] * 64,
+        "16k and 64 x 128": [*[128] * 32, 16384, *[128] * 32],
+        "64 x 720 as one": [64 * 720],
+        "64 x 720": [720] * 64,
+        "40 of 20 to 6k": [20 + 4 * i * i for i in range(40)],
+    },
     prefill={"1k tokens": 1024, "4k tokens": 4096, "32k tokens": 32768},
     decode={
         f"batch {batch}, {context // 1024}k": Decode(batch, context)
@@ -97,11 +109,15 @@ REAL = Shapes(
         }.items()
         for context in contexts
     },
+    decode_rows=[1, 2, 4, 8, 16],
 )
 
 SMALL = Shapes(
     images={"24 patches": [(1, 4, 6)]},
     videos={"3 frames of 8": [(3, 4, 2)]},
+    segments={"1 to 20": [1, 20, 7]},
     prefill={"19 tokens": 19},
     decode={"batch 3, 40": Decode(3, 40)},
+    decode_rows=[3, 9],
+    weight_share=16,
 )

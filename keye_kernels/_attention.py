@@ -38,10 +38,10 @@ def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[i
     if itemsize == 4:
         return Tiles(32, 2 if head <= 64 else 1, None)
     if head <= 64:
-        # 128 registers: two programs of 8 warps per multiprocessor, one computes exponentials while
-        # the other multiplies. Elsewhere it would spill.
-        two_fit = block_m == 128 and capability[0] == 9
-        return Tiles(64, 3, 128 if two_fit else None)
+        # Two programs of 8 warps per multiprocessor, or three of 4: one computes exponentials while
+        # another multiplies. Elsewhere it would spill.
+        registers = 128 if block_m == 128 else 168
+        return Tiles(64, 3, registers if capability[0] == 9 else None)
     return Tiles(64, 3, None) if head <= 128 else Tiles(32, 2, None)
 
 

@@ -27,6 +27,8 @@ class Case:
         num_bytes: What must move: inputs that are read, once, and outputs, once.
         flops: Work of dots, padding not counted. 0: the op has none and needs no tensor core.
         load_width, store_width: Bytes of the widest access that the layout allows.
+        loop_flops: From the constants of a launch to the useful work of one turn of its loop, to
+            which the compiled tensor-core instructions are compared. None: they are not.
     """
 
     op: str
@@ -36,6 +38,7 @@ class Case:
     flops: int = 0
     load_width: int = 16
     store_width: int = 16
+    loop_flops: Callable[[dict[str, Any]], int] | None = None
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"
@@ -51,3 +54,8 @@ def all_cases(shapes: Shapes) -> list[Case]:
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
     found = [importlib.import_module(f"{__name__}.{name}").cases(shapes) for name in modules]
     return [case for family in found for case in family]
+
+
+def attention_loop_flops(constants: dict[str, Any]) -> int:
+    """Both products of a tile of queries with a tile of keys."""
+    return 4 * constants["BLOCK_M"] * constants["BLOCK_N"] * constants["HEAD_DIM"]

@@ -1,11 +1,12 @@
 """Attention of the decoder over its paged cache: whole prompts, and the rest of a prompt."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, attention_loop_flops
 from benchmarks.cases.paged_decode_attention import KV_TOKEN, QO_TOKEN, cached
 from benchmarks.shapes import TEXT, Shapes
 
@@ -30,5 +31,6 @@ def cases(shapes: Shapes) -> list[Case]:
         pairs = new * context - new * (new - 1) // 2
         flops = 4 * pairs * TEXT.num_heads * TEXT.head_dim
         arguments = partial(_prefill, new, context)
-        found.append(Case("paged_prefill_attention", name, arguments, num_bytes, flops))
+        case = Case("paged_prefill_attention", name, arguments, num_bytes, flops)
+        found.append(replace(case, loop_flops=attention_loop_flops))
     return found

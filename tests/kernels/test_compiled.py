@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks.compiled import loop_mma_flops
 from benchmarks.kernels import compile_kernels, faults, report
 
 
@@ -73,6 +74,7 @@ def kernel(**changes):
         "triton": "3.7.1", "arch": 90, "op": "gelu", "kernel": "_gelu_kernel", "cases": [case],
         "num_warps": 4, "num_stages": 3, "registers": 30, "stack": 0, "shared": 0,
         "warps_per_sm": 64, "loads": {"128": 2, "32": 1}, "stores": {"128": 1}, "mma": {"HMMA": 8},
+        "padding": 1.06,
     }  # fmt: skip
     return good | changes
 
@@ -86,9 +88,11 @@ def kernel(**changes):
         ({"loads": {"64": 2}}, "gelu (1k): no loads of 16 bytes"),
         ({"stores": {}}, "gelu (1k): no stores of 16 bytes"),
         ({"mma": {}}, "gelu (1k): no tensor-core instruction"),
+        ({"padding": 1.2}, "_gelu_kernel (1k): 1.200 of the useful FLOP in its loop"),
+        ({"padding": 0.0}, "_gelu_kernel (1k): 0.000 of the useful FLOP in its loop"),
         ({"error": "the compiler died with code -6"}, "(1k): the compiler died with code -6"),
     ],
-    ids=["stack", "narrow-load", "narrow-store", "load", "store", "mma", "crash"],
+    ids=["stack", "narrow-load", "narrow-store", "load", "store", "mma", "padded", "lost", "crash"],
 )
 def test_each_fault_is_found(changes, fault):
     assert faults([kernel()]) == []
@@ -103,3 +107,15 @@ def test_parts_of_a_case_are_judged_together():
     assert faults([kernel(), combine]) == []
     assert "no tensor cores" not in report([kernel(), combine])
     assert len(faults([combine])) == 3
+
+
+def test_tensor_core_work_is_counted_in_the_inner_loop():
+    """128 queries, 64 keys, head_dim 72 as 80 and 72; the loop around it and the rest count not."""
+    opcodes = ["HGMMA.64x64x16.F32.BF16"] * 9 + ["HMMA.16816.F32.BF16"] * 4
+    sass = [(0, "MOV", " R0, R1 "), (16, "HMMA.16816.F32", " R4, R5, R6, R7 ")]
+    sass += [(32 + 16 * i, opcode, " R8, R9, R10, R11 ") for i, opcode in enumerate(opcodes)]
+    sass += [(240, "BRA", " 0x20 "), (256, "BRA", " 0x0 "), (272, "BRA", " 0x110 ")]
+    assert loop_mma_flops(sass) * 8 == 2 * 128 * 64 * (80 + 72)
+    sass[3] = (48, "UTCHMMA", " gdesc[UR4], tmem[UR6] ")
+    assert loop_mma_flops(sass) is None
+    assert loop_mma_flops(sass[:2]) == 0
