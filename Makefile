@@ -4,6 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
+CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h tests/native/shim/*.h tests/native/shim/keye/*.cuh)
 OLDEST_TRITON := 3.6.0
 TRANSFORMERS := 4.57.6 5.17.0
 
@@ -30,14 +31,17 @@ bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON)  ## what every kernel compiles to, without a GPU
 	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
 		--triton $(VENV)/triton-$(OLDEST_TRITON) --write docs/kernels.md
+	$(BIN)/python -m benchmarks.cuda_kernels --append docs/kernels.md
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CUDA_SOURCES)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CUDA_SOURCES)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info

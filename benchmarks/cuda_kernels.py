@@ -4,8 +4,10 @@
 adds it to docs/kernels.md. Needs nvcc, no GPU.
 """
 
+import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -152,7 +154,21 @@ def report(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every CUDA kernel and report.")
+    parser.add_argument("--append", metavar="FILE", help="also add the report to this one")
+    options = parser.parse_args()
+    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+        print("The CUDA kernels are not in the report: there is no nvcc.")
+        return
+    kernels = read(build())
+    text = report(kernels)
+    print(text, end="")
+    if options.append:
+        with open(options.append, "a") as file:
+            file.write(f"\n{text}")
+    sys.exit(1 if faults(kernels) else 0)
+
+
 if __name__ == "__main__":
-    found = read(build())
-    print(report(found), end="")
-    sys.exit(1 if faults(found) else 0)
+    main()

@@ -57,12 +57,19 @@ step() {
   esac
 }
 
+if command -v nvcc >/dev/null || [[ -n ${CUDA_HOME:-} ]]; then
+  step build 180 "$summary" env KEYE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+else
+  note "build: not run, there is no nvcc"
+fi
+
 facts() {
   date -u +%FT%TZ
   "$PYTHON" -c '
 from benchmarks.environment import environment
-from keye_kernels import backends
-for name, value in (environment() | backends()).items():
+from keye_kernels import backends, describe_extension
+extension = {"csrc": describe_extension()}
+for name, value in (environment() | extension | backends()).items():
     print(f"{name}: {value}")'
   command -v nvidia-smi >/dev/null && nvidia-smi --format=csv \
     --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit
@@ -74,8 +81,6 @@ for name, value in (environment() | backends()).items():
 export -f facts
 step facts 60 "$summary" bash -c facts
 on_gpu || note "no GPU: tests and benchmarks run on a CPU, sanitizer and ncu do not run"
-
-[[ -d csrc ]] && step build 180 "$summary" "$PYTHON" setup.py build_ext --inplace
 
 # pyproject.toml has options of plugins that may not be here.
 pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider -q --tb=short)
@@ -104,9 +109,9 @@ elif on_gpu; then
 fi
 
 # Each family in a process of its own: a fault ends the CUDA context of its process only.
-ops=(varlen_attention rope paged_prefill_attention paged_decode_attention norm patch_embed activation
-  merge_patches sampling)
-for family in "${ops[@]:0:4}" generate "${ops[@]:4}"; do
+ops=(varlen_attention rope paged_prefill_attention paged_decode_attention linear_decode norm
+  patch_embed activation merge_patches sampling)
+for family in "${ops[@]:0:5}" generate "${ops[@]:5}"; do
   room=$(($(left) - budget / 10)) # the rest is for ncu
   ((room <= budget / 5)) || room=$((budget / 5))
   step "benchmark, $family" "$room" "$out/tests.txt" \
@@ -121,8 +126,9 @@ if on_gpu && command -v ncu >/dev/null; then
   metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
   metrics+=,launch__registers_per_thread,launch__waves_per_multiprocessor
+  ours='_[a-z0-9_]+|linear_decode|paged_decode_attention|qk_norm_mrope_store' # Triton's, csrc's
   step ncu "$(left)" "$out/ncu.txt" ncu --clock-control none --csv --page raw \
-    --metrics "$metrics" --kernel-name 'regex:^_[a-z0-9_]+_kernel' --launch-count 60 \
+    --metrics "$metrics" --kernel-name "regex:^($ours)_kernel" --launch-count 60 \
     "${pytest[@]}" "${files[@]}" --nvtx --provider '(triton)' --provider '(cuda)' -k '1k or 4k or 5k'
 elif on_gpu; then
   note "ncu: not run, it is not there"

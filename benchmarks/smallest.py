@@ -1,21 +1,25 @@
-"""Every op with a kernel once, at small shapes: what `hardware.sh` runs under compute-sanitizer."""
+"""Every kernel once, at small shapes: what `hardware.sh` runs under compute-sanitizer.
+
+Those of all our backends, not just of the one that "auto" takes.
+"""
 
 import torch
 
 from benchmarks.cases import all_cases, call
 from benchmarks.shapes import SMALL
 from benchmarks.timing import DEVICE
-from keye_kernels import backends
+from keye_kernels import backends, use_backend
 
 
 def main() -> None:
-    served = backends()
     torch.manual_seed(0)
-    with torch.inference_mode():
-        for case in all_cases(SMALL):
-            if served[case.op].backend != "reference":
-                call(case, case.arguments(DEVICE))
-                print(f"{case}: {served[case.op].backend}", flush=True)
+    for name in ("cuda", "triton"):
+        with torch.inference_mode(), use_backend(name):
+            served = backends()
+            for case in all_cases(SMALL):
+                if served[case.op].backend == name:
+                    call(case, case.arguments(DEVICE))
+                    print(f"{case}: {name}", flush=True)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 

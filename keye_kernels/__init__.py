@@ -11,6 +11,7 @@ KEYE_KERNELS_BACKEND choose another.
 
 from keye_kernels import _cuda, reference  # noqa: F401 - registers the CUDA kernels
 from keye_kernels._backends import backends, use_backend
+from keye_kernels._ext import describe_extension
 from keye_kernels.activation import gelu, silu_mul
 from keye_kernels.linear_decode import linear_decode
 from keye_kernels.merge_patches import merge_patches
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "attention_schedule",
     "backends",
+    "describe_extension",
     "gelu",
     "layer_norm",
     "linear_decode",

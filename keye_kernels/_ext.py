@@ -57,8 +57,8 @@ def why_not_on(capability: tuple[int, int]) -> str | None:
     return f"the CUDA extension holds code for {held}, not for sm_{major}{minor}"
 
 
-def describe() -> str:
-    """One line for `keye info`."""
+def describe_extension() -> str:
+    """One line: what the CUDA extension holds code for, or why there is none."""
     return why_not() or "built for " + ", ".join(f"sm_{name}" for name in architectures())
 
 

@@ -183,6 +183,7 @@ def _info(arguments: argparse.Namespace) -> None:
     for package in ("torch", "triton", "av", "tokenizers"):
         print(f"{package:13} {_version(package)}")
     print(f"device        {torch.cuda.get_device_name() if cuda else 'CPU'}")
+    print(f"csrc          {keye_kernels.describe_extension()}")
     print(demo.describe_backends())
     why_not = why_no_graphs(torch.device("cuda" if cuda else "cpu"))
     print(f"cuda graphs   {f'no: {why_not}' if why_not else 'yes, of decode steps'}")

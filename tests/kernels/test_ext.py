@@ -39,7 +39,7 @@ def no_extension(monkeypatch, tmp_path):
 def test_reason_of_the_build_is_told(no_extension):
     assert _ext.why_not() == "the CUDA extension is not built: no build was tried"
     (no_extension / "_not_built.txt").write_text("no nvcc on PATH\n")
-    assert _ext.describe() == "the CUDA extension is not built: no nvcc on PATH"
+    assert kk.describe_extension() == "the CUDA extension is not built: no nvcc on PATH"
     assert _ext.architectures() == ()
     served = kk.backends("cuda")["paged_decode_attention"]
     assert served.why_not["cuda"] == "the CUDA extension is not built: no nvcc on PATH"
@@ -53,7 +53,7 @@ def test_an_extension_that_cannot_be_loaded_is_told(no_extension, monkeypatch):
 
 @pytest.mark.usefixtures("extension")
 def test_architectures():
-    assert _ext.describe() == "built for sm_80, sm_90a"
+    assert kk.describe_extension() == "built for sm_80, sm_90a"
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0)):
         assert _ext.why_not_on(capability) is None
     for capability in ((7, 5), (10, 0), (12, 0)):

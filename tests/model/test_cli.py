@@ -114,7 +114,7 @@ def test_chat_ends_with_the_input(capsys, monkeypatch, preview_checkpoint):
 def test_info(capsys, preview_checkpoint):
     status, out, _ = run(capsys, "info", "--model", preview_checkpoint)
     assert status == 0
-    for line in ("keye-kernels", "varlen_attention", "Keye-VL-8B-Preview", "4,096 tokens"):
+    for line in ("keye-kernels", "csrc ", "varlen_attention", "Keye-VL-8B-Preview", "4,096 tokens"):
         assert line in out
     why_not = why_no_graphs(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert f"cuda graphs   {f'no: {why_not}' if why_not else 'yes, of decode steps'}\n" in out

@@ -14,7 +14,8 @@ using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
 constexpr int kWarpSize = 32;
-constexpr int kMaxSharedBytes = 99 * 1024;  // of a block on every GPU we build for: sm_120 has least
+// Of a block, on every GPU we build for: sm_120 has least.
+constexpr int kMaxSharedBytes = 99 * 1024;
 
 // Shared memory of the launch; kernels lay it out themselves and declare no other.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -112,8 +113,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 template <>
 __device__ __forceinline__ void multiply_add<bf16>(float (&d)[4], const uint32_t (&a)[4],
                                                    const uint32_t (&b)[2]) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -122,8 +122,7 @@ __device__ __forceinline__ void multiply_add<bf16>(float (&d)[4], const uint32_t
 template <>
 __device__ __forceinline__ void multiply_add<fp16>(float (&d)[4], const uint32_t (&a)[4],
                                                    const uint32_t (&b)[2]) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -136,8 +135,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 template <>
 __device__ __forceinline__ void multiply_add<bf16>(float (&d)[4], const uint32_t (&a)[2],
                                                    uint32_t b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(b));
@@ -146,15 +144,16 @@ __device__ __forceinline__ void multiply_add<bf16>(float (&d)[4], const uint32_t
 template <>
 __device__ __forceinline__ void multiply_add<fp16>(float (&d)[4], const uint32_t (&a)[2],
                                                    uint32_t b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 // What another block of this launch wrote: from L2, since an L1 does not see it.
-__device__ __forceinline__ float load_shared_by_blocks(const float* from) { return __ldcg(from); }
+__device__ __forceinline__ float load_shared_by_blocks(const float* from) {
+    return __ldcg(from);
+}
 __device__ __forceinline__ float4 load_shared_by_blocks(const float4* from) {
     return __ldcg(from);
 }

@@ -1,12 +1,12 @@
 // A few rows times a large matrix, bound by reading the matrix once.
 //
 // A block has 64 rows of the matrix, with swiglu 32 of gate and the same 32 of up, and a run of its
-// columns. Its warps stand side by side: they read 512 neighbouring bytes of each row. The matrix is
-// the 16-row operand of the tensor cores and x the 8- or 16-column one, so that 1 to 8 rows of x cost
-// the same. The matrix comes through a pipeline that each warp has for itself; x is normalised on
-// its way to shared memory, for all warps. Then the warps' sums meet in shared memory and, if the
-// columns are spread over several blocks, in global memory, where the block that comes last adds
-// them up, always in the same order.
+// columns. Its warps stand side by side: they read 512 neighbouring bytes of each row. The matrix
+// is the 16-row operand of the tensor cores and x the 8- or 16-column one, so that 1 to 8 rows of x
+// cost the same. The matrix comes through a pipeline that each warp has for itself; x is normalised
+// on its way to shared memory, for all warps. Then the warps' sums meet in shared memory and, if
+// the columns are spread over several blocks, in global memory, where the block that comes last
+// adds them up, always in the same order.
 #pragma once
 
 #include "keye/linear_decode.h"
@@ -20,11 +20,11 @@ struct LinearTile {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kBlocksPerSm = 3;
-    static constexpr int kColumns = 64;                 // of the matrix, of a warp in a step
-    static constexpr int kStep = kWarps * kColumns;     // of a block
-    static constexpr int kHalf = 32;                    // rows of the matrix that a stage holds
+    static constexpr int kColumns = 64;              // of the matrix, of a warp in a step
+    static constexpr int kStep = kWarps * kColumns;  // of a block
+    static constexpr int kHalf = 32;                 // rows of the matrix that a stage holds
     static constexpr int kRows = 2 * kHalf;
-    static constexpr int kStages = 3;                   // two of them, 8 KB per warp, on their way
+    static constexpr int kStages = 3;  // two of them, 8 KB per warp, on their way
     static constexpr int kStageElements = kHalf * kColumns;
     static constexpr int kWarpElements = kStages * kStageElements;
     static constexpr int kWarpFloats = kWarpElements / 2;
@@ -36,8 +36,8 @@ struct LinearTile {
     static constexpr int kStepsPerChunk = kChunk / kStep;
     static constexpr int kXStride = kChunk + 32;
     static constexpr int kXElements = kXRows * kXStride;
-    static constexpr int kPieces = kChunk / 8;                  // 16-byte pieces of a row
-    static constexpr int kRowsAtOnce = kThreads / kPieces;      // that the block takes
+    static constexpr int kPieces = kChunk / 8;              // 16-byte pieces of a row
+    static constexpr int kRowsAtOnce = kThreads / kPieces;  // that the block takes
     static constexpr int kTurns = kXRows / kRowsAtOnce;
     // The sums of a warp take the place of its pipeline: a row of x, then 64 of the matrix.
     static constexpr int kSumStride = kRows + 4;
@@ -54,9 +54,9 @@ struct LinearPart {
     int first_step, count;  // of kStep columns
 };
 
-// One stage: 32 rows, of which `visible` exist, at the lane's columns; zeros where there is nothing.
-// A row has its pieces in order, but odd rows have the two halves of 64 bytes swapped: what 8 lanes
-// read at once, 4 pieces of two rows, is in different banks.
+// One stage: 32 rows, of which `visible` exist, at the lane's columns; zeros where there is
+// nothing. A row has its pieces in order, but odd rows have the two halves of 64 bytes swapped:
+// what 8 lanes read at once, 4 pieces of two rows, is in different banks.
 template <int kTiles, class T>
 __device__ __forceinline__ void copy_weights(T* stage, const T* at, int64_t stride, int visible,
                                              bool columns_exist, int lane) {
@@ -66,7 +66,8 @@ __device__ __forceinline__ void copy_weights(T* stage, const T* at, int64_t stri
 #pragma unroll
     for (int i = 0; i < Tile::kHalf / 4; ++i) {
         const bool valid = columns_exist && row + 4 * i < visible;
-        copy_async_16(stage + (row + 4 * i) * Tile::kColumns + piece * 8, valid ? at : first, valid);
+        copy_async_16(stage + (row + 4 * i) * Tile::kColumns + piece * 8, valid ? at : first,
+                      valid);
         at += 4 * stride;
     }
 }
@@ -76,7 +77,7 @@ __device__ __forceinline__ void copy_weights(T* stage, const T* at, int64_t stri
 template <int kTiles>
 struct LinearSums {
     using Tile = LinearTile<kTiles>;
-    float sums[4][kTiles][4];     // of 16 rows of the matrix and 8 of x each
+    float sums[4][kTiles][4];  // of 16 rows of the matrix and 8 of x each
     uint4 x[kTiles][2];
 
     __device__ __forceinline__ void start() {
@@ -109,7 +110,7 @@ struct LinearSums {
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 const uint4 b = x[tile][group];
-                float(&d)[4] = sums[half * 2 + i % 2][tile];
+                float (&d)[4] = sums[half * 2 + i % 2][tile];
                 multiply_add<T>(d, {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
                 multiply_add<T>(d, {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
             }
@@ -191,7 +192,8 @@ __device__ __forceinline__ void row_scales(const LinearDecodeParams& params, flo
             squares += __shfl_xor_sync(~0u, squares, bits);
         }
         if (lane == 0) {
-            scales[row] = __frsqrt_rn(squares / static_cast<float>(params.in_features) + params.eps);
+            scales[row] =
+                __frsqrt_rn(squares / static_cast<float>(params.in_features) + params.eps);
         }
     }
 }
@@ -303,8 +305,8 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
     if (threadIdx.x < Tile::kRows) {
         const int half = threadIdx.x / Tile::kHalf, row = threadIdx.x % Tile::kHalf;
         const int first = part.first_step * Tile::kStep;
-        const int columns = min(min(part.count * Tile::kStep, Tile::kPrefetched),
-                                params.in_features - first);
+        const int columns =
+            min(min(part.count * Tile::kStep, Tile::kPrefetched), params.in_features - first);
         // No index that is not constant: it would put both on the stack.
         const int64_t first_row = half == 0 ? part.first_row[0] : part.first_row[1];
         if (row < (half == 0 ? part.num_rows[0] : part.num_rows[1]) && columns > 0) {
@@ -378,8 +380,8 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
     __syncthreads();
 
     auto sums_of_warps = [&](float (&y)[8], int row, int channel) {
-        const auto* from = reinterpret_cast<const float*>(pipelines) +
-                           row * Tile::kSumStride + channel;
+        const auto* from =
+            reinterpret_cast<const float*>(pipelines) + row * Tile::kSumStride + channel;
         clear(y);
 #pragma unroll
         for (int other = 0; other < Tile::kWarps; ++other) {
@@ -414,8 +416,7 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
     }
     __threadfence();
     write_rows<kTiles, T>(params, tile, [&](float (&y)[8], int row, int channel) {
-        const auto* from =
-            reinterpret_cast<const float4*>(partial + row * Tile::kRows + channel);
+        const auto* from = reinterpret_cast<const float4*>(partial + row * Tile::kRows + channel);
         clear(y);
 #pragma unroll 4
         for (int other = 0; other < params.num_splits; ++other) {

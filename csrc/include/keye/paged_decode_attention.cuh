@@ -116,10 +116,9 @@ struct DecodeWarp {
                 weight[half] += score;
             }
         }
-        const uint32_t p[4] = {pack<T>(scores[0][0], scores[0][1]),
-                               pack<T>(scores[0][2], scores[0][3]),
-                               pack<T>(scores[1][0], scores[1][1]),
-                               pack<T>(scores[1][2], scores[1][3])};
+        const uint32_t p[4] = {
+            pack<T>(scores[0][0], scores[0][1]), pack<T>(scores[0][2], scores[0][3]),
+            pack<T>(scores[1][0], scores[1][1]), pack<T>(scores[1][2], scores[1][3])};
         const T* v_row = v + lane % 16 * Tile::kStride;
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -231,8 +230,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     // Which run of chunks is ours follows from the sequence's own length. All runs have work.
     const int length = max(min(params.cache_seqlens[batch], params.max_seqlen_k), 0);
     const int num_chunks = (length + Tile::kChunk - 1) / Tile::kChunk;
-    const int num_runs =
-        min(params.num_splits, (num_chunks + Tile::kWarps - 1) / Tile::kWarps);
+    const int num_runs = min(params.num_splits, (num_chunks + Tile::kWarps - 1) / Tile::kWarps);
     T* out = static_cast<T*>(params.out) + batch * params.stride_out +
              first_head * params.stride_out_head;
     if (split >= num_runs) {
@@ -273,7 +271,8 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     auto copy_chunk = [&](int i, int2 at) {
         T* tile = pipeline + i % Tile::kStages * 2 * Tile::kTileElements;
         const int64_t page = at.x, row = at.y;
-        copy_rows<T, kHeadDim>(tile, k_cache + page * params.stride_k_page + row * params.stride_k_row,
+        copy_rows<T, kHeadDim>(tile,
+                               k_cache + page * params.stride_k_page + row * params.stride_k_row,
                                params.stride_k_row, visible_in(i), lane);
         copy_rows<T, kHeadDim>(tile + Tile::kTileElements,
                                v_cache + page * params.stride_v_page + row * params.stride_v_row,
@@ -323,8 +322,9 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
             const float2 stat = stats[other * Tile::kRows + row];
             const float factor = exp2_fast(stat.x - peak);
             weight += stat.y * factor;
-            const float* from = reinterpret_cast<const float*>(pipelines + other * Tile::kWarpElements) +
-                                row * Tile::kSumStride + piece * 8;
+            const float* from =
+                reinterpret_cast<const float*>(pipelines + other * Tile::kWarpElements) +
+                row * Tile::kSumStride + piece * 8;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 sums[j] += from[j] * factor;

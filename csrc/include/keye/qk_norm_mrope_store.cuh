@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(StoreTile<kHeadDim>::kThreads)
 #pragma unroll
         for (int i = 0; i < Tile::kBatch; ++i) {
             const int head = start + i * step;
-            pairs[i] = used && head < num_rows ? load_pairs<kHeadDim>(qkv + head * kHeadDim)
-                                               : Pairs{};
+            pairs[i] =
+                used && head < num_rows ? load_pairs<kHeadDim>(qkv + head * kHeadDim) : Pairs{};
         }
 #pragma unroll
         for (int i = 0; i < Tile::kBatch; ++i) {

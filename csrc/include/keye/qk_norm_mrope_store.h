@@ -27,7 +27,8 @@ struct QkNormMropeStoreParams {
     float eps;
 };
 
-// `num_sms` of the device; `overlap`: see launch.cuh. Throws std::runtime_error if the launch fails.
+// `num_sms` of the device; `overlap`: see launch.cuh. Throws std::runtime_error if the launch
+// fails.
 void qk_norm_mrope_store(int dtype, int head_dim, QkNormMropeStoreParams params, int num_sms,
                          bool overlap, void* stream);
 

@@ -8,8 +8,12 @@ namespace keye {
 // By the `dtype` argument of the launchers.
 enum class Dtype : int { kBf16 = 0, kFp16 = 1 };
 
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) {
+    return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_float(fp16 x) {
+    return __half2float(x);
+}
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);

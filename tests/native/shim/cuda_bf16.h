@@ -10,7 +10,9 @@ struct __nv_bfloat162 {
     __nv_bfloat16 x, y;
 };
 
-inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
+inline float __bfloat162float(__nv_bfloat16 x) {
+    return __uint_as_float(unsigned{x.bits} << 16);
+}
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     const unsigned bits = __float_as_uint(x);
     if (x != x) {

@@ -19,7 +19,8 @@ inline float __half2float(__half h) {
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
 }
 inline __half __float2half_rn(float x) {
-    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000, magnitude = bits & ~(1u << 31);
+    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000,
+                   magnitude = bits & ~(1u << 31);
     if (magnitude > 0x7f800000u) {
         return {0x7fff};
     }

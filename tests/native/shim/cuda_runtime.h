@@ -40,28 +40,51 @@
 #define __align__(bytes) alignas(bytes)
 #define __restrict__ __restrict
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct int2 { int x, y; };
-struct uint3 { unsigned x, y, z; };
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct int2 {
+    int x, y;
+};
+struct uint3 {
+    unsigned x, y, z;
+};
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) {
+    return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
+inline int2 make_int2(int x, int y) {
+    return {x, y};
+}
+inline uint2 make_uint2(unsigned x, unsigned y) {
+    return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+    return {x, y, z, w};
+}
 
 inline uint3 threadIdx, blockIdx;  // of the fiber that runs
 inline dim3 blockDim, gridDim;
 
 namespace shim {
 
-constexpr size_t kMaxSharedBytes = 99 * 1024;  // what every GPU we compile for has: sm_120 has least
+constexpr size_t kMaxSharedBytes =
+    99 * 1024;  // what every GPU we compile for has: sm_120 has least
 
 // How a launch runs. order 0: threads in order, one block after another; 1: backwards, else:
 // shuffled by this seed, and several blocks at a time. early_copies: a copy takes place at once;
@@ -128,8 +151,12 @@ inline int current = 0;                           // that thread
 inline std::string failure;                       // ends the launch
 inline std::function<void()> body;
 
-inline Thread& self() { return block->threads[current]; }
-inline void leave() { self().fiber.leave(); }
+inline Thread& self() {
+    return block->threads[current];
+}
+inline void leave() {
+    self().fiber.leave();
+}
 
 inline void fail(const std::string& message) {
     failure = message + " (block " + std::to_string(block->index) + ", thread " +
@@ -138,7 +165,9 @@ inline void fail(const std::string& message) {
     std::abort();  // a failed launch resumes nobody
 }
 
-inline int lane() { return current % 32; }
+inline int lane() {
+    return current % 32;
+}
 
 // Every lane of a warp brings `mine`; the last to arrive runs the operation for all.
 template <class Mine>
@@ -335,7 +364,7 @@ T from_lane(T mine, int source) {
         int source;
         T result;
     } exchange{mine, source & 31, {}};
-    together(exchange, [](void* const (&lanes)[32]) {
+    together(exchange, [](void* const(&lanes)[32]) {
         for (void* lane : lanes) {
             auto* own = static_cast<Exchange*>(lane);
             own->result = static_cast<Exchange*>(lanes[own->source])->value;
@@ -361,7 +390,7 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (!shim::is_disabled(file, line)) {
         int nothing = 0;
-        shim::together(nothing, [](void* const (&)[32]) {});
+        shim::together(nothing, [](void* const(&)[32]) {});
     }
 }
 inline void __threadfence() {}
@@ -382,7 +411,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
         bool vote;
         unsigned result;
     } ballot{predicate != 0, 0};
-    shim::together(ballot, [](void* const (&lanes)[32]) {
+    shim::together(ballot, [](void* const(&lanes)[32]) {
         unsigned votes = 0;
         for (int i = 0; i < 32; ++i) {
             votes |= static_cast<unsigned>(static_cast<Ballot*>(lanes[i])->vote) << i;
@@ -408,11 +437,21 @@ inline unsigned atomicInc(unsigned* at, unsigned limit) {
 
 using std::max;
 using std::min;
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
-inline float __expf(float x) { return std::exp(x); }
+inline float __fmul_rn(float a, float b) {
+    return a * b;
+}
+inline float __fadd_rn(float a, float b) {
+    return a + b;
+}
+inline float __fsub_rn(float a, float b) {
+    return a - b;
+}
+inline float __frsqrt_rn(float x) {
+    return static_cast<float>(1.0 / std::sqrt(double{x}));
+}
+inline float __expf(float x) {
+    return std::exp(x);
+}
 inline float __uint_as_float(unsigned x) {
     float f;
     std::memcpy(&f, &x, 4);
@@ -423,4 +462,6 @@ inline unsigned __float_as_uint(float x) {
     std::memcpy(&u, &x, 4);
     return u;
 }
-inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
+inline int __float_as_int(float x) {
+    return static_cast<int>(__float_as_uint(x));
+}

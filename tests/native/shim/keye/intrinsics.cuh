@@ -13,7 +13,9 @@ using fp16 = __half;
 constexpr int kWarpSize = 32;
 constexpr int kMaxSharedBytes = shim::kMaxSharedBytes;
 
-inline unsigned char* dynamic_shared() { return shim::block->shared; }
+inline unsigned char* dynamic_shared() {
+    return shim::block->shared;
+}
 
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
@@ -30,7 +32,9 @@ inline void prefetch_to_l2(const void* from, unsigned bytes) {
 inline void copy_async_16(void* to, const void* from, bool valid = true) {
     shim::start_copy(to, valid ? from : nullptr);
 }
-inline void commit_copies() { ++shim::self().open_group; }
+inline void commit_copies() {
+    ++shim::self().open_group;
+}
 template <int kNewest>
 void wait_for_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (!shim::is_disabled(file, line)) {
@@ -52,7 +56,7 @@ void load_matrices(uint32_t (&out)[kCount], const void* row) {
         }
         std::memcpy(rows.row, row, 16);
     }
-    shim::together(rows, [](void* const (&lanes)[32]) {
+    shim::together(rows, [](void* const(&lanes)[32]) {
         auto element = [&](int matrix, int r, int c) -> uint32_t {
             return static_cast<Rows*>(lanes[8 * matrix + r])->row[c];
         };
@@ -81,7 +85,7 @@ void multiply_add_depth(float (&d)[4], const uint32_t* a, const uint32_t* b) {
         float* d;
         const uint32_t *a, *b;
     } operands{d, a, b};
-    shim::together(operands, [](void* const (&lanes)[32]) {
+    shim::together(operands, [](void* const(&lanes)[32]) {
         float left[16][kDepth], right[kDepth][8];
         for (int lane = 0; lane < 32; ++lane) {
             const auto& own = *static_cast<Operands*>(lanes[lane]);
@@ -120,9 +124,15 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
     multiply_add_depth<T, 8>(d, a, &b);
 }
 
-inline float load_shared_by_blocks(const float* from) { return *from; }
-inline float4 load_shared_by_blocks(const float4* from) { return *from; }
+inline float load_shared_by_blocks(const float* from) {
+    return *from;
+}
+inline float4 load_shared_by_blocks(const float4* from) {
+    return *from;
+}
 
-inline float exp2_fast(float x) { return std::exp2(x); }
+inline float exp2_fast(float x) {
+    return std::exp2(x);
+}
 
 }  // namespace keye
