@@ -9,10 +9,14 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+from transformers import StaticCache
+
 from keye_kernels import _backends
 from keye_kernels.integrations.transformers import apply, report, revert
 from tests.compare import assert_close
 from tests.integrations.tiny import CASES, GRID, MAJOR, expected, generate, pixels
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 TOWERS = [name for name, case in CASES.items() if case.tower]
 # Modules that need two ops do not run on one of them: calls of an op where it is the only one.
@@ -175,6 +179,21 @@ def test_other_masks_are_left_to_sdpa(kind):
     assert_equal([got], [want])
     assert calls.counts["varlen_attention"] == 0
     assert calls.counts["rms_norm"] == 9
+
+
+def test_static_cache_without_a_mask_is_left_to_sdpa():
+    model, ids = CASES["qwen3"].build(), torch.arange(3, 9)[None]
+
+    def run() -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=16)  # whose end is not written yet
+        with torch.no_grad():
+            return model(input_ids=ids, past_key_values=cache).logits
+
+    want = run()
+    apply(model)
+    with Calls() as calls:
+        assert_equal([run()], [want])
+    assert calls.counts["varlen_attention"] == 0
 
 
 @pytest.mark.parametrize("name", TOWERS)

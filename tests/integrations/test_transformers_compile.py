@@ -11,9 +11,12 @@ from keye_kernels.integrations.transformers import apply
 from tests.integrations.test_transformers import Calls, assert_equal
 from tests.integrations.tiny import CASES, GRID, expected, pixels
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("KEYE_TEST_TRANSFORMERS"), reason="slow; make test-transformers runs it"
-)
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    pytest.mark.skipif(
+        not os.environ.get("KEYE_TEST_TRANSFORMERS"), reason="slow; make test-transformers runs it"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

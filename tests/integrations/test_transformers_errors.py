@@ -10,6 +10,8 @@ from keye_kernels.integrations import transformers as integration
 from keye_kernels.integrations.transformers import apply, report, revert
 from tests.integrations.tiny import CASES, MAJOR
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def test_unknown_family():
     with pytest.raises(ValueError, match=r"must be a model or one of .*qwen3_vl.*, got 'llama'"):

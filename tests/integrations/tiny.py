@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 MAJOR = int(transformers.__version__.split(".")[0])
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
 
@@ -45,13 +46,14 @@ def _finish(model: nn.Module) -> nn.Module:
     """Weights that leave no part without effect on the output."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+        noise = noise.to(parameter.device)
         if parameter.dim() == 1:
             center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.data = center + 0.1 * noise
         else:
             parameter.data = noise * parameter[0].numel() ** -0.5
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def _rope(theta: float, section: list[int] | None = None) -> dict[str, Any]:
@@ -83,7 +85,8 @@ _TOKENS = {
 
 
 def pixels(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def _prompts(images: list[int]) -> dict[str, torch.Tensor]:
