@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors this small gain nothing from more; on busy cores they lose
 
-from keye_kernels import _backends, _device
+from keye_kernels import _backends, _device, _ext
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests import triton_interpreter
@@ -30,20 +30,35 @@ def device() -> torch.device:
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["reference", "triton"])
+# The CUDA kernels where they can run; elsewhere tests/native runs them on the CPU.
+_BACKENDS = ["reference", "triton"]
+if torch.cuda.is_available() and _ext.why_not() is None:
+    _BACKENDS.append("cuda")
+
+
+@pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Run the test with each backend; triton is skipped at an op that has no such kernel."""
-    if request.param == "triton":
+    """Run the test with each backend; skipped where it has no kernel for op or arguments."""
+    name = request.param
+    if name != "reference":
         find = _backends.find
 
         def find_or_skip(op: str, device_type: str):
-            if "triton" not in _backends._registry[op]:
-                pytest.skip(f"no triton kernel for {op} yet")
-            return find(op, device_type)
+            if name not in _backends._registry[op]:
+                pytest.skip(f"no {name} kernel for {op} yet")
+            run = find(op, device_type)
+
+            def run_or_skip(*args: object) -> None:
+                try:
+                    run(*args)
+                except NotImplementedError as reason:
+                    pytest.skip(str(reason))
+
+            return run_or_skip
 
         monkeypatch.setattr(_backends, "find", find_or_skip)
-    with _backends.use_backend(request.param):
-        yield request.param
+    with _backends.use_backend(name):
+        yield name
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 import keye_kernels as kk
 from benchmarks import cuda_kernels
 from keye_kernels import _backends, _cuda, _ext
+from tests.kernels.paged import Cache
 
 ROOT = Path(__file__).resolve().parents[2]
 NEVER_RUN = "never run on hardware; ask for it by name"
@@ -93,6 +94,38 @@ def test_counters_belong_to_one_stream_or_graph(extension, monkeypatch):
     # Past the slices there are, and past the size of one: cleared at each launch.
     assert get(3) not in others
     assert get(1, count=1000) not in others
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_and_streams_at_once():
+    """Each has counters of its own, so launches side by side do not count each other's blocks."""
+    if (reason := _cuda._why_not()) is not None:
+        pytest.skip(reason)
+    cache = Cache([3000, 700], 16, 2, 128, torch.bfloat16, "cuda")
+    q = torch.randn(2, 8, 128, device="cuda").bfloat16()
+
+    def decode():
+        tensors = (q, cache.k, cache.v, cache.table, cache.lengths)
+        return kk.paged_decode_attention(*tensors, max_seqlen_k=cache.max_seqlen)
+
+    with kk.use_backend("cuda"):
+        expected = decode()
+        graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+        results = []
+        for graph in graphs:
+            with torch.cuda.graph(graph):
+                results.append(decode())
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        torch.cuda.synchronize()
+        for _ in range(100):
+            for graph, stream in zip(graphs, streams, strict=False):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            with torch.cuda.stream(streams[2]):
+                results.append(decode())
+        torch.cuda.synchronize()
+    for result in results:
+        assert torch.equal(result, expected)
 
 
 @pytest.fixture
