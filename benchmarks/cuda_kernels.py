@@ -5,6 +5,7 @@ adds it to docs/kernels.md. Needs nvcc, no GPU.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -13,15 +14,15 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 ARCHITECTURES = ("80", "90a", "100a", "120")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _ROOT = Path(__file__).parents[1]
-_HEAD = ["kernel", "sm", "registers", "stack", "loads", "stores", "tensor cores"]
+_HEAD = ["kernel", "sm", "registers", "stack", "shared", "loads", "stores", "tensor cores"]
 # Registers that leave room for as many blocks as the kernel counts on; 255 is what there is.
-_MAX_REGISTERS = {"qk_norm_mrope_store_kernel": 128}
+_MAX_SHARED = 99 * 1024  # of a block on sm_120, the least of those we build for
+_MAX_REGISTERS = {"linear_decode_kernel": 168, "qk_norm_mrope_store_kernel": 128}
 
 Kernel = dict[str, object]
 
@@ -45,7 +46,7 @@ def build() -> Path:
 
 
 def _tool(*arguments: str) -> str:
-    folder = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    folder = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
     environment = os.environ | {"PATH": f"{folder}:{os.environ.get('PATH', '')}"}
     command = [str(folder / "cuobjdump"), *arguments]
     return subprocess.run(
@@ -73,6 +74,9 @@ def read(
     library: Path, architectures: Iterable[str] = ("80", "90a", "100a", "120")
 ) -> list[Kernel]:
     """Facts about each kernel in ``library``, by name, then architecture."""
+    spec = importlib.util.spec_from_file_location("_C", library)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
     sizes = {}
     arch = ""
     for line in _tool("-res-usage", str(library)).splitlines():
@@ -96,8 +100,11 @@ def read(
                 elif re.fullmatch(r"[HQI]G?MMA|UTC\w*MMA", name):
                     counts["mma"][name] += 1
             registers, stack = sizes[function, arch]
-            facts = {"kernel": _readable(function), "arch": arch, "registers": registers}
-            found.append(facts | {"stack": stack} | {k: dict(v) for k, v in counts.items()})
+            name = _readable(function)
+            kernel, _, arguments = name.rstrip(">").partition("<")
+            facts = {"kernel": name, "arch": arch, "registers": registers, "stack": stack}
+            facts["shared"] = extension.shared_bytes(kernel, int(arguments.split(", ")[-1]))
+            found.append(facts | {kind: dict(count) for kind, count in counts.items()})
     return sorted(found, key=lambda kernel: (kernel["kernel"], int(kernel["arch"].rstrip("a"))))
 
 
@@ -105,7 +112,8 @@ def faults(kernels: list[Kernel]) -> list[str]:
     """What is wrong, one line each.
 
     Wrong is: registers in memory; an access to global memory below 4 bytes; none of 16 bytes among
-    loads or stores; more registers than the kernel's blocks per multiprocessor allow.
+    loads or stores; more shared memory than every GPU has; more registers than the kernel's blocks
+    per multiprocessor allow.
     """
     found = []
     for kernel in kernels:
@@ -118,6 +126,8 @@ def faults(kernels: list[Kernel]) -> list[str]:
             narrow = sum(kernel[kind].get(bits, 0) for bits in ("8", "16"))
             if narrow:
                 found.append(f"{where}: {narrow} {kind} of 1 or 2 bytes")
+        if kernel["shared"] > _MAX_SHARED:
+            found.append(f"{where}: {kernel['shared']} bytes of shared memory")
         most = _MAX_REGISTERS.get(kernel["kernel"].partition("<")[0], 255)
         if kernel["registers"] > most:
             found.append(f"{where}: {kernel['registers']} registers, more than {most}")
@@ -132,7 +142,7 @@ def report(kernels: list[Kernel]) -> str:
         return ", ".join(f"{count} x {name}" for name, count in ordered) or "none"
 
     rows = [_HEAD] + [
-        [kernel["kernel"], f"{kernel['arch']}", f"{kernel['registers']}", f"{kernel['stack']}"]
+        [str(kernel[name]) for name in ("kernel", "arch", "registers", "stack", "shared")]
         + [counted(kernel[kind]) for kind in ("loads", "stores", "mma")]
         for kernel in kernels
     ]

@@ -301,9 +301,10 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
     const T* weight = static_cast<const T*>(params.weight);
 
     // The first columns go to L2 while the kernel before ends. It may be the one that wrote them:
-    // what L2 holds is still right then, what a block had read would not be.
-    if (threadIdx.x < Tile::kRows) {
-        const int half = threadIdx.x / Tile::kHalf, row = threadIdx.x % Tile::kHalf;
+    // what L2 holds is still right then, what a block had read would not be. The lanes of a warp do
+    // this one after the other, so all warps share it.
+    if (lane < Tile::kRows / Tile::kWarps) {
+        const int row = warp % 2 * (Tile::kHalf / 2) + lane, half = warp / 2;
         const int first = part.first_step * Tile::kStep;
         const int columns =
             min(min(part.count * Tile::kStep, Tile::kPrefetched), params.in_features - first);
