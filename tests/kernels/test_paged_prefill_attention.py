@@ -33,7 +33,7 @@ def prefill(q, lens_q, cache, **keywords):
 PREFILL = {
     # new tokens, cached tokens with them, page_size, heads, kv_heads, head_dim
     "one token": ([1], [1], 16, 1, 1, 8),
-    "prompts": ([20, 3, 16], [20, 3, 16], 16, 4, 2, 32),
+    "prompts": ([20, 16], [20, 16], 16, 2, 2, 32),
     "chunk and reused prefix": ([7, 1], [39, 17], 16, 8, 1, 24),
     "with an empty one": ([5, 0, 2], [5, 33, 40], 32, 2, 1, 128),
     "past two tiles": ([70], [135], 64, 2, 1, 72),  # a page is a tile of keys

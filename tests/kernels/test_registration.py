@@ -106,6 +106,12 @@ def varlen_attention_lse(device):
     return attention(device), {"return_lse": True, "softmax_scale": 0.3}
 
 
+def varlen_attention_scheduled(device):
+    return attention(device), {
+        "schedule": kk.attention_schedule([3, 0, 5], num_heads=2, device=device)
+    }
+
+
 def merge_patches(device):
     args = [randn(device, 8, 16), randn(device, 16), randn(device, 16), 1e-5, [(1, 2, 4)]]
     return args, {"norm_first": True}
@@ -153,6 +159,7 @@ CASES = {
         qk_norm_mrope_store,
         varlen_attention,
         varlen_attention_lse,
+        varlen_attention_scheduled,
         merge_patches,
         merge_patches_residual,
         paged_prefill_attention,
@@ -160,7 +167,11 @@ CASES = {
         sample,
     )
 }
-OPS = [name for name in CASES if not name.endswith(("_residual", "_bias", "_fused", "_lse"))]
+OPS = [
+    name
+    for name in CASES
+    if not name.endswith(("_residual", "_bias", "_fused", "_lse", "_scheduled"))
+]
 
 by_case = pytest.mark.parametrize("case", CASES)
 
