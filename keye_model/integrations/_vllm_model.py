@@ -45,7 +45,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from keye_kernels import rope_2d_
-from keye_kernels.integrations.vllm import our_layers, report
+from keye_kernels.integrations.vllm import KeyeEncoderAttention, our_layers, report
 from keye_model.config import KeyeConfig, KeyeVisionConfig
 from keye_model.inputs import Grid, host_grid
 from keye_model.integrations._vllm_processor import (
@@ -65,7 +65,10 @@ _TEXT = -1  # stands for every token that no picture or video fills
 
 
 class TowerAttention(VisionAttention):
-    """The tower's attention, its heads split between the processes."""
+    """The tower's attention, its heads split between the processes.
+
+    Where `our_layers` leaves vLLM's attention in place, that one is called.
+    """
 
     def __init__(
         self, config: KeyeVisionConfig, quant_config: QuantizationConfig | None, prefix: str
@@ -92,6 +95,8 @@ class TowerAttention(VisionAttention):
 
     def forward(self, x: torch.Tensor, step: VisionStep) -> torch.Tensor:
         """x: [num_patches, hidden_size]. Returns a tensor like x."""
+        if isinstance(self.attn, KeyeEncoderAttention):
+            return super().forward(x, step)  # the same op, with the plan that all layers share
         qkv = self.qkv_proj(x).view(1, -1, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
         rope_2d_(q[0], k[0], step.positions, theta=self.theta)

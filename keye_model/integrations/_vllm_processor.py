@@ -211,7 +211,7 @@ class KeyeProcessingInfo(BaseProcessingInfo):
             max_pixels = V1_5_MAX_PIXELS
         most = max_pixels // inner.image_processor.factor**2
         side = math.isqrt(most)
-        rows = max(range(side // 2 + 1, side + 1), key=lambda rows: rows * (most // rows))
+        rows = max(range(side, side // 2, -1), key=lambda rows: rows * (most // rows))
         return rows, most // rows
 
 

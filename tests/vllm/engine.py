@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-MODELS = ("ours", "vllm's", "vllm's, our layers")
-
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
     """Deterministic noise."""
@@ -34,8 +32,10 @@ def run(case: dict) -> dict:
     from keye_kernels import _backends
 
     launches = _count_launches(_backends._registry)
-    if case["model"] != "ours":
+    if case["model"] == "vllm's":
         _vllms_own_model()
+    if case.get("foreign attention"):
+        _foreign_attention()
     llm = vllm.LLM(
         case["checkpoint"],
         dtype="float32",
@@ -44,8 +44,9 @@ def run(case: dict) -> dict:
         max_num_seqs=4,
         max_num_batched_tokens=2048,
         kv_cache_memory_bytes=64 << 20,
-        limit_mm_per_prompt={"image": 2, "video": 1},
+        limit_mm_per_prompt={"image": 2, "video": 2},
         enable_prefix_caching=False,
+        tensor_parallel_size=case.get("processes", 1),
     )
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=case["max_tokens"], logprobs=1, ignore_eos=True
@@ -59,11 +60,12 @@ def run(case: dict) -> dict:
         results["batches"].append(
             {"launches": dict(launches), "answers": [_answer(output) for output in outputs]}
         )
-    if case["model"] != "vllm's":
-        from keye_kernels.integrations.vllm import report
+    if "processes" in case:  # the models are elsewhere
+        return results
+    from keye_kernels.integrations.vllm import report
 
-        [rows] = llm.apply_model(report)
-        results["report"] = [str(row) for row in rows]
+    [rows] = llm.apply_model(report)
+    results["report"] = [str(row) for row in rows]
     [results["classes"]] = llm.apply_model(
         lambda m: sorted({type(x).__name__ for x in m.modules()})
     )
@@ -74,9 +76,11 @@ def _prompt(request: dict) -> dict:
     data = {}
     if "images" in request:
         data["image"] = [picture(*image) for image in request["images"]]
-    if "video" in request:
-        frames = clip(*request["video"])
-        data["video"] = [(frames, request["metadata"]) if "metadata" in request else frames]
+    if "videos" in request:
+        films = [clip(*video) for video in request["videos"]]
+        if "metadata" in request:
+            films = list(zip(films, request["metadata"], strict=True))
+        data["video"] = films
     return {
         "prompt": request["prompt"],
         "multi_modal_data": data,
@@ -151,6 +155,16 @@ def _vllms_own_model() -> None:
         info=processor.KeyeProcessingInfo,
         dummy_inputs=processor.KeyeDummyInputsBuilder,
     )(KeyeForConditionalGeneration)
+
+
+def _foreign_attention() -> None:
+    """Another plugin's attention, which is vLLM's own."""
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.attention import MMEncoderAttention
+
+    @CustomOp.register_oot(name="MMEncoderAttention")
+    class Foreign(MMEncoderAttention):
+        pass
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Keye in the real vLLM engine on a CPU, against `keye_model`: same tokens, same log-probabilities.
 
-Not shown here, as there is no GPU: CUDA dispatch, CUDA graphs and torch.compile, speed.
+Not shown here, as there is no GPU: CUDA dispatch, CUDA graphs, speed.
 """
 
 import functools
@@ -22,6 +22,7 @@ from keye_model.demo_checkpoint import build
 from tests.vllm.engine import clip, picture
 
 ROOT = Path(__file__).parent.parent.parent
+CORES = sorted(os.sched_getaffinity(0))
 TOKENS = 4
 LOGPROB_ATOL = 1e-4
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -33,19 +34,19 @@ TWO = {  # of different sizes, one of which is resized; packed, so they must not
     "prompt": f"The first: {IMAGE} the second: {IMAGE} Yes",
     "images": [(2, 61, 90), (3, 140, 28)],
 }
-TIMED = {"prompt": f"{VIDEO}What?", "video": (5, 4, 56, 28), "options": {"fps": 0.7}}
+TIMED = {"prompt": f"{VIDEO}What?", "videos": [(5, 4, 56, 28)], "options": {"fps": 0.7}}
 DECODED = {  # as vLLM's video loader hands it on: every fifth frame at 10 per second
     "prompt": f"{VIDEO}What?",
-    "video": (6, 4, 56, 56),
-    "metadata": {"fps": 10.0, "frames_indices": [0, 5, 10, 15]},
+    "videos": [(6, 4, 56, 56)],
+    "metadata": [{"fps": 10.0, "frames_indices": [0, 5, 10, 15]}],
 }
 SLOW_FAST = {
-    "prompt": f"Look: {VIDEO}{IMAGE}Yes",
+    "prompt": f"Look: {VIDEO}{IMAGE}Yes{VIDEO}",
     "images": [(7, 56, 56)],
-    "video": (8, 3, 56, 84),
+    "videos": [(8, 3, 56, 84), (9, 2, 56, 56)],
     "options": {
-        "height": 56, "width": 84, "fast_height": 28, "fast_width": 56,
-        "timestamps": [[0.0, 0.5, 1.0]], "frame_types": [[0, 1, 0]],
+        "height": [56, 28], "width": [84, 56], "fast_height": [28, 28], "fast_width": [56, 28],
+        "timestamps": [[0.0, 0.5, 1.0], [0.25, 0.75]], "frame_types": [[0, 1, 0], [0, 0]],
     },
 }  # fmt: skip
 UNSEEN = {"prompt": f"{IMAGE}Describe this image.", "images": [(4, 84, 56)]}  # in no cache
@@ -69,13 +70,8 @@ def start(tmp_path_factory: pytest.TempPathFactory):
     """Start an engine in a process of its own and return what `tests.vllm.engine` found."""
     root = tmp_path_factory.mktemp("engines")
 
-    def run(plugins: str, model: str, checkpoint: Path, batches: list[dict]) -> dict:
-        case = {
-            "model": model,
-            "checkpoint": str(checkpoint),
-            "max_tokens": TOKENS,
-            "batches": batches,
-        }
+    def run(plugins: str, checkpoint: Path, batches: list[dict], **case: object) -> dict:
+        case |= {"checkpoint": str(checkpoint), "max_tokens": TOKENS, "batches": batches}
         (root / "case.json").write_text(json.dumps(case))
         command = [sys.executable, "-m", "tests.vllm.engine", root / "case.json", root / "out.json"]
         done = subprocess.run(
@@ -87,18 +83,16 @@ def start(tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
-def environment(root: Path, plugins: str | None) -> dict[str, str]:
-    changes = {
+def environment(root: Path, plugins: str) -> dict[str, str]:
+    return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "KEYE_KERNELS_BACKEND": "triton",
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
         "VLLM_CACHE_ROOT": str(root / "cache"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_PLUGINS": plugins,
     }
-    if plugins is not None:
-        changes["VLLM_PLUGINS"] = plugins
-    return os.environ | changes
 
 
 @functools.cache
@@ -124,9 +118,10 @@ def expected(checkpoint: Path, request: dict) -> tuple[list[int], list[int], tor
     processor, model = loaded(checkpoint)
     options = dict(request.get("options", {}))
     videos = None
-    if "video" in request:
-        videos = [torch.from_numpy(clip(*request["video"])).permute(0, 3, 1, 2)]
-        if metadata := request.get("metadata"):
+    if "videos" in request:
+        films = [torch.from_numpy(clip(*video)) for video in request["videos"]]
+        videos = [film.permute(0, 3, 1, 2) for film in films]
+        for metadata in request.get("metadata", []):
             times = [index / metadata["fps"] for index in metadata["frames_indices"]]
             options["fps"] = (len(times) - 1) / (times[-1] - times[0])
     images = [picture(*image) for image in request.get("images", [])]
@@ -145,7 +140,7 @@ def test_8b_preview(start, checkpoints):
     requests = [[TEXT], [ONE], [TWO], [ONE, TEXT, TWO], [TIMED], [DECODED]]
     batches = [{"requests": batch} for batch in requests]
     sabotaged = [{"requests": [UNSEEN], "sabotage": "varlen_attention"}, {"requests": [TEXT]}]
-    found = start("keye_model", "ours", checkpoints["preview"], batches + sabotaged)
+    found = start("keye_model", checkpoints["preview"], batches + sabotaged, model="ours")
 
     for batch, result in zip(requests, found["batches"], strict=False):
         for request, answer in zip(batch, result["answers"], strict=True):
@@ -169,32 +164,50 @@ def test_8b_preview(start, checkpoints):
     check(checkpoints["preview"], TEXT, again)
 
 
-def test_1_5(start, checkpoints):
+def test_1_5_with_foreign_attention(start, checkpoints):
+    """The attention of another plugin stays, and the tower calls it as it would call ours."""
     requests = [TEXT, ONE, SLOW_FAST]
     batches = [{"requests": [request]} for request in requests]
-    found = start("keye_model", "ours", checkpoints["1.5"], batches)
+    case = {"model": "ours", "foreign attention": True}
+    found = start("keye_model", checkpoints["1.5"], batches, **case)
     for request, result in zip(requests, found["batches"], strict=True):
         check(checkpoints["1.5"], request, result["answers"][0])
+    assert "MMEncoderAttention -> varlen_attention: 0 of 2" in found["report"][0]
+    assert "Foreign before" in found["report"][0]
+    assert "varlen_attention" not in found["batches"][1]["launches"]
+    assert found["batches"][1]["launches"]["rope_2d_"] == 2
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="two processes need two cores")
+def test_tensor_parallel(start, checkpoints, monkeypatch):
+    """Heads and matrices of tower, projector and decoder split between two processes."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, CORES[:2])))
+    requests = [TEXT, ONE, TWO]
+    case = {"model": "ours", "processes": 2}
+    found = start("keye_model", checkpoints["preview"], [{"requests": requests}], **case)
+    for request, answer in zip(requests, found["batches"][0]["answers"], strict=True):
+        check(checkpoints["preview"], request, answer)
 
 
 def test_vllms_own_model(start, checkpoints):
     """Without plugins: the comparison itself is sound where both models have the same rules."""
     requests = [TEXT, ONE, TWO]
-    found = start("", "vllm's", checkpoints["preview"], [{"requests": requests}])
+    found = start("", checkpoints["preview"], [{"requests": requests}], model="vllm's")
     for request, answer in zip(requests, found["batches"][0]["answers"], strict=True):
         check(checkpoints["preview"], request, answer)
     assert not [name for name in found["classes"] if name in ("Tower", "KeyeEncoderAttention")]
+    assert all(": 0 of " in row and "not asked for" in row for row in found["report"])
     assert found["batches"][0]["launches"] == {}
 
 
 def test_our_layers_in_vllms_model(start, checkpoints):
     batches = [{"requests": [TEXT, ONE, TWO]}]
     batches += [{"requests": [UNSEEN], "sabotage": "varlen_attention"}, {"requests": [TEXT]}]
-    found = start("keye_kernels", "vllm's, our layers", checkpoints["preview"], batches)
+    found = start("keye_kernels", checkpoints["preview"], batches, model="vllm's")
     for request, answer in zip(batches[0]["requests"], found["batches"][0]["answers"], strict=True):
         check(checkpoints["preview"], request, answer)
     assert "KeyeSiglipVisionModel" in found["classes"]
-    assert all(" of " in row and "by triton" in row for row in found["report"])
+    assert all(": 0 of " not in row and "(by triton)" in row for row in found["report"])
     launches = found["batches"][0]["launches"]
     assert set(launches) == {"varlen_attention", "rms_norm", "silu_mul", "mrope_"}
 
@@ -202,3 +215,26 @@ def test_our_layers_in_vllms_model(start, checkpoints):
     _, _, logprobs = expected(checkpoints["preview"], UNSEEN)
     assert abs(image["logprobs"][0] - logprobs[0]) > 100 * LOGPROB_ATOL
     check(checkpoints["preview"], TEXT, again)
+
+
+def test_example(tmp_path, checkpoints):
+    """As users have it: plugins found, not named; processes of its own; the decoder compiled."""
+    picture(1, 112, 84).save(tmp_path / "photo.png")
+    script = ROOT / "examples" / "vllm_chat.py"
+    changes = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, script, checkpoints["preview"], tmp_path / "photo.png"],
+        env=os.environ | changes,
+        capture_output=True,
+        text=True,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-6000:]
+    assert "MMEncoderAttention -> varlen_attention: 2 of 2 (by reference)" in log
+    assert "keye_kernels replaces no layers" in log
+    assert len(script.read_text().splitlines()) < 40

@@ -1,6 +1,8 @@
 """Our layers against the layers of vLLM whose place they take, and what is refused."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,3 +239,10 @@ def test_other_releases_keep_their_own_model(monkeypatch):
     models.register()
     assert calls == []
     assert "must be release 0.32" in warnings[0]
+
+
+def test_page_lists_the_layers():
+    page = Path(__file__).parent.parent.parent / "docs" / "integrate.md"
+    section = page.read_text().partition("**Layers.**")[2].partition("**Releases.**")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", section, re.MULTILINE)
+    assert rows == [(r.layer.__name__, r.op) for r in layers._REPLACEMENTS]
