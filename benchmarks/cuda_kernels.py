@@ -6,6 +6,7 @@ adds it to docs/kernels.md. Needs nvcc, no GPU.
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -20,8 +21,8 @@ ARCHITECTURES = ("80", "90a", "100a", "120")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _ROOT = Path(__file__).parents[1]
 _HEAD = ["kernel", "sm", "registers", "stack", "shared", "loads", "stores", "tensor cores"]
-# Registers that leave room for as many blocks as the kernel counts on; 255 is what there is.
 _MAX_SHARED = 99 * 1024  # of a block on sm_120, the least of those we build for
+# Registers that leave room for as many blocks as the kernel counts on; 255 is what there is.
 _MAX_REGISTERS = {"linear_decode_kernel": 168, "qk_norm_mrope_store_kernel": 128}
 
 Kernel = dict[str, object]
@@ -70,13 +71,23 @@ def _bits(parts: list[str]) -> str:
     )
 
 
-def read(
-    library: Path, architectures: Iterable[str] = ("80", "90a", "100a", "120")
-) -> list[Kernel]:
+def _shared_bytes(library: Path, names: list[str]) -> dict[str, int]:
+    """By name, from the library itself. In another process: this one may have an older one."""
+    code = """
+import importlib.util, json, re, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+kernels = (re.fullmatch(r"(\\w+)<.*?(\\d+)>", name) for name in sys.argv[2:])
+print(json.dumps([module.shared_bytes(kernel[1], int(kernel[2])) for kernel in kernels]))
+"""
+    command = [sys.executable, "-c", code, str(library), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(zip(names, json.loads(done.stdout), strict=True))
+
+
+def read(library: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[Kernel]:
     """Facts about each kernel in ``library``, by name, then architecture."""
-    spec = importlib.util.spec_from_file_location("_C", library)
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
     sizes = {}
     arch = ""
     for line in _tool("-res-usage", str(library)).splitlines():
@@ -100,11 +111,10 @@ def read(
                 elif re.fullmatch(r"[HQI]G?MMA|UTC\w*MMA", name):
                     counts["mma"][name] += 1
             registers, stack = sizes[function, arch]
-            name = _readable(function)
-            kernel, _, arguments = name.rstrip(">").partition("<")
-            facts = {"kernel": name, "arch": arch, "registers": registers, "stack": stack}
-            facts["shared"] = extension.shared_bytes(kernel, int(arguments.split(", ")[-1]))
-            found.append(facts | {kind: dict(count) for kind, count in counts.items()})
+            facts = {"kernel": _readable(function), "arch": arch, "registers": registers}
+            found.append(facts | {"stack": stack} | {k: dict(v) for k, v in counts.items()})
+    shared = _shared_bytes(library, sorted({kernel["kernel"] for kernel in found}))
+    found = [kernel | {"shared": shared[kernel["kernel"]]} for kernel in found]
     return sorted(found, key=lambda kernel: (kernel["kernel"], int(kernel["arch"].rstrip("a"))))
 
 

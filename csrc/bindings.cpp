@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "keye/capture.h"
+#include "keye/inspect.h"
 #include "keye/linear_decode.h"
 #include "keye/paged_decode_attention.h"
 #include "keye/qk_norm_mrope_store.h"
@@ -132,4 +133,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("linear_decode", &linear_decode);
     module.def("paged_decode_attention", &paged_decode_attention);
     module.def("qk_norm_mrope_store", &qk_norm_mrope_store);
+    module.def("shared_bytes", &keye::shared_bytes);
 }

@@ -198,13 +198,21 @@ def test_nvcc_makes_what_the_kernels_count_on():
         ({"loads": {"64": 3}}, "no loads of 16 bytes"),
         ({"stores": {}}, "no stores of 16 bytes"),
         ({"loads": {"128": 1, "16": 2}}, "2 loads of 1 or 2 bytes"),
+        ({"shared": 101377}, "101377 bytes of shared memory"),
         ({"registers": 129}, "129 registers, more than 128"),
     ],
-    ids=["stack", "local", "loads", "stores", "narrow", "registers"],
+    ids=["stack", "local", "loads", "stores", "narrow", "shared", "registers"],
 )
 def test_each_fault_is_found(changes, fault):
     good = {"kernel": "qk_norm_mrope_store_kernel<bf16, 128>", "arch": "90a", "registers": 100}
-    good |= {"stack": 0, "local": {}, "loads": {"128": 1}, "stores": {"128": 1}, "mma": {}}
+    good |= {
+        "stack": 0,
+        "shared": 0,
+        "local": {},
+        "loads": {"128": 1},
+        "stores": {"128": 1},
+        "mma": {},
+    }
     assert cuda_kernels.faults([good]) == []
     found = cuda_kernels.faults([good | changes])
     assert len(found) == 1
