@@ -72,9 +72,11 @@ def test_roundings_are_those_of_the_definition():
     x, norm_weight = torch.randn(16, 64).bfloat16(), torch.rand(64).bfloat16()
     weight, residual = torch.eye(64).bfloat16(), torch.randn(16, 64).bfloat16()
     norm = {"norm_weight": norm_weight, "eps": EPS}
-    for options in ({}, {"bias": residual[0]}, {"residual": residual}, {"swiglu": True}):
-        got = kk.linear_decode(x, weight, **norm, **options)
-        assert torch.equal(got, kk.reference.linear_decode(x, weight, **norm, **options))
+    bias = {"bias": residual[0]}
+    for options in (norm, bias, bias | {"residual": residual}, bias | {"swiglu": True}):
+        options = norm | options
+        got = kk.linear_decode(x, weight, **options)
+        assert torch.equal(got, kk.reference.linear_decode(x, weight, **options))
 
 
 @pytest.mark.parametrize("num_sms", [132], indirect=True)
