@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).parent / "shim"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # of `#pragma unroll`
+FLAGS += ["-ftrivial-auto-var-init=pattern"]  # what nothing initialised is NaN in fp16
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
