@@ -1,0 +1,113 @@
+// Sizes of a block of linear_decode, and the way of x into its shared memory, normalised or not.
+#pragma once
+
+#include "keye/linear_decode.h"
+#include "keye/types.cuh"
+
+namespace keye {
+
+// kTiles: of 8 rows of x.
+template <int kTiles>
+struct LinearTile {
+    static constexpr int kWarps = 4;
+    static constexpr int kThreads = kWarps * kWarpSize;
+    static constexpr int kBlocksPerSm = 3;
+    static constexpr int kColumns = 64;              // of the matrix, of a warp in a step
+    static constexpr int kStep = kWarps * kColumns;  // of a block
+    static constexpr int kHalf = 32;                 // rows of the matrix that a stage holds
+    static constexpr int kRows = 2 * kHalf;
+    static constexpr int kStages = 3;  // two of them, 8 KB per warp, on their way
+    static constexpr int kStageElements = kHalf * kColumns;
+    static constexpr int kWarpElements = kStages * kStageElements;
+    static constexpr int kWarpFloats = kWarpElements / 2;
+    static constexpr int kPrefetched = 512;  // columns asked for before the kernel before has ended
+    // x, in two buffers of kChunk columns. 64 bytes more from row to row: what 8 lanes read at once
+    // is in different banks.
+    static constexpr int kXRows = 8 * kTiles;
+    static constexpr int kChunk = 512 / kTiles;
+    static constexpr int kStepsPerChunk = kChunk / kStep;
+    static constexpr int kXStride = kChunk + 32;
+    static constexpr int kXElements = kXRows * kXStride;
+    static constexpr int kPieces = kChunk / 8;              // 16-byte pieces of a row
+    static constexpr int kRowsAtOnce = kThreads / kPieces;  // that the block takes
+    static constexpr int kTurns = kXRows / kRowsAtOnce;
+    // The sums of a warp take the place of its pipeline: a row of x, then 64 of the matrix.
+    static constexpr int kSumStride = kRows + 4;
+    static constexpr int kPipelineBytes = kWarps * kWarpElements * 2;
+    static constexpr int kXBytes = 2 * kXElements * 2;
+    static constexpr int kSharedBytes = kPipelineBytes + kXBytes + kXRows * sizeof(float) + 16;
+    static_assert(kXRows * kSumStride * sizeof(float) <= kWarpElements * 2);
+};
+
+// What a thread moves of each chunk of x: one piece of several rows. Zeros where there is none.
+template <class T, int kTiles>
+struct LinearInput {
+    using Tile = LinearTile<kTiles>;
+    uint4 x[Tile::kTurns], weight;
+    float scale[Tile::kTurns];
+
+    __device__ __forceinline__ void load(const LinearDecodeParams& params, int first_column) {
+        const int row = threadIdx.x / Tile::kPieces;
+        const int column = first_column + threadIdx.x % Tile::kPieces * 8;
+        const T* at = static_cast<const T*>(params.x) + row * params.stride_x + column;
+#pragma unroll
+        for (int i = 0; i < Tile::kTurns; ++i) {
+            const bool valid =
+                column < params.in_features && row + i * Tile::kRowsAtOnce < params.num_rows;
+            x[i] = valid ? load_16(at) : make_uint4(0, 0, 0, 0);
+            at += Tile::kRowsAtOnce * params.stride_x;
+        }
+        weight = make_uint4(0, 0, 0, 0);  // past the end 0 times what was left there may be NaN
+        if (params.norm_weight != nullptr && column < params.in_features) {
+            weight = load_16(static_cast<const T*>(params.norm_weight) + column);
+        }
+    }
+
+    __device__ __forceinline__ void store(const LinearDecodeParams& params, T* tile) {
+        const int row = threadIdx.x / Tile::kPieces, piece = threadIdx.x % Tile::kPieces;
+#pragma unroll
+        for (int i = 0; i < Tile::kTurns; ++i) {
+            uint4 value = x[i];
+            if (params.norm_weight != nullptr && row + i * Tile::kRowsAtOnce < params.num_rows) {
+                float y[8], factor[8];
+                unpack_8<T>(y, value);
+                unpack_8<T>(factor, weight);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    y[j] = rounded<T>(y[j] * scale[i]) * factor[j];
+                }
+                value = pack_8<T>(y);
+            }
+            store_16(tile + (row + i * Tile::kRowsAtOnce) * Tile::kXStride + piece * 8, value);
+        }
+    }
+};
+
+// 1 / RMS of each row of x, by a warp each.
+template <class T, int kTiles>
+__device__ __forceinline__ void row_scales(const LinearDecodeParams& params, float* scales) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    for (int row = warp; row < params.num_rows; row += LinearTile<kTiles>::kWarps) {
+        const T* x = static_cast<const T*>(params.x) + row * params.stride_x;
+        float squares = 0.0f;
+#pragma unroll 8
+        for (int column = lane * 8; column < params.in_features; column += kWarpSize * 8) {
+            float values[8];
+            unpack_8<T>(values, load_16(x + column));
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                squares += values[i] * values[i];
+            }
+        }
+#pragma unroll
+        for (int bits = kWarpSize / 2; bits > 0; bits /= 2) {
+            squares += __shfl_xor_sync(~0u, squares, bits);
+        }
+        if (lane == 0) {
+            scales[row] =
+                __frsqrt_rn(squares / static_cast<float>(params.in_features) + params.eps);
+        }
+    }
+}
+
+}  // namespace keye
