@@ -57,7 +57,9 @@ class KeyeTextModel(nn.Module):
         residual = None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, positions, cache, step)
-        return self.norm(hidden, residual)[0]
+        # Nobody reads the sum after the last norm: it is not written.
+        out, norm = (hidden, None), self.norm
+        return rms_norm(hidden, norm.weight, norm.eps, residual=residual, out=out)[0]
 
 
 class DecoderLayer(nn.Module):
