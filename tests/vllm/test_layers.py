@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("vllm", reason="run `make test-vllm`: vLLM has an environment of its own")
-
 from vllm import ModelRegistry
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import custom_op
@@ -74,6 +71,15 @@ def test_encoder_attention(batch, lengths, max_seqlen, flat):
         assert_same(ours(q, k, v, starts, max_seqlen), want)
     else:
         assert_same(ours(q, k, v), theirs(q, k, v))
+
+
+def test_encoder_attention_compiles():
+    """In a compiled encoder the longest length cannot be read, and need not be."""
+    _, ours = pair(MMEncoderAttention, 2, 72)
+    q, k, v = torch.randn(3, 1, 8, 2, 72)
+    starts, longest = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor(5)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    assert_same(compiled(q, k, v, starts, longest), ours(q, k, v, starts, longest))
 
 
 def test_encoder_attention_takes_plain_lengths():

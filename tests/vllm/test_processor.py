@@ -5,9 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("vllm", reason="run `make test-vllm`: vLLM has an environment of its own")
-
 from vllm.multimodal.inputs import PlaceholderRange
 
 from keye_model.config import PREVIEW, V1_5
