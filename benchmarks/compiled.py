@@ -34,8 +34,8 @@ from benchmarks.cases import Case, all_cases, call
 from benchmarks.shapes import REAL
 from keye_kernels import _backends, _device
 
-NUM_SMS = {80: 108, 90: 132, 100: 148}
-_SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+NUM_SMS = {80: 108, 90: 132, 100: 148, 120: 188}
+_SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -109,11 +109,15 @@ def launches_of(cases: Iterable[Case], arch: int) -> list[Launch]:
 
 
 def _warps_per_sm(arch: int, registers: int, shared: int, num_warps: int) -> int:
-    """Bound on resident warps: registers come per warp in 256s, in four equal files."""
+    """Bound on resident warps: registers come per warp in 256s, in four equal files.
+
+    0: a program asks for more shared memory than there is, so that no launch succeeds.
+    """
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (65536 // 4 // per_warp) // num_warps
     by_shared = _SHARED_PER_SM[arch] // (shared + 1024)  # 1 KB per block is the system's
-    return min(by_registers, by_shared, 64 // num_warps, 32) * num_warps
+    by_warps = (48 if arch == 120 else 64) // num_warps
+    return min(by_registers, by_shared, by_warps, 32) * num_warps
 
 
 def _tool(*arguments: str) -> str:

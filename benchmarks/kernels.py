@@ -80,10 +80,11 @@ def _reaches(accesses: dict[str, int], width: int) -> bool:
 def faults(kernels: list[Kernel]) -> list[str]:
     """What is wrong with compiled kernels, one line each.
 
-    Wrong is: the compiler failed; stack (spills) is used; an access to global memory has less than
-    4 bytes though the layout allows more; no access of a case is as wide as its layout allows; no
-    tensor-core instruction in a case that has a dot; more than 1.15 times the useful work in the
-    tensor-core instructions of a loop (or less than it: then it was not counted right).
+    Wrong is: the compiler failed; no multiprocessor has room for a program; stack (spills) is used;
+    an access to global memory has less than 4 bytes though the layout allows more; no access of a
+    case is as wide as its layout allows; no tensor-core instruction in a case that has a dot; more
+    than 1.15 times the useful work in the tensor-core instructions of a loop (or less than it: then
+    it was not counted right).
     """
     found = []
     by_case: dict[tuple, list[Kernel]] = defaultdict(list)
@@ -93,6 +94,8 @@ def faults(kernels: list[Kernel]) -> list[str]:
         if "error" in kernel:
             found.append(f"{where} ({names}): {kernel['error']}")
             continue
+        if kernel["warps_per_sm"] == 0:
+            found.append(f"{where} ({names}): {kernel['shared']} bytes of shared memory, too many")
         if kernel["stack"]:
             found.append(f"{where} ({names}): {kernel['stack']} bytes of stack")
         if kernel["padding"] is not None and not 1 <= kernel["padding"] <= _MAX_PADDING:

@@ -42,7 +42,9 @@ def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[i
         # another multiplies. Elsewhere it would spill.
         registers = 128 if block_m == 128 else 168
         return Tiles(64, 3, registers if capability[0] == 9 else None)
-    return Tiles(64, 3, None) if head <= 128 else Tiles(32, 2, None)
+    # One stage less where a program has 99 KB of shared memory at most.
+    fewer = capability in ((8, 6), (8, 9)) or capability[0] == 12
+    return Tiles(64, 3 - fewer, None) if head <= 128 else Tiles(32, 2 - fewer, None)
 
 
 def choose_block_m(num_tokens: int, num_heads: int, num_sms: int) -> int:

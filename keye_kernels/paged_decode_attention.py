@@ -60,7 +60,8 @@ def _launch_config(
     if itemsize == 4:  # no tensor cores: larger tiles do not fit into registers
         heads = keys = 16
     else:
-        heads = min(max(triton.next_power_of_2(group), 16), 64)  # an MMA has 16 rows or more
+        heads = max(triton.next_power_of_2(group), 16)  # an MMA has 16 rows or more
+        heads = min(heads, 8192 // block, 64)  # 16 KB of queries
         keys = min(8192 // block, 64)  # 16 KB of keys, and of values
     programs = batch_size * num_kv_heads * triton.cdiv(group, heads)  # per piece
     fill = 2 * num_sms // programs

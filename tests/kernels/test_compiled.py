@@ -32,6 +32,12 @@ def test_one_launch_of_each_op_compiles_well_elsewhere(cache):
     assert not faults(kernels), "\n".join(faults(kernels))
 
 
+def test_attention_fits_into_the_least_shared_memory(cache):
+    kernels = compile_kernels([120], ops=["paged_prefill_attention"], cache=cache)
+    assert {kernel["num_warps"] for kernel in kernels} == {4, 8}
+    assert all(kernel["warps_per_sm"] for kernel in kernels)
+
+
 def test_a_launch_is_noted_as_it_is_and_a_crash_is_contained(cache):
     """Rows at odd addresses need 2-byte accesses; a compiler that aborts is reported."""
     code = """
@@ -83,6 +89,7 @@ def kernel(**changes):
     ("changes", "fault"),
     [
         ({"stack": 64}, "sm_90, _gelu_kernel (1k): 64 bytes of stack"),
+        ({"shared": 232449, "warps_per_sm": 0}, "(1k): 232449 bytes of shared memory, too many"),
         ({"loads": {"128": 2, "16": 8}}, "narrow loads 8 x 16"),
         ({"stores": {"128": 2, "8": 1}}, "narrow stores 1 x 8"),
         ({"loads": {"64": 2}}, "gelu (1k): no loads of 16 bytes"),
@@ -92,7 +99,18 @@ def kernel(**changes):
         ({"padding": 0.0}, "_gelu_kernel (1k): 0.000 of the useful FLOP in its loop"),
         ({"error": "the compiler died with code -6"}, "(1k): the compiler died with code -6"),
     ],
-    ids=["stack", "narrow-load", "narrow-store", "load", "store", "mma", "padded", "lost", "crash"],
+    ids=[
+        "stack",
+        "shared",
+        "narrow-load",
+        "narrow-store",
+        "load",
+        "store",
+        "mma",
+        "padded",
+        "lost",
+        "crash",
+    ],
 )
 def test_each_fault_is_found(changes, fault):
     assert faults([kernel()]) == []
