@@ -188,9 +188,11 @@ class Linear(nn.Linear):
 
 def _served_by_linear_decode(x: torch.Tensor) -> bool:
     """Whether these are few rows and ``linear_decode`` is fast: its definition is on a CPU only."""
-    device = x.device.type
-    few = x.shape[0] <= _FEW_ROWS
-    return few and (device == "cpu" or backends(device)["linear_decode"].backend == "cuda")
+    if x.shape[0] > _FEW_ROWS:
+        return False
+    if x.is_cuda:
+        return backends("cuda")["linear_decode"].backend == "cuda"
+    return x.device.type == "cpu"
 
 
 class RMSNorm(nn.Module):
