@@ -190,9 +190,10 @@ def _served_by_linear_decode(x: torch.Tensor) -> bool:
     """Whether these are few rows and ``linear_decode`` is fast: its definition is on a CPU only."""
     if x.shape[0] > _FEW_ROWS:
         return False
-    if x.is_cuda:
-        return backends("cuda")["linear_decode"].backend == "cuda"
-    return x.device.type == "cpu"
+    device = x.device.type
+    if device == "cuda":
+        return backends(device)["linear_decode"].backend == "cuda"
+    return device == "cpu"
 
 
 class RMSNorm(nn.Module):
