@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.measure import difference
-from benchmarks.providers import Provider, absent, our_model
+from benchmarks.providers import Provider, absent, our_model, our_model_on_cuda, trusting_cuda
 from benchmarks.shapes import REAL, TEXT, VISION, num_patches
 from benchmarks.timing import DEVICE, ON_GPU
 
@@ -32,7 +32,7 @@ from keye_model import (  # noqa: E402
 from keye_model.cache import PAGE_SIZE, PagedCache  # noqa: E402
 from keye_model.config import PREVIEW  # noqa: E402
 from keye_model.decode_batch import Running  # noqa: E402
-from keye_model.decode_graph import Decoder, StepGraphs, why_no_graphs  # noqa: E402
+from keye_model.decode_graph import Decoder, Decoders, StepGraphs, why_no_graphs  # noqa: E402
 from keye_model.generation import Generation  # noqa: E402
 from keye_model.inputs import Request  # noqa: E402
 from keye_model.sampling import SamplingParams  # noqa: E402
@@ -234,11 +234,19 @@ def bench_prefill(ours, decoder, measure, length):
     )
 
 
-def _with_graphs(run, differs=None):
-    """Ours with CUDA graphs, which it replays by itself."""
+def _with_graphs(run, make, differs=None):
+    """Ours with CUDA graphs, which it replays by itself. `run` takes ids and what `make` gives."""
     if why_not := why_no_graphs(DEVICE):
         return {"ours (graph)": absent(why_not)}
-    return {"ours (graph)": Provider(run, ours=True, capture=False, differs=differs)}
+    held, held_on_cuda = make(), make()
+    found = {
+        "ours (graph)": Provider(
+            lambda ids: run(ids, held), ours=True, capture=False, differs=differs
+        )
+    }
+    for provider in our_model_on_cuda(lambda ids: run(ids, held_on_cuda)).values():
+        found["ours (cuda, graph)"] = provider
+    return found
 
 
 def _other_tokens(got, want):
@@ -252,9 +260,6 @@ def bench_decode_step(ours, decoder, measure, batch, context):
     past = decoder(prompt, use_cache=True, logits_to_keep=1).past_key_values
     num_pages = batch * -(-(context + 1) // PAGE_SIZE)
     launched = Decoder.launched(ours.model, ours.lm_head, num_pages)
-    captured = dataclasses.replace(
-        launched, graphs=None if why_no_graphs(DEVICE) else StepGraphs(DEVICE)
-    )
     cache, rows = launched.cache, launched.batch
     handles = [cache.add(context + 1) for _ in range(batch)]
     hidden = ours.model.language_model.embed_tokens(prompt.flatten())
@@ -264,6 +269,9 @@ def bench_decode_step(ours, decoder, measure, batch, context):
     # Each has generated one token, which the step puts in.
     rows.place([Running(0, handle, prompt[0], params, context, [0]) for handle in handles])
     counters = rows.counters.clone()
+
+    def captured():
+        return dataclasses.replace(launched, graphs=StepGraphs(DEVICE))
 
     def mine(ids, how=launched):
         rows.counters.copy_(counters)
@@ -278,19 +286,22 @@ def bench_decode_step(ours, decoder, measure, batch, context):
 
     def check_logits(ids):
         """Instead of tokens: near ties fall either way in bf16. A graph is exactly its launches."""
-        step = cache.step(handles, [1] * batch)
         hidden = ours.model.language_model.embed_tokens(ids)
         at = torch.full((3, batch), context, device=DEVICE)
         fault = _differs(ours.lm_head(ours.model(hidden, at, cache, step)), their_logits(ids))
         assert not fault, fault
 
+    step = cache.step(handles, [1] * batch)
     check_logits(prompt[:, 0])
+    with trusting_cuda():
+        check_logits(prompt[:, 0])
     measure.compare(
         "decode step",
         f"batch {batch} after {context}",
         make=lambda: {"ids": torch.randint(100, 2000, (batch,), device=DEVICE)},
         providers=our_model(mine, capture=False)
-        | _with_graphs(lambda ids: mine(ids, captured), _other_tokens)
+        | our_model_on_cuda(mine)
+        | _with_graphs(mine, captured, _other_tokens)
         | {"transformers": Provider(lambda ids: their_logits(ids).argmax(-1), capture=False)},
         definition=mine,
         differs=lambda *_: "",
@@ -330,7 +341,7 @@ def bench_generate(ours, decoder, measure):
         f"64 + {NEW_TOKENS} tokens",
         make=lambda: {"ids": torch.randint(100, 2000, (64,))},
         providers=our_model(mine, capture=False)
-        | _with_graphs(lambda ids: mine(ids, ours.decoders))
+        | _with_graphs(mine, Decoders)
         | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=differs,
@@ -368,7 +379,10 @@ def bench_request(ours, tower, projector, decoder, measure, name):
 
     runs = {"ours": mine}
     if not why_no_graphs(DEVICE):
-        runs["ours (graph)"] = lambda: mine(ours.decoders)
+        held, held_on_cuda = Decoders(), Decoders()
+        runs["ours (graph)"] = lambda: mine(held)
+        if our_model_on_cuda(mine):
+            runs["ours (cuda, graph)"] = trusting_cuda()(lambda: mine(held_on_cuda))
 
     grid_thw = torch.tensor(grids, device=DEVICE)
     on_device = ids.to(DEVICE)

@@ -11,15 +11,16 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TypeVar
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import DEVICE, ON_GPU, Run
-from keye_kernels import backends, use_backend
+from keye_kernels import _backends, backends, use_backend
 
 SDPA_BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -76,6 +77,30 @@ def our_model(run: Run, *, capture: bool = True) -> Providers:
         context = functools.partial(_chosen, "reference")
         found["ours (reference)"] = Provider(run, context=context, ours=True, capture=False)
     return found
+
+
+def our_model_on_cuda(run: Run) -> Providers:
+    """Our model with the CUDA kernels too that "auto" does not take yet; nothing if it is the same.
+
+    Backend "cuda" is no such thing: it is binding, and not all ops of a model have a CUDA kernel.
+    """
+    before = {op: served.backend for op, served in backends().items()}
+    with trusting_cuda():
+        after = {op: served.backend for op, served in backends().items()}
+    if before == after:
+        return {}
+    return {"ours (cuda)": Provider(run, context=trusting_cuda, ours=True, capture=False)}
+
+
+@contextmanager
+def trusting_cuda() -> Iterator[None]:
+    """In here "auto" takes CUDA kernels that have never run on hardware: so that they do."""
+    trusted = {
+        op: {name: replace(one, proven=True) for name, one in served.items()}
+        for op, served in _backends._registry.items()
+    }
+    with mock.patch.multiple(_backends, _registry=trusted, _chosen={}):
+        yield
 
 
 @contextmanager

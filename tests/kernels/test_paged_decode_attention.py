@@ -205,7 +205,7 @@ def test_launches_fill_the_gpu(batch, max_seqlen_k, num_splits):
 @pytest.mark.parametrize(
     ("group", "block", "itemsize", "heads", "keys"),
     [(1, 128, 2, 16, 64), (8, 64, 2, 16, 64), (20, 256, 2, 32, 32), (128, 128, 2, 64, 64),
-     (4, 128, 4, 16, 16), (64, 256, 4, 16, 16)],
+     (64, 256, 2, 32, 32), (4, 128, 4, 16, 16), (64, 256, 4, 16, 16)],
 )  # fmt: skip
 def test_tiles_by_group_and_width(group, block, itemsize, heads, keys):
     tiles = _launch_config(1, group, 2, block, itemsize, 1, 132)
