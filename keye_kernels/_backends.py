@@ -92,7 +92,7 @@ def register(
 def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | None:
     implementation = _registry[op].get(backend)
     if implementation is None:
-        return f"no {backend} kernel for {op} yet"
+        return f"no {backend} kernel for {op}"
     if device_type in implementation.device_types:
         reason = implementation.why_not()
         if reason is None and requested == "auto" and not implementation.proven:

@@ -20,6 +20,9 @@ from keye_model.plan import Limits
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
 
+# Without linear_decode torch.nn.Linear serves; Keye's own rotation is part of qk_norm_mrope_store.
+_DISPENSABLE = ("linear_decode", "mrope_")
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -393,5 +396,6 @@ def _check_backend(name: str, device: torch.device) -> None:
     """Refuse a backend that cannot serve the model, rather than in the first answer."""
     with _backend(name):
         for op, served in backends(device.type).items():
-            if served.backend is None:
-                raise RuntimeError(f"{op} must be served by the backend asked for, got {served}")
+            if served.backend is None and op not in _DISPENSABLE:
+                why = [*served.why_not.values()][-1]  # of the only candidate, after the others
+                raise RuntimeError(f"backend must serve {op}, got none that does: {why}")

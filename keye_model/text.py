@@ -191,9 +191,10 @@ def _served_by_linear_decode(x: torch.Tensor) -> bool:
     if x.shape[0] > _FEW_ROWS:
         return False
     device = x.device.type
-    if device == "cuda":
-        return backends(device)["linear_decode"].backend == "cuda"
-    return device == "cpu"
+    if device not in ("cpu", "cuda"):
+        return False
+    fast = "cuda" if device == "cuda" else "reference"
+    return backends(device)["linear_decode"].backend == fast
 
 
 class RMSNorm(nn.Module):

@@ -45,7 +45,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
         def find_or_skip(op: str, device_type: str):
             if name not in _backends._registry[op]:
-                pytest.skip(f"no {name} kernel for {op} yet")
+                pytest.skip(f"no {name} kernel for {op}")
             run = find(op, device_type)
 
             def run_or_skip(*args: object) -> None:

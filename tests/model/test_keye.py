@@ -181,7 +181,7 @@ def test_limits_must_be_limits(keye):
 
 def test_backend_of_the_environment_that_cannot_serve(preview_checkpoint, monkeypatch):
     monkeypatch.setattr("keye_kernels._backends._default", "cuda")
-    with pytest.raises(RuntimeError, match=r"got nothing .*no cuda kernel"):
+    with pytest.raises(RuntimeError, match=r"backend must serve .* no cuda kernel"):
         Keye.from_pretrained(preview_checkpoint)
 
 
@@ -330,13 +330,10 @@ def test_prompt_longer_than_the_context(keye):
         keye.generate(words)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_backend_that_cannot_serve(preview_checkpoint, backend):
-    with pytest.raises(
-        RuntimeError,
-        match=f"must be served by the backend asked for, got nothing .*no {backend} kernel",
-    ):
-        Keye.from_pretrained(preview_checkpoint, backend=backend)
+def test_backend_that_cannot_serve(preview_checkpoint):
+    message = r"^backend must serve (\w+), got none that does: no cuda kernel for \1$"
+    with pytest.raises(RuntimeError, match=message):
+        Keye.from_pretrained(preview_checkpoint, backend="cuda")
 
 
 def test_unknown_device(preview_checkpoint):

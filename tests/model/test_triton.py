@@ -14,7 +14,6 @@ from keye_model import Keye
 from keye_model.config import PREVIEW, V1_5
 from keye_model.inputs import Request
 
-ATTENTION = {"paged_prefill_attention"}
 GEMM = {"linear_decode"}  # a matrix product: PyTorch's, unless the CUDA extension serves it
 ELSEWHERE = {"mrope_"}  # for other models: Keye's own rotation is part of qk_norm_mrope_store
 
@@ -69,6 +68,17 @@ def answer_logits(keye, request):
         pixel_values=request.pixel_values,
         image_grid_thw=request.image_grid_thw,
     ).logits
+
+
+def test_backend_by_name(preview_checkpoint):
+    """What the model calls where there is no ``linear_decode`` is ``torch.nn.Linear``."""
+    keye = Keye.from_pretrained(preview_checkpoint)
+    named = Keye.from_pretrained(preview_checkpoint, backend="triton")
+    request = Request(torch.tensor([3, 4, 5]))
+    options = {"max_new_tokens": 2, "do_sample": False}
+    assert named.generate(request, **options).token_ids == (
+        keye.generate(request, **options).token_ids
+    )
 
 
 def test_every_kernel_is_chosen_on_a_gpu():
