@@ -57,7 +57,7 @@ step() {
   esac
 }
 
-if command -v nvcc >/dev/null || [[ -n ${CUDA_HOME:-} ]]; then
+if command -v nvcc >/dev/null || [[ -n ${CUDA_HOME:-} || -x /usr/local/cuda/bin/nvcc ]]; then
   step build 180 "$summary" env KEYE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
 else
   note "build: not run, there is no nvcc"
@@ -74,8 +74,9 @@ for name, value in (environment() | extension | backends()).items():
   command -v nvidia-smi >/dev/null && nvidia-smi --format=csv \
     --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit
   command -v nvcc >/dev/null && nvcc --version | tail -n 2
+  local build='setuptools|ninja|pybind11'
   "$PYTHON" -m pip list 2>/dev/null |
-    grep -iE '^(torch|triton|transformers|numpy|pytest|liger|flash|quack|nvidia-cudnn|nvtx|av) '
+    grep -iE "^(torch|triton|transformers|numpy|pytest|pytest-xdist|liger|flash|quack|nvtx|av|$build) "
   return 0
 }
 export -f facts
@@ -84,6 +85,10 @@ on_gpu || note "no GPU: tests and benchmarks run on a CPU, sanitizer and ncu do 
 
 # pyproject.toml has options of plugins that may not be here.
 pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider -q --tb=short)
+# Not what needs a compiler and no GPU. Side by side where that is possible: it is faster, and a
+# fault, which ends the CUDA context of its process, costs one test and not all that follow.
+options=(-rfE --maxfail=40 --ignore=tests/native --ignore=tests/kernels/test_compiled.py)
+"$PYTHON" -c 'import xdist' 2>/dev/null && options+=(-n 8)
 tests=(tests)
 "$PYTHON" -c 'import av' 2>/dev/null || {
   note "PyAV cannot be imported: tests that read videos are skipped"
@@ -94,7 +99,7 @@ if [[ -n $reason ]]; then
   note "keye_model cannot be imported, its tests are not run: $reason"
   tests=(tests/kernels)
 fi
-step tests $((budget / 4)) "$out/tests.txt" "${pytest[@]}" -rfE --maxfail=40 "${tests[@]}"
+step tests $((budget / 4)) "$out/tests.txt" "${pytest[@]}" "${options[@]}" "${tests[@]}"
 
 # Small shapes: under these tools a kernel is ten to a hundred times slower.
 if on_gpu && command -v compute-sanitizer >/dev/null; then
