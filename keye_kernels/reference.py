@@ -396,14 +396,21 @@ def _varlen_attention(
     causal: bool,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    tiles: torch.Tensor | None = None,  # noqa: ARG001 - a schedule is for kernels
-    block_m: int = 0,  # noqa: ARG001
+    tiles: torch.Tensor | None = None,  # a schedule is for kernels: it is checked, not used
+    block_m: int = 0,
 ) -> None:
     cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     check_cu_seqlens("cu_seqlens_q", cu_q, q.shape[0], max_seqlen_q)
     check_cu_seqlens("cu_seqlens_k", cu_k, k.shape[0], max_seqlen_k)
     batch_size = len(cu_q) - 1
     lengths = [(cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]) for i in range(batch_size)]
+    if tiles is not None:
+        planned = torch.bincount(tiles[:, 0], minlength=batch_size).tolist()
+        needed = [-(-len_q // block_m) for len_q, _ in lengths]
+        if planned != needed:
+            raise ValueError(
+                f"schedule must have {needed} tiles for the lengths in cu_seqlens_q, got {planned}"
+            )
     first = 0
     while first < batch_size:
         # Neighbours of the same length share one call: frames of a video come by the dozen.

@@ -10,6 +10,7 @@ from keye_kernels import _backends, reference
 from keye_kernels._attention import attend, choose_block_m
 from keye_kernels._checks import (
     FLOAT_DTYPES,
+    check_each,
     check_finite,
     check_head_dim,
     check_heads,
@@ -66,7 +67,7 @@ def attention_schedule(
         order of the sequences. The result is the same, bit by bit.
 
     Raises:
-        ValueError: A length is negative, the numbers of lengths differ, or there is no head.
+        ValueError: Lengths are no ints or negative, their numbers differ, or there is no head.
     """
     len_q = _lengths("seqlens_q", seqlens_q)
     len_k = len_q if seqlens_k is None else _lengths("seqlens_k", seqlens_k)
@@ -74,7 +75,9 @@ def attention_schedule(
         raise ValueError(
             f"seqlens_k must have one length for each of {len(len_q)} sequences, got {len(len_k)}"
         )
-    check_heads(num_heads, 1)
+    check_each(
+        "num_heads", [num_heads], "be a positive int", lambda n: isinstance(n, int) and n > 0
+    )
     num_sms = device_of(torch.empty(0, device=device)).num_sms
     block_m = choose_block_m(int(len_q.sum()), num_heads, num_sms)
     counts = -(-len_q // block_m)
@@ -93,10 +96,12 @@ def attention_schedule(
 
 
 def _lengths(name: str, seqlens: Sequence[int]) -> np.ndarray:
-    lengths = np.asarray(seqlens, dtype=np.int64).reshape(-1)
+    lengths = np.asarray(seqlens)
+    if lengths.ndim != 1 or (lengths.size and lengths.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be a sequence of ints, got {seqlens!r}")
     if lengths.min(initial=0) < 0:
         raise ValueError(f"{name} must hold no negative length, got {lengths.min()}")
-    return lengths
+    return lengths.astype(np.int64)
 
 
 def _varlen_attention_triton(
@@ -154,7 +159,8 @@ def varlen_attention(
         return_lse: Also return the log-sum-exp of the scaled scores.
         out: Like ``q``.
         schedule: ``attention_schedule`` of these lengths, which saves each layer of a model the
-            search for tiles. The result is the same.
+            search for tiles. The result is the same. One of other lengths with the same totals
+            leaves rows of ``out`` unwritten; a CPU notices and raises.
 
     Returns:
         out [num_tokens, num_heads, head_dim], dtype of ``q``, contiguous; with ``return_lse`` the
@@ -164,7 +170,7 @@ def varlen_attention(
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, the schedule was made
             for other numbers of tokens or sequences, or, on a CPU, the contents of cu_seqlens
-            differ.
+            differ from the above or from the schedule's lengths.
 
     Source: argument order and masks of flash_attn_varlen_func (flash-attn 2.1 and later), which
     also has dropout_p, window_size, softcap, alibi_slopes and block_table: leave them out.

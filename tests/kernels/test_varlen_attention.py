@@ -343,8 +343,20 @@ def test_schedule_errors(device):
         kk.attention_schedule([3], [-1], num_heads=4, device=device)
     with pytest.raises(ValueError, match=r"seqlens_k must have one length for each of 1 seq.* 2"):
         kk.attention_schedule([3], [1, 2], num_heads=4, device=device)
-    with pytest.raises(ValueError, match=r"num_heads must be a positive multiple of .* got 0"):
-        kk.attention_schedule([3], num_heads=0, device=device)
+    for num_heads in (0, 2.0):
+        with pytest.raises(ValueError, match=rf"num_heads must be a positive int, got {num_heads}"):
+            kk.attention_schedule([3], num_heads=num_heads, device=device)
+    for lengths in ([1.5, 2], "34", [[3, 1]], 4):
+        with pytest.raises(ValueError, match="seqlens_q must be a sequence of ints, got"):
+            kk.attention_schedule(lengths, num_heads=4, device=device)
+
+
+def test_schedule_of_other_lengths_with_the_same_totals():
+    q, k, v = make([100, 28], [100, 28], 1, 1, 8, torch.float32, "cpu")
+    schedule = kk.attention_schedule([28, 100], num_heads=1, device="cpu")
+    message = r"schedule must have \[2, 1\] tiles for the lengths in cu_seqlens_q, got \[1, 2\]"
+    with kk.use_backend("reference"), pytest.raises(ValueError, match=message):
+        run(q, k, v, [100, 28], [100, 28], schedule=schedule)
 
 
 @pytest.mark.parametrize(
