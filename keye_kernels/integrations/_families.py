@@ -83,7 +83,7 @@ def _refuse_gelu(activation: str) -> Callable[[nn.Module], str | None]:
     return refuse
 
 
-def _refuse_attention(module: nn.Module) -> str | None:
+def refuse_attention(module: nn.Module) -> str | None:
     if module.head_dim % 8 or module.head_dim > 256:
         return f"head_dim must be a multiple of 8 up to 256, got {module.head_dim}"
     return None
@@ -158,7 +158,7 @@ def _attention(name: str, of: Callable[[ModuleType], Forward]) -> Replacement:
     def make(modeling: ModuleType, _: Forward) -> Forward:
         return of(modeling)
 
-    return Replacement((name,), ("varlen_attention",), make, _refuse_attention)
+    return Replacement((name,), ("varlen_attention",), make, refuse_attention)
 
 
 def _lengths(name: str, wrap: Callable[[Forward], Forward]) -> Replacement:

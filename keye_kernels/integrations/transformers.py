@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 
 from keye_kernels.integrations import _decoder_attention, _rotary
-from keye_kernels.integrations._families import Family, Replacement, families
+from keye_kernels.integrations._families import Family, Replacement, families, refuse_attention
 
 _MAJOR, _MINOR = (
     int(part) for part in re.match(r"(\d+)\.(\d+)", transformers.__version__).groups()
@@ -125,8 +125,10 @@ def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = Non
     ]
     if any(_is_ours(module) for module in model_or_family.modules()):
         raise RuntimeError("the model, or a part of it, is changed already; call revert first")
-    for module, replacement, _ in planned:  # nothing is changed where something is refused
-        _refuse(module, replacement)
+    for module in decoders:  # nothing is changed where something is refused
+        _refuse(module, refuse_attention(module), (_DECODER_ATTENTION,))
+    for module, replacement, _ in planned:
+        _refuse(module, replacement.refuse(module), replacement.ops)
         if "forward" in vars(module) and not _is_plain(module):
             raise RuntimeError(
                 f"{type(module).__name__} must have the forward of its class, got one of its own "
@@ -264,8 +266,7 @@ def _families_of(model: nn.Module) -> list[tuple[Family, ModuleType]]:
 def _chosen(found: list[Family], ops: Collection[str] | None) -> set[str]:
     known = {op for family in found for row in family.replacements for op in row.ops}
     known |= {_DECODER_ATTENTION for family in found if family.decoder}
-    unknown = set() if ops is None else set(ops) - known
-    if isinstance(ops, str) or unknown:
+    if ops is not None and (isinstance(ops, str) or not ops or set(ops) - known):
         raise ValueError(f"ops must be names out of {', '.join(sorted(known))}, got {ops!r}")
     return known if ops is None else set(ops)
 
@@ -300,13 +301,10 @@ def _of_class(model: nn.Module, cls: type) -> Iterator[nn.Module]:
     return (module for module in model.modules() if type(module) is cls)
 
 
-def _refuse(module: nn.Module, replacement: Replacement) -> None:
-    why = replacement.refuse(module)
+def _refuse(module: nn.Module, why: str | None, ops: tuple[str, ...]) -> None:
     if why is not None:
-        raise ValueError(
-            f"{why} in {type(module).__name__}; leave {' or '.join(map(repr, replacement.ops))} "
-            "out of ops"
-        )
+        left_out = " or ".join(map(repr, ops))
+        raise ValueError(f"{why} in {type(module).__name__}; leave {left_out} out of ops")
 
 
 def _marked(
@@ -325,7 +323,7 @@ def _checked(
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _refuse(self, replacement)
+        _refuse(self, replacement.refuse(self), replacement.ops)
         return inner(self, *args, **kwargs)
 
     setattr(forward, _MARK, original)

@@ -40,7 +40,7 @@ def test_neither_model_nor_name():
         apply(3)
 
 
-@pytest.mark.parametrize("ops", [{"sample"}, ["mrope_", "rope"], "mrope_"], ids=str)
+@pytest.mark.parametrize("ops", [{"sample"}, ["mrope_", "rope"], "mrope_", []], ids=str)
 def test_unknown_op(ops):
     with pytest.raises(ValueError, match=r"ops must be names out of mrope_, .*silu_mul.*, got"):
         apply("qwen3", ops=ops)
@@ -137,6 +137,8 @@ CONFIGURATIONS = [
     ("qwen3_vl", "model.visual.blocks.0.mlp", "act_fn", nn.ReLU(), "gelu",
      "act_fn must be GELU, exact or by tanh, got ReLU"),
     ("qwen3_vl", "model.visual.blocks.1.attn", "head_dim", 60, "varlen_attention",
+     "head_dim must be a multiple of 8 up to 256, got 60"),
+    ("qwen3", "model.layers.1.self_attn", "head_dim", 60, "varlen_attention",
      "head_dim must be a multiple of 8 up to 256, got 60"),
 ]  # fmt: skip
 
