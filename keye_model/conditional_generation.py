@@ -306,11 +306,12 @@ def _requests(
                 row.second_per_grid_ts,
             )
         )
-    for name, pixels, used in zip(
-        ("pixel_values", "pixel_values_videos"), (images, videos), taken, strict=True
+    for name, grid, pixels, used in (
+        ("pixel_values", "image_grid_thw", images, taken[0]),
+        ("pixel_values_videos", "video_grid_thw", videos, taken[1]),
     ):
         if pixels is not None and len(pixels) != used:
-            raise ValueError(f"{name} must hold the {used} patches of its grids, got {len(pixels)}")
+            raise ValueError(f"{name} must hold the {used} patches of {grid}, got {len(pixels)}")
     return requests
 
 

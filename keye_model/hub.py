@@ -79,7 +79,7 @@ def read_json(directory: Path, filename: str, *, required: bool = True) -> dict[
     path = directory / filename
     if not path.is_file():
         if required:
-            raise FileNotFoundError(f"checkpoint must contain {filename}, {directory} does not")
+            raise FileNotFoundError(f"checkpoint must contain {filename}, got none in {directory}")
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -272,7 +272,7 @@ def _files(directory: Path) -> list[Path]:
                 f"checkpoint must hold its weights as safetensors, {directory} has only pickle "
                 f"files, which run code when loaded: {', '.join(pickles)}"
             )
-        raise FileNotFoundError(f"checkpoint must contain *.safetensors, {directory} does not")
+        raise FileNotFoundError(f"checkpoint must contain *.safetensors, got none in {directory}")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{directory / _INDEX} must contain the object 'weight_map'")

@@ -31,9 +31,10 @@ class TokenBudget:
             ValueError: They do not fit.
         """
         if not self._fits(tokens):
+            got = f"{self.used} and {tokens} more of" if self.used else f"{tokens} of"
             raise ValueError(
-                f"prompt must have at most {self.limit} tokens, got {self.used} and {tokens} more "
-                f"of {what}{advice and '; '}{advice}"
+                f"prompt must have at most {self.limit} tokens, got {got} {what}"
+                f"{advice and '; '}{advice}"
             )
 
     def check_frames(

@@ -25,7 +25,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must contain tokenizer.json, {directory} does not")
+        raise FileNotFoundError(f"checkpoint must contain tokenizer.json, got none in {directory}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises the bare class

@@ -260,6 +260,8 @@ def test_patches_that_no_grid_counts(model, prompts):
     more = media | {"pixel_values": torch.cat([media["pixel_values"]] * 2)}
     with pytest.raises(ValueError, match=r"pixel_values must hold the 24 patches .* got 48"):
         model(torch.tensor([ids]), **more)
+    with pytest.raises(ValueError, match="must hold the 0 patches of image_grid_thw, got 24"):
+        model(torch.tensor([[1, 2]]), pixel_values=media["pixel_values"])
 
 
 def test_missing_patches(model, prompts):
