@@ -160,7 +160,7 @@ def varlen_attention(
         out: Like ``q``.
         schedule: ``attention_schedule`` of these lengths, which saves each layer of a model the
             search for tiles. The result is the same. One of other lengths with the same totals
-            leaves rows of ``out`` unwritten; a CPU notices and raises.
+            may leave rows of ``out`` unwritten, which raises on a CPU.
 
     Returns:
         out [num_tokens, num_heads, head_dim], dtype of ``q``, contiguous; with ``return_lse`` the

@@ -20,9 +20,6 @@ from keye_model.plan import Limits
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
 
-# Without linear_decode torch.nn.Linear serves; Keye's own rotation is part of qk_norm_mrope_store.
-_DISPENSABLE = ("linear_decode", "mrope_")
-
 
 @dataclass(frozen=True)
 class Usage:
@@ -394,8 +391,10 @@ def _backend(name: str) -> AbstractContextManager:
 
 def _check_backend(name: str, device: torch.device) -> None:
     """Refuse a backend that cannot serve the model, rather than in the first answer."""
+    # torch.nn.Linear serves without linear_decode; qk_norm_mrope_store rotates, not mrope_.
+    dispensable = ("linear_decode", "mrope_")
     with _backend(name):
         for op, served in backends(device.type).items():
-            if served.backend is None and op not in _DISPENSABLE:
+            if served.backend is None and op not in dispensable:
                 why = [*served.why_not.values()][-1]  # of the only candidate, after the others
                 raise RuntimeError(f"backend must serve {op}, got none that does: {why}")
