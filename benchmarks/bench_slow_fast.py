@@ -27,7 +27,7 @@ def test_classify_720p(benchmark, scene, fast):
     blocks = torch.randint(0, 256, (1, 3, 9, 16), dtype=torch.uint8)
     noise = torch.nn.functional.interpolate(blocks, (720, 1280))
     frames = scene(noise.to(memory_format=torch.channels_last))  # as a decoder delivers them
-    kinds = benchmark.pedantic(classify_frames, (frames,), rounds=5, warmup_rounds=1)
+    kinds = benchmark.pedantic(classify_frames, (frames,), rounds=20, warmup_rounds=1)
     assert kinds.count(True) == fast
     if benchmark.stats:
         seconds = benchmark.stats.stats.median / NUM_FRAMES

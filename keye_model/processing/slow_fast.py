@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,9 @@ MIN_FRAME_SIMILARITY = 0.9
 FAST_TOKEN_RATIO = 0.3
 _COMPARE_MAX_PIXELS = 256 * TOKEN_PIXELS
 _SAME_PATCH = 0.7  # cosine above which two patches count as alike
-_CACHED_PATCHES = 42  # converted at a time, so that all temporaries stay in the cache
+# Converted at a time: few enough that temporaries stay in the cache, and enough that two threads
+# seldom meet at Python's lock.
+_CACHED_PATCHES = 126
 _BLACK = 0.01  # norm below which a patch is black
 
 
@@ -58,9 +60,7 @@ def classify_frames(
     """
     fast: list[bool] = []
     reference = None
-    # Two threads for two cores, one of them for NumPy: the many short calls of two would contend
-    # for Python's lock, which resizing leaves for one long call.
-    for look in _ahead(look_at, _ahead(_shrink, frames)):
+    for look in _looks_ahead(frames):
         alike = reference is not None and not frame_similarity(reference, look) < min_similarity
         fast.append(alike)
         if not alike:
@@ -209,13 +209,13 @@ def _slow_tokens(
     return low
 
 
-def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Results in order; a thread makes the next two while the caller has this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        coming: deque[Future[Any]] = deque()
-        for item in items:
-            coming.append(pool.submit(function, item))
-            if len(coming) > 2:
+def _looks_ahead(frames: Iterable[torch.Tensor]) -> Iterator[FrameLook]:
+    """Looks in order; two threads, for two cores, make the next three while the caller has one."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        coming: deque[Future[FrameLook]] = deque()
+        for frame in frames:
+            coming.append(pool.submit(lambda frame=frame: look_at(_shrink(frame))))
+            if len(coming) > 3:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
