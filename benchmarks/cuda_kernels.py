@@ -28,6 +28,12 @@ _MAX_REGISTERS = {"linear_decode_kernel": 168, "qk_norm_mrope_store_kernel": 128
 Kernel = dict[str, object]
 
 
+def has_nvcc() -> bool:
+    """Whether setup.py would find a compiler."""
+    named = ("CUDA_HOME" in os.environ) or ("CUDA_PATH" in os.environ)
+    return named or any(shutil.which("nvcc", path=p) for p in (None, "/usr/local/cuda/bin"))
+
+
 def build() -> Path:
     """Compile what changed; returns the library.
 
@@ -178,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every CUDA kernel and report.")
     parser.add_argument("--append", metavar="FILE", help="also add the report to this one")
     options = parser.parse_args()
-    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+    if not has_nvcc():
         print("The CUDA kernels are not in the report: there is no nvcc.")
         return
     kernels = read(build())

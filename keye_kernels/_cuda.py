@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -29,7 +30,7 @@ def _why_not() -> str | None:
     return _ext.why_not()
 
 
-def register(op: str, run: _backends.Callable, refuses: _backends.Callable) -> None:
+def register(op: str, run: Callable[..., None], refuses: Callable[..., str | None]) -> None:
     """Let the CUDA kernel of ``op`` serve, within the limits of the tables above."""
     _backends.register(
         op,

@@ -1,4 +1,4 @@
-"""Registration of the ops under the ``torch.library`` namespace ``keye``.
+"""Registration of the ops with PyTorch, as ``torch.ops.keye``.
 
 Every op writes into tensors its caller allocated and returns nothing. So the fake does nothing
 either, ``out=`` costs no copy, and in-place ops look like all others.

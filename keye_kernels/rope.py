@@ -74,7 +74,8 @@ def frequencies(dim: int, theta: float, repeats: int, device: torch.device) -> t
     CPU as the published code does, are copied once; later calls, those captured in a CUDA graph
     among them, copy nothing.
     """
-    return reference._frequencies(dim, theta, torch.device("cpu")).repeat(repeats).to(device)
+    table = reference.rotation.inverse_frequencies(dim, theta, torch.device("cpu"))
+    return table.repeat(repeats).to(device)
 
 
 @triton.jit

@@ -88,6 +88,8 @@ class Keye:
     ) -> None:
         if not isinstance(limits, Limits | None):
             raise TypeError(f"limits must be a Limits, got {type(limits).__name__}")
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r}")
         _check_backend(backend, model.device)
         self.model = model
         self.processor = processor

@@ -142,7 +142,7 @@ def test_lengths_and_pages_change_in_place(tiles, device):
 def test_a_length_out_of_range_reads_nothing_out_of_range(backend, device):
     """The definition refuses such lengths on a CPU; on a GPU nobody looks at them."""
     if backend == "reference":
-        pytest.skip("test_contents_are_checked_on_a_cpu")
+        pytest.skip("the definition refuses them, as test_contents_are_checked_on_a_cpu shows")
     cache = Cache([48, 48], 16, 1, 16, torch.float32, device)
     cache.table = cache.table[:, :3].contiguous()
     q = queries(2, 2, 16, torch.float32, device)

@@ -179,6 +179,11 @@ def test_limits_must_be_limits(keye):
         Keye(keye.model, keye.processor, limits={"max_prefill_tokens": 5})
 
 
+def test_cuda_graphs_must_be_a_switch(keye):
+    with pytest.raises(TypeError, match="cuda_graphs must be True or False, got 'off'"):
+        Keye(keye.model, keye.processor, cuda_graphs="off")
+
+
 def test_backend_of_the_environment_that_cannot_serve(preview_checkpoint, monkeypatch):
     monkeypatch.setattr("keye_kernels._backends._default", "cuda")
     with pytest.raises(RuntimeError, match=r"backend must serve .* no cuda kernel"):
