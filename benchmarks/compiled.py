@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.cases import Case, all_cases, call
+from benchmarks.sass import Instruction, loop_mma_flops, parse
 from benchmarks.shapes import REAL
 from keye_kernels import _backends, _device
 
@@ -136,93 +137,49 @@ def _bits(parts: list[str]) -> str:
     return "32"
 
 
-def _read(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack and instructions of a cubin with one kernel."""
+def _read(cubin: bytes) -> tuple[dict[str, Any], list[Instruction]]:
+    """Registers, stack and counts of a cubin with one kernel, and its code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = _tool("-res-usage", file.name), _tool("-sass", file.name)
+        usage, code = _tool("-res-usage", file.name), parse(_tool("-sass", file.name))
     size = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loads, stores, mma = Counter(), Counter(), Counter()
-    instructions = _instructions(sass)
-    for _, opcode, _ in instructions:
-        name, *parts = opcode.split(".")
+    for instruction in code:
+        name, *parts = instruction.opcode.split(".")
         if name in ("LDG", "LDGSTS"):
             loads[_bits(parts)] += 1
         elif name == "STG":
             stores[_bits(parts)] += 1
         elif name in ("UTMALDG", "UTMASTG", "UBLKCP"):
             (stores if name == "UTMASTG" else loads)["tma"] += 1
-        elif _MMA.fullmatch(name):
+        elif instruction.is_mma:
             mma[name] += 1
-    return {
+    facts = {
         "registers": size["REG"],
         "stack": size["STACK"],
         "loads": dict(sorted(loads.items())),
         "stores": dict(sorted(stores.items())),
         "mma": dict(mma),
-        "loop_mma_flops": loop_mma_flops(instructions),
     }
+    return facts, code
 
 
-_MMA = re.compile(r"[HQI]G?MMA|UTC\w*MMA")
-
-
-def _instructions(sass: str) -> list[tuple[int, str, str]]:
-    """Address, opcode with modifiers, and operands of each instruction."""
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    return [(int(address, 16), opcode, rest) for address, opcode, rest in re.findall(pattern, sass)]
-
-
-def _mma_flops(opcode: str) -> int | None:
-    """FLOP of a tensor-core instruction per warp; None where its shape is not in its name."""
-    name, *parts = opcode.split(".")
-    if name.startswith("UTC"):
-        return None
-    if match := re.search(r"\.(\d+)x(\d+)x(\d+)\b", opcode):  # of a warpgroup
-        return 2 * math.prod(map(int, match.groups())) // 4
-    shapes = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8}
-    return 2 * next(shapes[part] for part in parts if part in shapes)
-
-
-def loop_mma_flops(instructions: list[tuple[int, str, str]]) -> int | None:
-    """FLOP per warp and turn of the innermost loops that have tensor-core instructions.
-
-    A loop is what a branch backwards spans. None: a shape is not in the instruction's name.
-    """
-    mma = [(address, opcode) for address, opcode, _ in instructions if _MMA.match(opcode)]
-    loops = []
-    for address, opcode, rest in instructions:
-        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
-        if opcode.startswith("BRA") and target and int(target[1], 16) < address:
-            start = int(target[1], 16)
-            if any(start <= at <= address for at, _ in mma):
-                loops.append((start, address))
-    inner = [
-        loop
-        for loop in loops
-        if not any(loop != other and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
-    ]
-    found = [_mma_flops(op) for at, op in mma if any(a <= at <= b for a, b in inner)]
-    return None if None in found else sum(found)
-
-
-def _padding(launch: Launch, flops_per_warp: int | None, num_warps: int) -> float | None:
-    """Tensor-core work of a turn of the loop over the useful. None: not known, or not asked."""
+def _padding(launch: Launch, code: list[Instruction], num_warps: int) -> float | None:
+    """Tensor-core work of a turn of the loop over the useful. None: nobody says what is useful."""
     useful = launch.cases[0][0].loop_flops
-    if useful is None or flops_per_warp is None:
+    if useful is None:
         return None
-    return flops_per_warp * num_warps / useful(launch.kwargs)
+    return loop_mma_flops(code, num_warps) / useful(launch.kwargs)
 
 
 def _compile(launch: Launch, arch: int) -> dict[str, Any]:
     driver.set_active(_Target(arch))
     compiled = launch.function.warmup(*launch.args, grid=(1,), **launch.kwargs)
-    facts = _read(compiled.asm["cubin"])
+    facts, code = _read(compiled.asm["cubin"])
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    padding = _padding(launch, facts.pop("loop_mma_flops"), num_warps)
     return facts | {
-        "padding": padding,
+        "padding": _padding(launch, code, num_warps),
         "num_warps": num_warps,
         "num_stages": compiled.metadata.num_stages,
         "shared": shared,
@@ -245,7 +202,7 @@ def compile_all(jobs: list[tuple[Launch, int]], num_processes: int = 2) -> Itera
         and store_width; then num_warps, num_stages, registers, stack and shared (bytes),
         warps_per_sm (bound from registers and shared memory), loads and stores (of global memory,
         bits to number of instructions), mma (name to number), padding (tensor-core work in the
-        loop relative to the useful, None where that is not known); or error alone.
+        loop relative to the useful, None where no case says what is useful); or error alone.
     """
     context = multiprocessing.get_context("fork")  # launches hold functions and tensors
     waiting, running = list(enumerate(jobs)), {}

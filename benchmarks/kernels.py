@@ -174,7 +174,7 @@ def report(kernels: list[Kernel], moved: Iterable[dict[str, Any]] = ()) -> str:
         "(spills) and shared memory are in bytes. Warps/SM is the bound that registers and shared",
         "memory set, of at most 64. Bytes and FLOP are what each shape must move and compute:",
         "inputs once, outputs once, padding not counted. Padding is the FLOP of the tensor-core",
-        "instructions in the loop of attention over the useful ones, where instructions tell it.",
+        "instructions in the loop of attention over the useful ones.",
         "",
         "What a kernel asks for is counted by Triton's interpreter at small shapes. Where the",
         "ratio passes 1, caches must serve the rest: weights that every row reads, keys that every",
