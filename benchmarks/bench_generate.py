@@ -1,7 +1,7 @@
 """Tower, prefill, decode step and whole requests against transformers, with the same weights.
 
-A decode step is all of it, from the last token to the next: ours once with its launches, and once
-as the CUDA graph that a user gets.
+A decode step is all of it, from the last token to the next. Ours comes with its launches, and as
+the CUDA graph that a user gets; so does the tower for small images.
 
 Peers: transformers' PaddleOCR-VL tower and projector (descended from Keye's) and Qwen3 decoder, all
 with SDPA. Widths are the published checkpoint's; on a CPU one layer each and a vocabulary of 2048
@@ -31,11 +31,13 @@ from keye_model import (  # noqa: E402
 )
 from keye_model.cache import PAGE_SIZE, PagedCache  # noqa: E402
 from keye_model.config import PREVIEW  # noqa: E402
+from keye_model.cuda_graph import StepGraphs, why_no_graphs  # noqa: E402
 from keye_model.decode_batch import Running  # noqa: E402
-from keye_model.decode_graph import Decoder, Decoders, StepGraphs, why_no_graphs  # noqa: E402
 from keye_model.generation import Generation  # noqa: E402
 from keye_model.inputs import Request  # noqa: E402
+from keye_model.runner import Runner, Runners  # noqa: E402
 from keye_model.sampling import SamplingParams  # noqa: E402
+from keye_model.vision_batch import MAX_PATCHES, VisionBatch  # noqa: E402
 from keye_model.weights import destinations  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -188,18 +190,25 @@ def _differs(got, want):
 
 @pytest.mark.parametrize("name", GRIDS)
 def bench_tower(ours, tower, measure, name):
-    grids = GRIDS[name]
+    visual, grids = ours.model.visual, GRIDS[name]
     grid_thw = torch.tensor(grids, device=DEVICE)
+
+    def mine(pixels, batch=None):
+        if batch is None:
+            return visual(pixels, grids)
+        return visual.norm(*batch.run(visual, pixels, grids))
 
     def theirs(pixels):
         return tower(pixels[None], grid_thw=grid_thw).last_hidden_state.flatten(0, -2)
 
+    providers = our_model(mine, capture=False)
+    if num_patches(grids) <= MAX_PATCHES:
+        providers |= _with_graphs(mine, lambda: VisionBatch(visual, StepGraphs(DEVICE)))
     measure.compare(
         "tower",
         name,
         make=lambda: {"pixels": _pixels(grids)},
-        providers=our_model(lambda pixels: ours.model.visual(pixels, grids), capture=False)
-        | {"transformers": Provider(theirs, capture=False)},
+        providers=providers | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=_differs,
         size=num_patches(grids),
@@ -235,18 +244,27 @@ def bench_prefill(ours, decoder, measure, length):
 
 
 def _with_graphs(run, make, differs=None):
-    """Ours with CUDA graphs, which it replays by itself. `run` takes ids and what `make` gives."""
+    """Ours with CUDA graphs, which it replays by itself; `make` gives what it keeps between calls.
+
+    `run` takes the inputs and that.
+    """
     if why_not := why_no_graphs(DEVICE):
         return {"ours (graph)": absent(why_not)}
-    held, held_on_cuda = make(), make()
-    found = {
-        "ours (graph)": Provider(
-            lambda ids: run(ids, held), ours=True, capture=False, differs=differs
-        )
-    }
-    for provider in our_model_on_cuda(lambda ids: run(ids, held_on_cuda)).values():
-        found["ours (cuda, graph)"] = provider
-    return found
+    held = make()
+
+    def replayed(**inputs):
+        return run(*inputs.values(), held)
+
+    return {"ours (graph)": Provider(replayed, ours=True, capture=False, differs=differs)}
+
+
+def _with_graphs_on_cuda(run, make):
+    """The same with the CUDA kernels that "auto" does not take yet, where there are any."""
+    if why_no_graphs(DEVICE):
+        return {}
+    held = make()
+    found = our_model_on_cuda(lambda **inputs: run(*inputs.values(), held))
+    return {name.replace(")", ", graph)"): provider for name, provider in found.items()}
 
 
 def _other_tokens(got, want):
@@ -259,7 +277,7 @@ def bench_decode_step(ours, decoder, measure, batch, context):
     prompt = torch.randint(100, 2000, (batch, context), device=DEVICE)
     past = decoder(prompt, use_cache=True, logits_to_keep=1).past_key_values
     num_pages = batch * -(-(context + 1) // PAGE_SIZE)
-    launched = Decoder.launched(ours.model, ours.lm_head, num_pages)
+    launched = Runner.new(ours.model, ours.lm_head, num_pages)
     cache, rows = launched.cache, launched.batch
     handles = [cache.add(context + 1) for _ in range(batch)]
     hidden = ours.model.language_model.embed_tokens(prompt.flatten())
@@ -302,6 +320,7 @@ def bench_decode_step(ours, decoder, measure, batch, context):
         providers=our_model(mine, capture=False)
         | our_model_on_cuda(mine)
         | _with_graphs(mine, captured, _other_tokens)
+        | _with_graphs_on_cuda(mine, captured)
         | {"transformers": Provider(lambda ids: their_logits(ids).argmax(-1), capture=False)},
         definition=mine,
         differs=lambda *_: "",
@@ -315,14 +334,14 @@ def bench_generate(ours, decoder, measure):
     """Prefill of 64 tokens and greedy tokens, each side's own loop."""
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
 
-    def mine(ids, decoders=None):
+    def mine(ids, runners=None):
         run = Generation(
             ours.model,
             ours.lm_head,
             [Request(ids)],
             [params],
             eos_token_ids=(),
-            decoders=decoders,
+            runners=runners,
         )
         return [token.token_id for token in run]
 
@@ -341,7 +360,8 @@ def bench_generate(ours, decoder, measure):
         f"64 + {NEW_TOKENS} tokens",
         make=lambda: {"ids": torch.randint(100, 2000, (64,))},
         providers=our_model(mine, capture=False)
-        | _with_graphs(mine, Decoders)
+        | _with_graphs(mine, Runners)
+        | _with_graphs_on_cuda(mine, Runners)
         | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=differs,
@@ -365,21 +385,21 @@ def bench_request(ours, tower, projector, decoder, measure, name):
     request = Request(ids, pixel_values=pixels, image_grid_thw=tuple(grids))
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
 
-    def mine(decoders=None):
+    def mine(runners=None):
         run = Generation(
             ours.model,
             ours.lm_head,
             [request],
             [params],
             eos_token_ids=(),
-            decoders=decoders,
+            runners=runners,
         )
         assert len(list(run)) == NEW_TOKENS
         return dataclasses.asdict(run.timings)
 
     runs = {"ours": mine}
     if not why_no_graphs(DEVICE):
-        held, held_on_cuda = Decoders(), Decoders()
+        held, held_on_cuda = Runners(), Runners()
         runs["ours (graph)"] = lambda: mine(held)
         if our_model_on_cuda(mine):
             runs["ours (cuda, graph)"] = trusting_cuda()(lambda: mine(held_on_cuda))

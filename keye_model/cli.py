@@ -18,12 +18,13 @@ import keye_kernels
 from keye_model import demo
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.config import KeyeConfig
-from keye_model.decode_graph import KEPT_TOKENS, why_no_graphs
+from keye_model.cuda_graph import why_no_graphs
 from keye_model.detokenizer import Detokenizer
 from keye_model.hub import locate
 from keye_model.keye import Keye
 from keye_model.plan import Costs, plan
 from keye_model.processing.processor import KeyeProcessor
+from keye_model.runner import KEPT_TOKENS
 from keye_model.sampling import GenerationDefaults
 
 _DEFAULT_MODEL = "Kwai-Keye/Keye-VL-8B-Preview"
@@ -186,7 +187,7 @@ def _info(arguments: argparse.Namespace) -> None:
     print(f"csrc          {keye_kernels.describe_extension()}")
     print(demo.describe_backends())
     why_not = why_no_graphs(torch.device("cuda" if cuda else "cpu"))
-    print(f"cuda graphs   {f'no: {why_not}' if why_not else 'yes, of decode steps'}")
+    print(f"cuda graphs   {f'no: {why_not}' if why_not else 'yes'}")
     if arguments.model:
         config = KeyeConfig.from_pretrained(
             arguments.model, local_files_only=arguments.local_files_only

@@ -16,7 +16,6 @@ from torch import nn
 
 from keye_model.cache import PagedCache
 from keye_model.config import KeyeConfig
-from keye_model.decode_graph import Decoders
 from keye_model.detokenizer import Detokenizer
 from keye_model.generation import Generation
 from keye_model.hub import locate
@@ -24,6 +23,7 @@ from keye_model.inputs import Request, host_grid, upload
 from keye_model.model import KeyeModel
 from keye_model.plan import Limits
 from keye_model.positions import BatchRow, pack, split_batch
+from keye_model.runner import Runners
 from keye_model.sampling import GenerationDefaults
 from keye_model.text import Linear
 from keye_model.weights import load_model
@@ -53,7 +53,7 @@ class KeyeForConditionalGeneration(nn.Module):
         text = config.text_config
         self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         self.generation_config: GenerationDefaults | None = None
-        self.decoders = Decoders()
+        self.runners = Runners()
         self._directory: Path | None = None
 
     @classmethod
@@ -235,7 +235,7 @@ class KeyeForConditionalGeneration(nn.Module):
             params,
             eos_token_ids=defaults.eos_token_ids,
             limits=limits,
-            decoders=self.decoders,
+            runners=self.runners,
         )
         answers: list[list[int]] = [[] for _ in rows]
         for token in generation:

@@ -18,11 +18,11 @@ from torch import nn
 
 from keye_model.cache import PAGE_SIZE
 from keye_model.decode_batch import MAX_ROWS, Running
-from keye_model.decode_graph import Decoder, Decoders
 from keye_model.inputs import Request, upload
 from keye_model.model import KeyeModel
 from keye_model.plan import Limits, cache_pages, workspace_bytes
 from keye_model.positions import pack
+from keye_model.runner import Runner, Runners
 from keye_model.sampling import SamplingParams
 
 
@@ -54,12 +54,12 @@ class Generation:
         params: One for each request.
         eos_token_ids: A request ends after any of these.
         limits: Bounds of memory.
-        decoders: The model's: decode steps are captured where that is possible, and kept for its
-            next run. None: they are launched one by one.
+        runners: The model's: its steps are captured where that is possible, and kept for its next
+            run. None: they are launched one by one.
 
     Attributes:
         timings: Of the run so far.
-        cuda_graphs: Whether its decode steps are captured; known with the first token.
+        cuda_graphs: Whether its steps are captured; known with the first token.
 
     Raises:
         ValueError: There is no request, a prompt is longer than the context, or one request needs
@@ -75,7 +75,7 @@ class Generation:
         *,
         eos_token_ids: Collection[int],
         limits: Limits | None = None,
-        decoders: Decoders | None = None,
+        runners: Runners | None = None,
     ) -> None:
         if not requests:
             raise ValueError("requests must hold at least one prompt, got none")
@@ -86,8 +86,8 @@ class Generation:
         self._eos = frozenset(eos_token_ids)
         self._limits = limits or Limits()
         self._device = lm_head.weight.device
-        self._decoders = decoders
-        self._decoder: Decoder | None = None
+        self._runners = runners
+        self._runner: Runner | None = None
         self._waiting = deque(range(len(requests)))
         self._running: list[Running] = []
         self._placed: list[Running] | None = None  # rows of the decode batch
@@ -107,9 +107,9 @@ class Generation:
     def __iter__(self) -> Iterator[Token]:
         while self._waiting or self._running:
             yield from self._advance()
-        if self._decoders is not None and self._decoder is not None:
-            self._decoders.keep(self._decoder)
-        self._decoder = None
+        if self._runners is not None and self._runner is not None:
+            self._runners.keep(self._runner)
+        self._runner = None
 
     def stop(self, request: int) -> None:
         """End a request from outside (a stop string, a closed connection): no more tokens of it."""
@@ -117,13 +117,13 @@ class Generation:
 
     @torch.inference_mode()
     def _advance(self) -> list[Token]:
-        if self._decoder is None:
+        if self._runner is None:
             needed = self._model, self._lm_head, self._num_pages
-            if self._decoders is None:
-                self._decoder = Decoder.launched(*needed)
+            if self._runners is None:
+                self._runner = Runner.new(*needed)
             else:
-                self._decoder = self._decoders.take(*needed, self._max_pages())
-            self.cuda_graphs = self._decoder.graphs is not None
+                self._runner = self._runners.take(*needed, self._max_pages())
+            self.cuda_graphs = self._runner.graphs is not None
         self._release(self._stopped)
         admitted = self._admit()
         if admitted:
@@ -131,7 +131,7 @@ class Generation:
         return self._decode() if self._running else []
 
     def _admit(self) -> list[Running]:
-        cache, admitted = self._decoder.cache, []
+        cache, admitted = self._runner.cache, []
         while self._waiting and len(self._running) + len(admitted) < MAX_ROWS:
             index = self._waiting[0]
             tokens = self._tokens[index] - 1  # the last generated token is never stored
@@ -145,11 +145,11 @@ class Generation:
         return admitted
 
     def _prefill(self, admitted: list[Running]) -> list[Token]:
-        cache, batch = self._decoder.cache, self._decoder.batch
+        cache, batch = self._runner.cache, self._runner.batch
         requests = [self._requests[state.request] for state in admitted]
         packed = pack(requests, self._model.config)
         started = self._mark()
-        hidden = self._model.embed(packed, max_patches_per_call=self._limits.max_patches_per_call)
+        hidden = self._model.embed(packed, self._limits.max_patches_per_call, self._runner.vision)
         positions = upload(packed.positions, self._device)
         embedded = self._mark()
         last = []
@@ -175,12 +175,12 @@ class Generation:
 
     def _decode(self) -> list[Token]:
         started = time.perf_counter()
-        running, decoder = self._running, self._decoder
+        running, runner = self._running, self._runner
         if self._placed != running:
-            decoder.batch.place(running)
+            runner.batch.place(running)
             self._placed = running
-        longest = decoder.cache.advance([state.handle for state in running])
-        decoder.step(self._model, self._lm_head, len(running), longest)
+        longest = runner.cache.advance([state.handle for state in running])
+        runner.step(self._model, self._lm_head, len(running), longest)
         tokens = self._collect(running)
         self.timings.decode += time.perf_counter() - started
         return tokens
@@ -188,7 +188,7 @@ class Generation:
     def _collect(self, states: list[Running]) -> list[Token]:
         """The tokens just chosen for the placed requests; those that ended are released."""
         tokens = []
-        chosen = self._decoder.batch.tokens(len(states))
+        chosen = self._runner.batch.tokens(len(states))
         for state, token_id in zip(states, chosen, strict=True):
             if token_id < 0:
                 raise RuntimeError(
@@ -209,7 +209,7 @@ class Generation:
         """Give back what the requests in ``ended`` hold, those of them that are running."""
         for state in self._running:
             if state.request in ended:
-                self._decoder.cache.free(state.handle)
+                self._runner.cache.free(state.handle)
         self._running = [state for state in self._running if state.request not in ended]
 
     def _room(self, index: int) -> int:
@@ -233,7 +233,7 @@ class Generation:
         # Blocks that PyTorch keeps for reuse count as taken there.
         free += torch.cuda.memory_reserved(self._device)
         free -= torch.cuda.memory_allocated(self._device)
-        free += self._decoders.idle_bytes if self._decoders else 0
+        free += self._runners.idle_bytes if self._runners else 0
         text, itemsize = self._model.config.text_config, self._lm_head.weight.dtype.itemsize
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         # Each prompt token also has its embedding while its request is prefilled.

@@ -36,7 +36,7 @@ class Timings:
     """Seconds of the run this request was part of; ``first_token`` is of this request, from the
     start of its processing, without the time a stream lay idle before it was read.
 
-    ``cuda_graphs``: decode steps were replayed as CUDA graphs.
+    ``cuda_graphs``: steps were captured as CUDA graphs where they came up again.
     """
 
     processing: float
@@ -124,8 +124,9 @@ class Keye:
             backend: Who serves the ops of this object: "cuda", "triton", "reference", or "auto",
                 which leaves the choice to `keye_kernels.use_backend`.
             limits: Bounds of memory.
-            cuda_graphs: Capture decode steps on a GPU and replay them, which saves the time of
-                their launches. Up to 8192 tokens of cache then stay with the model between runs.
+            cuda_graphs: On a GPU capture decode steps, and the tower's layers for small images, and
+                replay them, which saves the time of their launches; the results are the same. Up to
+                8192 tokens of cache then stay with the model between runs.
             min_pixels, max_pixels: Of an image, instead of the checkpoint's own bounds.
             local_files_only: Never touch the network.
 
@@ -312,7 +313,7 @@ class _Run:
             params,
             eos_token_ids=defaults.eos_token_ids,
             limits=keye.limits,
-            decoders=keye.model.decoders if keye.cuda_graphs else None,
+            runners=keye.model.runners if keye.cuda_graphs else None,
         )
 
     def pieces(self) -> Iterator[tuple[int, str]]:

@@ -18,6 +18,7 @@ from keye_model.inputs import Grid, PackedInputs, host_grid, upload
 from keye_model.projector import KeyeProjector
 from keye_model.text import KeyeTextModel
 from keye_model.vision import KeyeVisionModel, split_grid
+from keye_model.vision_batch import VisionBatch
 
 # Bounds a tower call to about 2 GB of activations in bf16 at the published widths.
 MAX_PATCHES_PER_CALL = 65536
@@ -50,7 +51,10 @@ class KeyeModel(nn.Module):
         return self.language_model(hidden, positions, cache, step)
 
     def embed(
-        self, packed: PackedInputs, max_patches_per_call: int = MAX_PATCHES_PER_CALL
+        self,
+        packed: PackedInputs,
+        max_patches_per_call: int = MAX_PATCHES_PER_CALL,
+        vision_batch: VisionBatch | None = None,
     ) -> torch.Tensor:
         """Embed packed requests, vision features in the place of their placeholders.
 
@@ -58,6 +62,7 @@ class KeyeModel(nn.Module):
             packed: From `pack`; its tensors may lie on the host.
             max_patches_per_call: Bounds the memory of the tower. Calls are cut between attention
                 segments only, so the result stays the same; a longer segment is not cut.
+            vision_batch: Small calls run there. None: all are launched as they come.
 
         Returns:
             [num_tokens, hidden_size], in the model's dtype, on its device.
@@ -77,7 +82,7 @@ class KeyeModel(nn.Module):
             (packed.pixel_values_videos, packed.video_grid_thw, packed.video_index),
         ):
             index, first = upload(index, self.device), 0
-            for features in self._encode(pixels, grid, max_patches_per_call):
+            for features in self._encode(pixels, grid, max_patches_per_call, vision_batch):
                 last = first + features.shape[0]
                 hidden.index_copy_(0, index[first:last], features)
                 first = last
@@ -137,7 +142,11 @@ class KeyeModel(nn.Module):
         return torch.cat(list(self._encode(pixels, grid, MAX_PATCHES_PER_CALL)))
 
     def _encode(
-        self, pixels: torch.Tensor | None, grid: Grid, max_patches: int
+        self,
+        pixels: torch.Tensor | None,
+        grid: Grid,
+        max_patches: int,
+        vision_batch: VisionBatch | None = None,
     ) -> Iterator[torch.Tensor]:
         """Features of consecutive parts of `grid`; only a part's pixels lie on the device."""
         if max_patches < 1:
@@ -146,7 +155,10 @@ class KeyeModel(nn.Module):
         for part in split_grid(grid, self.visual.joint_video_attention, max_patches):
             last = first + sum(t * h * w for t, h, w in part)
             patches = upload(pixels[first:last], self.device)
-            branch, residual = self.visual(patches, part, final_norm=False)
+            if vision_batch is None:
+                branch, residual = self.visual(patches, part, final_norm=False)
+            else:
+                branch, residual = vision_batch.run(self.visual, patches, part)
             norm = self.visual.post_layernorm
             yield self.mlp_AR(branch, part, residual=residual, tower_norm=norm)
             first = last

@@ -35,13 +35,13 @@ class VisionStep:
         positions: [num_patches, 2], int64, device: (row, column) of each patch in its own frame.
         cu_seqlens: [num_segments + 1], int32, device: where each attention segment starts.
         max_seqlen: Patches of the longest segment.
-        schedule: Tiles of the segments, for attention in all layers.
+        schedule: Tiles of the segments, for attention in all layers. None: each finds its own.
     """
 
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
-    schedule: AttentionSchedule
+    schedule: AttentionSchedule | None
 
 
 class KeyeVisionModel(nn.Module):
@@ -84,7 +84,16 @@ class KeyeVisionModel(nn.Module):
             ValueError: The grid does not add up to the patches, or a shape is wrong.
         """
         grid = host_grid("grid_thw", grid_thw)
-        x = patch_embed(
+        x = self.embed(pixel_values, grid)
+        step = plan_step(
+            grid, self.joint_video_attention, self.config.num_attention_heads, x.device
+        )
+        x, residual = self.encode(x, step)
+        return self.norm(x, residual) if final_norm else (x, residual)
+
+    def embed(self, pixel_values: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """What the first layer takes: [num_patches, hidden_size]."""
+        return patch_embed(
             pixel_values,
             self.patch_embedding.weight,
             self.patch_embedding.bias,
@@ -93,14 +102,16 @@ class KeyeVisionModel(nn.Module):
             image_mean=self.config.image_mean,
             image_std=self.config.image_std,
         )
-        step = plan_step(
-            grid, self.joint_video_attention, self.config.num_attention_heads, x.device
-        )
+
+    def encode(self, x: torch.Tensor, step: VisionStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers, [num_patches, hidden_size]; returns the last branch and its residual."""
         residual = None
         for layer in self.layers:
             x, residual = layer(x, residual, step)
-        if not final_norm:
-            return x, residual
+        return x, residual
+
+    def norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The final norm, of what `encode` returns."""
         norm, y = self.post_layernorm, torch.empty_like(x)
         layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, out=(y, None))
         return y
@@ -176,19 +187,24 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
 
 
-def plan_step(
-    grid: Grid, joint_video_attention: bool, num_heads: int, device: torch.device
-) -> VisionStep:
-    """Positions and segments of the patches of `grid`, one copy each to `device`."""
+def segments_of(grid: Grid, joint_video_attention: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The patches of `grid`: [num_patches, 2] positions and [num_segments] lengths, both int64."""
     frames, rows, columns = np.array(grid, np.int64).reshape(-1, 3).T
     frame_size = rows * columns
     lengths = frames * frame_size if joint_video_attention else np.repeat(frame_size, frames)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
     row_size = frames * frame_size
     first = np.repeat(np.cumsum(row_size) - row_size, row_size)
     patch = (np.arange(row_size.sum()) - first) % np.repeat(frame_size, row_size)
-    positions = np.stack(np.divmod(patch, np.repeat(columns, row_size)), axis=1)
+    return np.stack(np.divmod(patch, np.repeat(columns, row_size)), axis=1), lengths
+
+
+def plan_step(
+    grid: Grid, joint_video_attention: bool, num_heads: int, device: torch.device
+) -> VisionStep:
+    """Positions and segments of the patches of `grid`, one copy each to `device`."""
+    positions, lengths = segments_of(grid, joint_video_attention)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return VisionStep(
         upload(torch.from_numpy(positions), device),
         upload(torch.from_numpy(cu_seqlens), device),

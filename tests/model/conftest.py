@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from keye_model import cuda_graph, runner
 from keye_model.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
+from tests.model.tape import Recorder
 
 # A slow machine is no failure, and the same examples on every run are no surprise.
 settings.register_profile("keye", deadline=None, derandomize=True)
@@ -34,3 +36,15 @@ def media(tmp_path_factory):
         "picture": draw_picture(folder / "picture.png"),
         "video": draw_video(folder / "video.mp4"),
     }
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Steps are captured: on tapes where there is no GPU."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(runner, "why_no_graphs", lambda _: "")
+        monkeypatch.setattr(cuda_graph, "CudaRecorder", Recorder)
+    elif why := cuda_graph.why_no_graphs(torch.device("cuda")):
+        pytest.skip(f"steps cannot be captured: {why}")
+    Recorder.runs = Recorder.captures = 0
+    return Recorder

@@ -7,7 +7,7 @@ import torch
 
 import keye_kernels
 from keye_model.cli import main
-from keye_model.decode_graph import why_no_graphs
+from keye_model.cuda_graph import why_no_graphs
 
 
 def run(capsys, *arguments):
@@ -117,7 +117,7 @@ def test_info(capsys, preview_checkpoint):
     for line in ("keye-kernels", "csrc ", "varlen_attention", "Keye-VL-8B-Preview", "4,096 tokens"):
         assert line in out
     why_not = why_no_graphs(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    assert f"cuda graphs   {f'no: {why_not}' if why_not else 'yes, of decode steps'}\n" in out
+    assert f"cuda graphs   {f'no: {why_not}' if why_not else 'yes'}\n" in out
 
 
 def test_plan(capsys, preview_checkpoint, media):

@@ -10,9 +10,9 @@ from benchmarks.providers import trusting_cuda
 from keye_kernels import _ext, backends
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW
-from keye_model.decode_graph import Decoders
 from keye_model.inputs import Request
-from tests.model.test_decode_graph import greedy, run
+from keye_model.runner import Runners
+from tests.model.test_runner import greedy, run
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _ext.why_not() is not None,
@@ -22,16 +22,16 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 24], ids="{} rows".format)
 def test_captured_steps_equal_launched_ones(checkpoints, rows):
-    """So many rows need no padding: not a bit may differ. Long prompts are divided among blocks."""
+    """Long prompts are divided among blocks."""
     model = KeyeForConditionalGeneration.from_pretrained(
         checkpoints[PREVIEW.name], dtype=torch.bfloat16, device_map="auto"
     )
     requests = [Request(torch.arange(1 + 37 * i) * 7 % 90) for i in range(rows)]
-    params, decoders = greedy(*[9] * rows), Decoders()
+    params, runners = greedy(*[9] * rows), Runners()
     with trusting_cuda():
         served = {op: by.backend for op, by in backends("cuda").items()}
         assert served["linear_decode"] == served["paged_decode_attention"] == "cuda"
         assert served["qk_norm_mrope_store"] == "cuda"
         want = run(model, requests, params)
         for _ in range(3):  # run, captured, replayed
-            assert run(model, requests, params, decoders) == want
+            assert run(model, requests, params, runners) == want

@@ -4,17 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from keye_kernels import _backends, _device
 from keye_model.cache import PagedCache
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW
+from keye_model.cuda_graph import StepGraphs, why_no_graphs
 from keye_model.decode_batch import MAX_ROWS, DecodeBatch, Running
-from keye_model.decode_graph import StepGraphs, why_no_graphs
 from keye_model.inputs import Request
 from keye_model.sampling import SamplingParams
+from tests.model.tape import OnlyMeta
 
 ON_GPU = torch.cuda.is_available()
 WORDS = [Request(torch.tensor(ids)) for ids in ([5, 6, 7, 8, 9, 10, 11], [42], [30, 31])]
@@ -25,14 +24,6 @@ def model(checkpoints):
     return KeyeForConditionalGeneration.from_pretrained(
         checkpoints[PREVIEW.name], device_map="auto"
     )
-
-
-class OnlyMeta(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs, out)):
-            assert not isinstance(x, torch.Tensor) or x.is_meta, f"{func} on {x.device}"
-        return out
 
 
 @pytest.mark.parametrize("penalised", [False, True])

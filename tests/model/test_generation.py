@@ -118,7 +118,7 @@ def test_all_pages_come_back(model, requests):
     generation = Generation(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
     )
-    caches = [generation._decoder.cache for _ in generation]
+    caches = [generation._runner.cache for _ in generation]
     assert len(caches) == 6 * len(requests)
     assert caches[0].num_pages == sum(-(-(r.input_ids.numel() + 5) // 64) for r in requests)
     assert caches[-1].num_free_pages == caches[-1].num_pages
@@ -299,8 +299,8 @@ def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
     token = (2 * 2 * 128 + 128) * 4
     pages = generation._max_pages()
     assert pages == (int(0.9 * (14 << 20)) - widest) // (token * 64)
-    generation._decoders = SimpleNamespace(idle_bytes=5 << 20)
+    generation._runners = SimpleNamespace(idle_bytes=5 << 20)
     assert generation._max_pages() == (int(0.9 * (19 << 20)) - widest) // (token * 64)
-    generation._decoders = None
+    generation._runners = None
     free = reserved = allocated = 0
     assert generation._max_pages() == 0

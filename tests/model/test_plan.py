@@ -112,7 +112,7 @@ def test_plan_matches_what_is_allocated(checkpoints, name, prompts, max_new_toke
     counts = plan(model.model.config, requests, max_new_tokens)
     params = [SamplingParams(max_new_tokens)] * len(requests)
     run = Generation(model.model, model.lm_head, requests, params, eos_token_ids=())
-    caches = [run._decoder.cache for _ in run]
+    caches = [run._runner.cache for _ in run]
     assert counts.cache_bytes == caches[0].num_bytes
     assert counts.weight_bytes == sum(weight.nbytes for weight in model.parameters())
     assert len(caches) == sum(min(max_new_tokens, 1024 - count) for count in prompts)

@@ -10,9 +10,14 @@ import torch
 
 import keye_kernels
 from keye_kernels import _backends
-from keye_model import Keye
+from keye_model import Keye, decode_batch, text, vision_batch
+from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW, V1_5
 from keye_model.inputs import Request
+from keye_model.runner import Runners
+from keye_model.sampling import SamplingParams
+from tests.model.tape import LaunchTape
+from tests.model.test_runner import run
 
 GEMM = {"linear_decode"}  # a matrix product: PyTorch's, unless the CUDA extension serves it
 ELSEWHERE = {"mrope_"}  # for other models: Keye's own rotation is part of qk_norm_mrope_store
@@ -60,6 +65,50 @@ def test_whole_model_equals_the_definitions(checkpoints, launches, name):
     assert set(_backends._registry) - set(counts) == ELSEWHERE
     without = {op for op, served in _backends._registry.items() if "triton" not in served}
     assert without == GEMM
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures for itself")
+@pytest.mark.usefixtures("num_sms")
+def test_captured_launches_equal_the_definitions(checkpoints, launches, recorder, monkeypatch):
+    """The very launches that a graph would hold, replayed for other images and longer sequences."""
+    monkeypatch.setattr(recorder, "tape", LaunchTape)
+    monkeypatch.setattr(decode_batch, "_MIN_CAPACITY", 128)
+    monkeypatch.setattr(vision_batch, "_MIN_PATCHES", 16)
+    model = KeyeForConditionalGeneration.from_pretrained(checkpoints[PREVIEW.name])
+    config = model.config
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+
+    def chats(height, width, num_words):
+        count = height * width
+        pixels = torch.randint(0, 256, (count, 3, 14, 14), dtype=torch.uint8)
+        image = [start, *[config.image_token_id] * (count // 4), end, 3]
+        return [
+            Request(torch.tensor(image), pixels, ((1, height, width),)),
+            Request(torch.randint(5, 90, (num_words,))),
+        ]
+
+    params = [
+        SamplingParams(3),
+        SamplingParams(4, temperature=1.3, top_k=30, top_p=0.9, repetition_penalty=1.3, seed=4),
+    ]
+    runs = [chats(4, 4, 1), chats(2, 6, 7), chats(2, 4, 63)]  # 63: a second page within a replay
+    want = [run(model, requests, params) for requests in runs]
+    launches()
+    monkeypatch.setattr(text, "_served_by_linear_decode", lambda _: False)  # as on a GPU
+    runners = Runners()
+    assert [run(model, requests, params, runners) for requests in runs] == want
+    (runner,) = runners._idle
+    graphs = runner.graphs._graphs
+    assert list(graphs) == [("vision", 16, 2), (2, 128, True), (1, 128, True)]
+    tower, *steps = [Counter(tape.kernels) for tape in graphs.values()]
+    assert tower == {
+        "_layer_norm_kernel": 4, "_rope_kernel": 2, "_attention_kernel": 2, "_gelu_kernel": 2
+    }  # fmt: skip
+    layer = {
+        "_qk_norm_mrope_store_kernel", "_paged_decode_attention_kernel", "_rms_norm_kernel",
+        "_silu_mul_kernel", "_sample_scan_kernel", "_sample_choose_kernel",
+    }  # fmt: skip
+    assert all(layer <= set(step) for step in steps)
 
 
 def answer_logits(keye, request):
