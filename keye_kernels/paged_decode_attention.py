@@ -6,7 +6,7 @@ pieces up; where there is one piece, the first writes the result.
 
 How many pieces there are follows from shapes, so a captured graph stays valid. Where they start
 follows from the sequence's own length, read on the device: all have work whatever the length, and
-what a sequence gets does not depend on its neighbours.
+what a sequence gets does not depend on its neighbours, but for the number of pieces.
 """
 
 from typing import NamedTuple

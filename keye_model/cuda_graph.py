@@ -7,17 +7,19 @@ its shapes must come in few sizes.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import torch
 
 from keye_kernels import backends
 
-# The graphs of a run share memory for their tensors; what each adds is a list of some 250 launches
-# for the tower and 400 for the decoder, on host and device. 13 row counts of decode steps at two
-# capacities are 26, the sizes in which images come take the rest.
-_MAX_GRAPHS = 40
+# What a graph adds to the memory that all of a run share is a list of some 250 launches for the
+# tower and 400 for the decoder, on host and device.
+_MAX_GRAPHS = 64
+
+# Held free for them where the cache is sized: activations of 2048 patches, logits of 256 rows with
+# what sampling needs, a workspace of cuBLAS and the lists of launches.
+GRAPH_BYTES = 256 << 20
 
 # Their definitions read lengths, slots and parameters back, which a graph cannot.
 _READ_BACK = ("varlen_attention", "qk_norm_mrope_store", "paged_decode_attention", "sample")
@@ -37,7 +39,7 @@ def why_no_graphs(device: torch.device) -> str:
 
 
 def padded_rows(num_rows: int) -> int:
-    """Rows of the captured step that serves so many: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
+    """Rows of the step that serves so many: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
 
     Less than half of them is padding, and less than a third above 16. While a step waits for the
     weights' bytes, up to about 190 rows, more rows take little more time.
@@ -48,54 +50,69 @@ def padded_rows(num_rows: int) -> int:
 
 
 class CudaRecorder:
-    """Runs and captures steps on a stream of its own.
-
-    Its graphs share one pool of memory: they are replayed one at a time, and none leaves a result
-    there.
-    """
+    """Captures steps on a stream of its own, into a pool of memory of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, step: Step) -> None:
-        """Run a step where it will be captured: kernels are compiled and workspaces set up."""
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            step()
-        current.wait_stream(self._stream)
-
     def capture(self, step: Step) -> torch.cuda.CUDAGraph:
-        """The step's launches, not run."""
+        """The launches of a step that has run before, not run.
+
+        Raises:
+            RuntimeError: The step cannot be captured, or there is no memory for it.
+        """
         graph = torch.cuda.CUDAGraph()
-        # Other threads may do as they like on their streams, but for a capture of their own.
+        # Other threads may launch meanwhile, but not wait for the whole device.
         mode = {"capture_error_mode": "thread_local"}
-        with _capturing, torch.cuda.graph(graph, self._pool, self._stream, **mode):
-            step()
+        # A capture that fails would leave its own stream the current one, but for this.
+        current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
+        with _capturing, current:
+            torch.cuda.current_blas_handle()  # this thread's: none can be made in a capture
+            # cuBLAS keeps a workspace for each stream. This one must lie in the graphs' own pool,
+            # and serve nobody else: it goes when they go, and they when it does.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                with torch.cuda.graph(graph, self._pool, self._stream, **mode):
+                    step()
+            except Exception as error:
+                raise RuntimeError(
+                    f"a step could not be captured as a CUDA graph ({error}); cuda_graphs=False "
+                    "launches steps one by one"
+                ) from error
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
         return graph
 
 
 class StepGraphs:
-    """The captured steps of one run; the least recently used one goes first."""
+    """The captured steps of one run.
+
+    They share memory: one is replayed at a time, and none leaves a result there.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._recorder = CudaRecorder(device)
-        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def run(self, key: Hashable, step: Step) -> None:
         """Run a step; `key` is all that its launches depend on.
 
-        The first time as it is, since it must have run once before it can be captured, and many
-        come up only once.
+        The first time as it is, since its kernels must have been compiled before it can be
+        captured, and many come up only once.
         """
-        graph = None
-        if key in self._graphs:
-            graph = self._graphs[key] or self._recorder.capture(step)
-            graph.replay()
-        else:
-            self._recorder.run(step)
-        self._graphs[key] = graph
-        self._graphs.move_to_end(key)
-        while len(self._graphs) > _MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            step()
+            return
+        if self._graphs[key] is None:
+            if sum(graph is not None for graph in self._graphs.values()) == _MAX_GRAPHS:
+                self._forget()
+            self._graphs[key] = self._recorder.capture(step)
+        self._graphs[key].replay()
+
+    def _forget(self) -> None:
+        """Drop all graphs with their memory: one alone would take a workspace that others share."""
+        self._graphs = dict.fromkeys(self._graphs)
+        self._recorder = CudaRecorder(self._device)

@@ -82,7 +82,8 @@ class DecodeBatch:
         self._floats = torch.ones(3, MAX_ROWS, device=device)
         self._temperature, self._top_p, self._penalty = self._floats
         self._seen: torch.Tensor | None = None  # [MAX_ROWS, vocab_size], once a penalty asks for it
-        pages = min(cache.num_pages, cache.pages_needed(max_position_embeddings))
+        self._max_capacity = cache.pages_needed(max_position_embeddings) * cache.page_size
+        pages = self.capacity(cache.num_pages * cache.page_size) // cache.page_size
         self._block_table = torch.full((MAX_ROWS, pages), -1, dtype=torch.int32, device=device)
         self._cache_seqlens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         self._cu_seqlens_q = torch.arange(MAX_ROWS + 1, dtype=torch.int32, device=device)
@@ -120,12 +121,15 @@ class DecodeBatch:
         self._seen[upload(rows, device), upload(torch.cat(said), device)] = True
 
     def capacity(self, longest: int) -> int:
-        """Tokens, at least `longest`, that a step lets a sequence have."""
+        """Tokens, at least `longest`, that a step lets a sequence have.
+
+        Whole pages of the model's context, whatever the size of the cache: results depend on it.
+        """
         capacity = _MIN_CAPACITY
         while capacity < longest:
             capacity *= _CAPACITY_FACTOR
-        pages = min(self.cache.pages_needed(capacity), self._block_table.shape[1])
-        return pages * self.cache.page_size
+        whole = self.cache.pages_needed(capacity) * self.cache.page_size
+        return min(whole, self._max_capacity)
 
     def step(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from keye_model.cache import PAGE_SIZE
+from keye_model.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.decode_batch import MAX_ROWS, Running
 from keye_model.inputs import Request, upload
 from keye_model.model import KeyeModel
@@ -233,12 +234,14 @@ class Generation:
         # Blocks that PyTorch keeps for reuse count as taken there.
         free += torch.cuda.memory_reserved(self._device)
         free -= torch.cuda.memory_allocated(self._device)
-        free += self._runners.idle_bytes if self._runners else 0
+        free += self._runners.idle_bytes if self._runners is not None else 0
         text, itemsize = self._model.config.text_config, self._lm_head.weight.dtype.itemsize
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         # Each prompt token also has its embedding while its request is prefilled.
         token = (cached + text.hidden_size) * itemsize
         workspace = workspace_bytes(self._model.config, self._requests, self._limits, itemsize)
+        if self._runners is not None and not why_no_graphs(self._device):
+            workspace += GRAPH_BYTES
         return max(int(0.9 * free) - workspace, 0) // (token * PAGE_SIZE)
 
     def _mark(self) -> float | torch.cuda.Event:

@@ -61,14 +61,15 @@ class Runner:
 
     def step(self, model: KeyeModel, lm_head: nn.Module, num_rows: int, longest: int) -> None:
         """One token more for the first rows; `longest`: tokens of the longest, with the new one."""
-        num_rows = num_rows if self.vision is None else padded_rows(num_rows)
+        if self.vision is not None:  # on a GPU, with and without graphs
+            num_rows = padded_rows(num_rows)
         capacity, penalised = self.batch.capacity(longest), self.batch.penalised
         options = {"num_rows": num_rows, "capacity": capacity, "penalised": penalised}
         step = partial(self.batch.step, model, lm_head, **options)
         if self.graphs is None:
             step()
         else:
-            self.graphs.run(tuple(options.values()), step)
+            self.graphs.run(("decode", *options.values()), step)
 
 
 class Runners:

@@ -91,8 +91,10 @@ class KeyeVisionModel(nn.Module):
         x, residual = self.encode(x, step)
         return self.norm(x, residual) if final_norm else (x, residual)
 
-    def embed(self, pixel_values: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """What the first layer takes: [num_patches, hidden_size]."""
+    def embed(
+        self, pixel_values: torch.Tensor, grid: Grid, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the first layer takes: [num_patches, hidden_size], also that of `out`."""
         return patch_embed(
             pixel_values,
             self.patch_embedding.weight,
@@ -101,6 +103,7 @@ class KeyeVisionModel(nn.Module):
             grid,
             image_mean=self.config.image_mean,
             image_std=self.config.image_std,
+            out=out,
         )
 
     def encode(self, x: torch.Tensor, step: VisionStep) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ class VisionBatch:
 
         device = self._x.device
         patches = slice(num_patches)
-        self._x[patches].copy_(visual.embed(pixel_values, grid))
+        visual.embed(pixel_values, grid, out=self._x[patches])
         self._positions[patches].copy_(upload(torch.from_numpy(positions), device))
         self._cu_seqlens[: len(cu_seqlens)].copy_(upload(torch.from_numpy(cu_seqlens), device))
         step = partial(self._step, visual, num_rows, num_segments)

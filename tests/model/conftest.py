@@ -46,5 +46,5 @@ def recorder(monkeypatch):
         monkeypatch.setattr(cuda_graph, "CudaRecorder", Recorder)
     elif why := cuda_graph.why_no_graphs(torch.device("cuda")):
         pytest.skip(f"steps cannot be captured: {why}")
-    Recorder.runs = Recorder.captures = 0
+    Recorder.captures = 0
     return Recorder

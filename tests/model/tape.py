@@ -45,6 +45,8 @@ class LaunchTape(Tape):
     """Holds what a graph does: PyTorch's kernels and the launches of Triton's, with their grids.
 
     Nothing of our ops runs again but these, and memory that a step allocates comes back poisoned.
+    What a CPU tensor cannot show, `tolist()` of a launcher, shows on tensors without values, as
+    when kernels are compiled ahead of time.
 
     Attributes:
         kernels: Names of Triton's, in order.
@@ -86,17 +88,13 @@ def _poison(tensor):
 
 
 class Recorder:
-    """Records tapes, and counts."""
+    """Records tapes, and counts them."""
 
     tape = Tape
-    runs = captures = 0
+    captures = 0
 
     def __init__(self, device):
         pass
-
-    def run(self, step):
-        Recorder.runs += 1
-        step()
 
     def capture(self, step):
         Recorder.captures += 1

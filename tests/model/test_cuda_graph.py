@@ -1,7 +1,5 @@
 """When steps are captured, on which stream, and which captured ones are kept."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -14,54 +12,115 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captu
 
 
 @needs_no_gpu
-def test_the_least_recently_used_graph_goes(recorder, monkeypatch):
+def test_all_graphs_go_when_there_are_too_many(recorder, monkeypatch):
     monkeypatch.setattr(cuda_graph, "_MAX_GRAPHS", 2)
     graphs, steps = cuda_graph.StepGraphs(torch.device("cpu")), []
-    for key in "aabbacc":
-        graphs.run(key, lambda key=key: steps.append(key))
-    assert "".join(graphs._graphs) == "ac"
-    assert "".join(steps) == "aabbcc", "a was replayed once"
-    assert (recorder.runs, recorder.captures) == (3, 3)
+    first = graphs._recorder
+    turns = (("a", ""), ("ab", "a"), ("bbaa", "ab"), ("c", "ab"), ("c", "c"), ("b", "cb"))
+    for keys, captured in turns:
+        for key in keys:
+            graphs.run(key, lambda key=key: steps.append(key))
+        assert {key for key, graph in graphs._graphs.items() if graph} == set(captured)
+        assert (graphs._recorder is first) == ("c" not in captured), "with their memory"
+    assert "".join(steps) == "aabbccb", "the others were replayed"
+    assert recorder.captures == 4
+
+
+class Cuda:
+    """As much of CUDA as `torch.cuda.graph` asks for, which writes down what is asked of it.
+
+    Device 0 is the current one; the model is on device 1.
+    """
+
+    def __init__(self, monkeypatch, *, fails):
+        self.log, self.device, cuda = [], 0, self
+        self.streams = [Stream("default", 0), Stream("default", 1)]
+
+        class Device:
+            def __init__(self, device):
+                self.index = torch.device(device).index
+
+            def __enter__(self):
+                self.before, cuda.device = cuda.device, self.index
+
+            def __exit__(self, *error):
+                cuda.device = self.before
+
+        class Graph:
+            def capture_begin(self, pool, **options):
+                mode = options["capture_error_mode"]
+                cuda.log.append(f"begin {pool} {mode} on {cuda.streams[cuda.device]}")
+
+            def capture_end(self):
+                cuda.log.append("end")
+                if fails:
+                    raise RuntimeError("the capture is invalid")
+
+        def set_stream(stream):
+            self.device = stream.device.index
+            self.streams[self.device] = stream
+
+        def log(what):
+            return lambda: self.log.append(f"{what} of device {self.device}")
+
+        fakes = {
+            "Stream": lambda device: Stream("own", torch.device(device).index),
+            "current_stream": lambda device=None: self.streams[
+                self.device if device is None else torch.device(device).index
+            ],
+            "set_stream": set_stream,
+            "device": Device,
+            "_get_device_index": lambda *_, **__: self.device,
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": Graph,
+            "synchronize": log("synchronize"),
+            "empty_cache": lambda: None,
+            "current_blas_handle": log("handle"),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        clear = log("clear")
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+
+
+class Stream:
+    def __init__(self, name, index):
+        self.name, self.device = name, torch.device("cuda", index)
+
+    def __str__(self):
+        return f"{self.name} {self.device.index}"
 
 
 @needs_no_gpu
-def test_recorder_works_on_its_own_stream(monkeypatch):
-    """With a CUDA that only writes down what is asked of it."""
-    log = []
-
-    class Stream:
-        def __init__(self, device, name="own"):
-            self.device, self.name = device, name
-
-        def wait_stream(self, other):
-            log.append(f"{self.name} waits for {other.name}")
-
-    @contextmanager
-    def within(what):
-        log.append(f"begin {what}")
-        yield
-        log.append(f"end {what}")
-
-    fakes = {
-        "Stream": Stream,
-        "current_stream": lambda device: Stream(device, "current"),
-        "stream": lambda stream: within(stream.name),
-        "graph_pool_handle": lambda: "pool",
-        "CUDAGraph": lambda: "graph",
-        "graph": lambda graph, pool, stream, capture_error_mode: within(
-            f"{graph} {pool} {stream.name} {capture_error_mode}"
-        ),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+@pytest.mark.parametrize("fails", [False, True])
+def test_capture_on_its_own_stream_of_another_device(monkeypatch, fails):
+    """Also where it fails: what comes after runs where it ran before."""
+    cuda = Cuda(monkeypatch, fails=fails)
     recorder = cuda_graph.CudaRecorder(torch.device("cuda:1"))
-    recorder.run(lambda: log.append("step"))
-    assert log == [
-        "own waits for current", "begin own", "step", "end own", "current waits for own"
-    ]  # fmt: skip
-    log.clear()
-    assert recorder.capture(lambda: log.append("step")) == "graph"
-    assert log == ["begin graph pool own thread_local", "step", "end graph pool own thread_local"]
+
+    def step():
+        cuda.log.append("step")
+
+    if fails:
+        message = (
+            r"could not be captured as a CUDA graph \(the capture is invalid\); cuda_graphs=False"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            recorder.capture(step)
+    else:
+        recorder.capture(step)
+    assert cuda.log == [
+        "handle of device 1",
+        "clear of device 1",
+        "synchronize of device 1",
+        "begin pool thread_local on own 1",
+        "step",
+        "end",
+        "clear of device 1",
+    ]
+    assert cuda.device == 0
+    assert [*map(str, cuda.streams)] == ["default 0", "default 1"]
 
 
 def test_definitions_are_not_captured():

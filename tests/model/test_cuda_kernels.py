@@ -20,13 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("rows", [1, 4, 16, 24], ids="{} rows".format)
+@pytest.mark.parametrize("rows", [1, 3, 16, 17], ids="{} rows".format)
 def test_captured_steps_equal_launched_ones(checkpoints, rows):
-    """Long prompts are divided among blocks."""
+    """Long prompts are divided among blocks, the longest into more pieces than the others."""
     model = KeyeForConditionalGeneration.from_pretrained(
         checkpoints[PREVIEW.name], dtype=torch.bfloat16, device_map="auto"
     )
-    requests = [Request(torch.arange(1 + 37 * i) * 7 % 90) for i in range(rows)]
+    lengths = [2100, *(1 + 37 * i for i in range(1, rows))]
+    requests = [Request(torch.arange(length) * 7 % 90) for length in lengths]
     params, runners = greedy(*[9] * rows), Runners()
     with trusting_cuda():
         served = {op: by.backend for op, by in backends("cuda").items()}

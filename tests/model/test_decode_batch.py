@@ -149,7 +149,18 @@ def test_capacities(model):
     options = {"page_size": 48, "dtype": torch.float32, "device": "meta"}
     cache = PagedCache(model.config.text_config, 50, **options)
     batch = DecodeBatch(cache, 40960, 10)
-    assert [batch.capacity(n) for n in (1, 2049)] == [2064, 2400], "whole pages"
+    assert [batch.capacity(n) for n in (1, 2049, 40960)] == [2064, 8208, 40992], "whole pages"
+
+
+@pytest.mark.parametrize("num_pages", [1, 32, 33, 55, 128, 700, 5000])
+def test_a_capacity_does_not_depend_on_the_cache(model, num_pages):
+    """It decides into how many pieces attention divides a sequence, and so its last bits."""
+    cache = PagedCache(model.config.text_config, num_pages, dtype=torch.float32, device="meta")
+    batch = DecodeBatch(cache, 40960, 10)
+    longest = min(num_pages * 64, 40960)
+    expected = next(size for size in (2048, 8192, 32768, 40960) if longest <= size)
+    assert batch.capacity(longest) == expected
+    assert batch._block_table.shape[1] * 64 == expected, "it holds the pages of each capacity"
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: a CUDA graph against the launches it holds")

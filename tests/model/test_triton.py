@@ -99,7 +99,7 @@ def test_captured_launches_equal_the_definitions(checkpoints, launches, recorder
     assert [run(model, requests, params, runners) for requests in runs] == want
     (runner,) = runners._idle
     graphs = runner.graphs._graphs
-    assert list(graphs) == [("vision", 16, 2), (2, 128, True), (1, 128, True)]
+    assert list(graphs) == [("vision", 16, 2), ("decode", 2, 128, True), ("decode", 1, 128, True)]
     tower, *steps = [Counter(tape.kernels) for tape in graphs.values()]
     assert tower == {
         "_layer_norm_kernel": 4, "_rope_kernel": 2, "_attention_kernel": 2, "_gelu_kernel": 2

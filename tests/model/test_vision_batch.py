@@ -65,6 +65,7 @@ def compare_captured(model, sizes):
             want = features(tower, launched, grid, device)
             assert torch.equal(features(tower, captured, grid, device), want)
     assert list(graphs._graphs) == [("vision", *size) for size in sizes]
+    assert all(graphs._graphs.values())
 
 
 @torch.inference_mode()
@@ -72,7 +73,7 @@ def test_captured_equals_launched(recorder):
     sizes = {size: (*grids, *grids) for size, grids in SIZES.items()}
     compare_captured(tiny.tiny_keye(PREVIEW).model, sizes)
     if not ON_GPU:
-        assert (recorder.runs, recorder.captures) == (3, 3)
+        assert recorder.captures == 3
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU captures for itself")
@@ -114,9 +115,9 @@ def test_more_than_there_is_room_for(grid):
 @torch.inference_mode()
 def test_as_much_as_there_is_room_for():
     model = tiny.tiny_keye(PREVIEW).model
-    tower, device, batch = model.visual, model.device, VisionBatch(model.visual)
+    tower, device = model.visual, model.device
     for grid in ([[1, 32, MAX_PATCHES // 32]], [[1, 2, 2]] * 63):
-        want = tower(pixels_of(grid, device), grid)
+        batch, want = VisionBatch(tower), tower(pixels_of(grid, device), grid)
         torch.testing.assert_close(features(tower, batch, grid, device), want, atol=2e-5, rtol=0)
         assert batch._x.any()
 
