@@ -6,8 +6,12 @@ its shapes must come in few sizes.
 
 from __future__ import annotations
 
+import functools
+import gc
 import threading
-from collections.abc import Callable, Hashable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,9 +21,10 @@ from keye_kernels import backends
 # tower and 400 for the decoder, on host and device.
 _MAX_GRAPHS = 64
 
-# Held free for them where the cache is sized: activations of 2048 patches, logits of 256 rows with
-# what sampling needs, a workspace of cuBLAS and the lists of launches.
-GRAPH_BYTES = 256 << 20
+# Held free for them where the cache is sized: activations of 2048 patches, logits of up to 256 rows
+# (240 MB if each number of rows comes before the next larger one), a workspace of cuBLAS and the
+# lists of launches.
+GRAPH_BYTES = 512 << 20
 
 # Their definitions read lengths, slots and parameters back, which a graph cannot.
 _READ_BACK = ("varlen_attention", "qk_norm_mrope_store", "paged_decode_attention", "sample")
@@ -49,52 +54,73 @@ def padded_rows(num_rows: int) -> int:
     return middle if power >= 32 and num_rows <= middle else power
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: PyTorch has 32 streams, and gives them out again and again."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
-    """Captures steps on a stream of its own, into a pool of memory of its own."""
+    """Captures steps into a pool of memory of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Step) -> torch.cuda.CUDAGraph:
         """The launches of a step that has run before, not run.
 
         Raises:
-            RuntimeError: The step cannot be captured, or there is no memory for it.
+            RuntimeError: The step cannot be captured.
+            torch.OutOfMemoryError: There is no memory for it.
         """
         graph = torch.cuda.CUDAGraph()
         # Other threads may launch meanwhile, but not wait for the whole device.
         mode = {"capture_error_mode": "thread_local"}
         # A capture that fails would leave its own stream the current one, but for this.
         current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
-        with _capturing, current:
+        with _capturing, current, _no_garbage_collection():
             torch.cuda.current_blas_handle()  # this thread's: none can be made in a capture
             # cuBLAS keeps a workspace for each stream. This one must lie in the graphs' own pool,
-            # and serve nobody else: it goes when they go, and they when it does.
+            # and no other pool's graphs may find it.
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 with torch.cuda.graph(graph, self._pool, self._stream, **mode):
                     step()
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 raise RuntimeError(
-                    f"a step could not be captured as a CUDA graph ({error}); cuda_graphs=False "
-                    "launches steps one by one"
+                    f"a step could not be captured as a CUDA graph ({error}); start again with "
+                    "cuda_graphs=False, which launches steps one by one"
                 ) from error
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
         return graph
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What it may find, such as another graph, must not be destroyed during a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class StepGraphs:
-    """The captured steps of one run.
+    """The captured steps of one run; the least recently used one goes first.
 
     They share memory: one is replayed at a time, and none leaves a result there.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._recorder = CudaRecorder(device)
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self._seen: set[Hashable] = set()
 
     def run(self, key: Hashable, step: Step) -> None:
         """Run a step; `key` is all that its launches depend on.
@@ -102,17 +128,13 @@ class StepGraphs:
         The first time as it is, since its kernels must have been compiled before it can be
         captured, and many come up only once.
         """
-        if key not in self._graphs:
-            self._graphs[key] = None
+        if key not in self._seen:
+            self._seen.add(key)
             step()
             return
-        if self._graphs[key] is None:
-            if sum(graph is not None for graph in self._graphs.values()) == _MAX_GRAPHS:
-                self._forget()
+        if key not in self._graphs:
             self._graphs[key] = self._recorder.capture(step)
+            if len(self._graphs) > _MAX_GRAPHS:  # only now: the last one would take the pool along
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
         self._graphs[key].replay()
-
-    def _forget(self) -> None:
-        """Drop all graphs with their memory: one alone would take a workspace that others share."""
-        self._graphs = dict.fromkeys(self._graphs)
-        self._recorder = CudaRecorder(self._device)

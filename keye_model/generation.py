@@ -106,9 +106,12 @@ class Generation:
                 )
 
     def __iter__(self) -> Iterator[Token]:
+        answered = False
         while self._waiting or self._running:
-            yield from self._advance()
-        if self._runners is not None and self._runner is not None:
+            tokens = self._advance()
+            answered = answered or bool(tokens)
+            yield from tokens
+        if self._runners is not None and answered:  # its last token was read: nothing is queued
             self._runners.keep(self._runner)
         self._runner = None
 

@@ -29,7 +29,7 @@ class Limits:
             (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
         max_cache_tokens: Tokens of all running requests together. None: as many as the requests
             need, and on a GPU at most what fits into 90 % of the free memory beside the widest
-            activations and 256 MB for CUDA graphs.
+            activations and 512 MB for CUDA graphs.
     """
 
     max_prefill_tokens: int = 8192

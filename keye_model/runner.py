@@ -33,7 +33,8 @@ class Runner:
         vision: Buffers for small images; None on a CPU, where padding is only work.
         graphs: None: steps are launched one by one. On a GPU they have the same padding, so that
             their results are the same to the last bit.
-        identity: What captured steps depend on beside these: weights and kernels.
+        identity: What captured steps depend on beside these: weights and kernels. PyTorch's
+            settings for matrix products are taken to stay as they are.
     """
 
     cache: PagedCache
@@ -100,8 +101,7 @@ class Runners:
         device = lm_head.weight.device
         capture = not why_no_graphs(device)
         identity = _identity(model, lm_head) if capture else ()
-        with suppress(IndexError):
-            idle = self._idle.pop()
+        if idle := self._pop():
             fits = num_pages <= idle.cache.num_pages <= max_pages
             if capture and fits and idle.identity == identity:
                 return idle
@@ -110,6 +110,11 @@ class Runners:
             return Runner.new(model, lm_head, num_pages)
         num_pages = max(num_pages, min(KEPT_TOKENS // PAGE_SIZE, max_pages))
         return Runner.new(model, lm_head, num_pages, StepGraphs(device), identity)
+
+    def _pop(self) -> Runner | None:
+        with suppress(IndexError):
+            return self._idle.pop()
+        return None
 
     def keep(self, runner: Runner) -> None:
         """Take back a runner whose cache is empty again."""

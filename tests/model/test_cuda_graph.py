@@ -1,5 +1,8 @@
 """When steps are captured, on which stream, and which captured ones are kept."""
 
+import gc
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -12,16 +15,22 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captu
 
 
 @needs_no_gpu
-def test_all_graphs_go_when_there_are_too_many(recorder, monkeypatch):
+def test_the_least_recently_used_graph_goes(recorder, monkeypatch):
     monkeypatch.setattr(cuda_graph, "_MAX_GRAPHS", 2)
     graphs, steps = cuda_graph.StepGraphs(torch.device("cpu")), []
-    first = graphs._recorder
-    turns = (("a", ""), ("ab", "a"), ("bbaa", "ab"), ("c", "ab"), ("c", "c"), ("b", "cb"))
+    turns = (
+        ("a", ""),
+        ("ab", "a"),
+        ("bb", "ab"),
+        ("aa", "ba"),
+        ("c", "ba"),
+        ("c", "ac"),
+        ("b", "cb"),
+    )
     for keys, captured in turns:
         for key in keys:
             graphs.run(key, lambda key=key: steps.append(key))
-        assert {key for key, graph in graphs._graphs.items() if graph} == set(captured)
-        assert (graphs._recorder is first) == ("c" not in captured), "with their memory"
+        assert "".join(graphs._graphs) == captured
     assert "".join(steps) == "aabbccb", "the others were replayed"
     assert recorder.captures == 4
 
@@ -32,7 +41,7 @@ class Cuda:
     Device 0 is the current one; the model is on device 1.
     """
 
-    def __init__(self, monkeypatch, *, fails):
+    def __init__(self, monkeypatch, at_end):
         self.log, self.device, cuda = [], 0, self
         self.streams = [Stream("default", 0), Stream("default", 1)]
 
@@ -53,8 +62,8 @@ class Cuda:
 
             def capture_end(self):
                 cuda.log.append("end")
-                if fails:
-                    raise RuntimeError("the capture is invalid")
+                if at_end:
+                    raise at_end
 
         def set_stream(stream):
             self.device = stream.device.index
@@ -93,32 +102,39 @@ class Stream:
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("fails", [False, True])
-def test_capture_on_its_own_stream_of_another_device(monkeypatch, fails):
-    """Also where it fails: what comes after runs where it ran before."""
-    cuda = Cuda(monkeypatch, fails=fails)
+@pytest.mark.parametrize(
+    ("in_step", "at_end", "error", "message"),
+    [
+        (None, None, None, ""),
+        (torch.OutOfMemoryError("too large"), None, torch.OutOfMemoryError, "^too large$"),
+        (ValueError("cpu"), None, RuntimeError, r"a CUDA graph \(cpu\); start again with cuda_gr"),
+        (ValueError("cpu"), RuntimeError("invalid"), RuntimeError, r"a CUDA graph \(invalid\); st"),
+    ],
+    ids=["success", "out of memory", "refused", "invalid"],
+)
+def test_capture_on_another_device(monkeypatch, in_step, at_end, error, message):
+    """Whatever happens: what comes after runs where it ran before."""
+    cuda = Cuda(monkeypatch, at_end)
+    monkeypatch.setattr(cuda_graph, "_capture_stream", cuda_graph._capture_stream.__wrapped__)
     recorder = cuda_graph.CudaRecorder(torch.device("cuda:1"))
 
     def step():
-        cuda.log.append("step")
+        cuda.log.append(f"step, garbage collection {gc.isenabled()}")
+        if in_step:
+            raise in_step
 
-    if fails:
-        message = (
-            r"could not be captured as a CUDA graph \(the capture is invalid\); cuda_graphs=False"
-        )
-        with pytest.raises(RuntimeError, match=message):
-            recorder.capture(step)
-    else:
+    with pytest.raises(error, match=message) if error else nullcontext():
         recorder.capture(step)
     assert cuda.log == [
         "handle of device 1",
         "clear of device 1",
         "synchronize of device 1",
         "begin pool thread_local on own 1",
-        "step",
+        "step, garbage collection False",
         "end",
         "clear of device 1",
     ]
+    assert gc.isenabled()
     assert cuda.device == 0
     assert [*map(str, cuda.streams)] == ["default 0", "default 1"]
 

@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_stop_ids_end_captured_requests(model, requests):
 def captured(runners):
     """Keys of the idle runner's steps, and whether each is captured."""
     (runner,) = runners._idle
-    return {key: graph is not None for key, graph in runner.graphs._graphs.items()}
+    return {key: key in runner.graphs._graphs for key in runner.graphs._seen}
 
 
 @uses_recorder
@@ -171,7 +173,7 @@ def test_longer_sequences_have_graphs_of_their_own(model, monkeypatch):
     params, runners = greedy(9, 9), Runners()
     want = run(model, prompts, params)
     assert run(model, prompts, params, runners) == want
-    assert list(captured(runners)) == [("decode", 2, 64, False), ("decode", 2, 256, False)]
+    assert captured(runners) == {("decode", 2, size, False): True for size in (64, 256)}
 
 
 def test_on_a_gpu_launched_steps_have_the_padding_of_captured_ones(model, monkeypatch):
@@ -264,6 +266,45 @@ def test_another_backend_is_captured_again(model):
 
 
 @uses_recorder
+def test_threads_share_what_is_kept(model, requests):
+    """Each on a stream of its own, where there are streams."""
+    runners, prompts = Runners(), [requests[:1], requests[2:3]]
+    want = [run(model, prompt, greedy(6)) for prompt in prompts]
+
+    def work(prompt):
+        with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext():
+            return [run(model, prompt, greedy(6), runners) for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(work, prompts))
+    assert found == [[one] * 5 for one in want]
+    assert sum(captured(runners).values()) > 0
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: memory that a graph writes to")
+@uses_recorder
+def test_graphs_survive_what_others_do_with_memory(model, requests):
+    params, runners = greedy(6, 6, 6, 6, 6), Runners()
+    want = run(model, requests, params)
+    for _ in range(3):
+        assert run(model, requests, params, runners) == want
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        torch.full((free // 8,), torch.nan, device="cuda")  # half of it
+
+
+@uses_recorder
+def test_a_run_that_was_stopped_before_it_began_keeps_nothing(model, requests):
+    runners = Runners()
+    generation = Generation(
+        model.model, model.lm_head, requests[:1], greedy(5), eos_token_ids=(), runners=runners
+    )
+    generation.stop(0)
+    assert list(generation) == []
+    assert not runners._idle
+
+
+@uses_recorder
 def test_an_abandoned_run_leaves_nothing(model, requests):
     runners = Runners()
     generation = Generation(
@@ -282,7 +323,9 @@ def test_a_copied_model_captures_its_own(model, requests):
     assert own.runners._idle
     for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         assert not copied.runners._idle
-        assert run(copied, requests[:1], greedy(3)) == run(model, requests[:1], greedy(3))
+        want = run(model, requests[:1], greedy(3))
+        assert run(copied, requests[:1], greedy(3), copied.runners) == want
+        assert any(captured(copied.runners).values())
 
 
 @pytest.mark.parametrize("stop_strings", [None, "e"])

@@ -65,7 +65,6 @@ def compare_captured(model, sizes):
             want = features(tower, launched, grid, device)
             assert torch.equal(features(tower, captured, grid, device), want)
     assert list(graphs._graphs) == [("vision", *size) for size in sizes]
-    assert all(graphs._graphs.values())
 
 
 @torch.inference_mode()
