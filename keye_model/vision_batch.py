@@ -45,10 +45,12 @@ class VisionBatch:
 
         More patches or segments than there is room for are passed on as they are.
         """
-        positions, lengths = segments_of(grid, visual.joint_video_attention)
-        num_patches, num_segments = len(positions), padded_rows(len(lengths) + 1)
+        num_patches = sum(t * h * w for t, h, w in grid)
+        num_segments = len(grid) if visual.joint_video_attention else sum(t for t, _, _ in grid)
+        num_segments = padded_rows(num_segments + 1)
         if num_patches > MAX_PATCHES or num_segments > _MAX_SEGMENTS:
             return visual(pixel_values, grid, final_norm=False)
+        positions, lengths = segments_of(grid, visual.joint_video_attention)
         num_rows = max(padded_rows(num_patches), _MIN_PATCHES)
         cu_seqlens = np.full(num_segments + 1, num_rows, np.int32)
         cu_seqlens[0] = 0
