@@ -1,4 +1,7 @@
-"""Code written for flash-attn: one import changes. Three images attend, packed, each to itself."""
+"""Code written for flash-attn: one import changes. Three images attend, packed, each to itself.
+
+Its other keywords (dropout_p, window_size, softcap, alibi_slopes, block_table) have to be left out.
+"""
 
 from itertools import accumulate
 

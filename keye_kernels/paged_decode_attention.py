@@ -259,6 +259,8 @@ def paged_decode_attention(
 
     Returns:
         [batch_size, num_heads, head_dim], dtype of ``q``, contiguous. Scores and softmax in fp32.
+        With the same batch_size and max_seqlen_k a sequence gets the same bits whatever its
+        neighbours hold; another of either may cut it into other pieces, and so change their order.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the

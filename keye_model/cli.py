@@ -18,7 +18,7 @@ import keye_kernels
 from keye_model import demo
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.config import KeyeConfig
-from keye_model.cuda_graph import why_no_graphs
+from keye_model.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.detokenizer import Detokenizer
 from keye_model.hub import locate
 from keye_model.keye import Keye
@@ -227,7 +227,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(
         f"cache         {counts.cache_bytes / 1e9:.3f} GB with {arguments.max_new_tokens} new "
         f"tokens each; with CUDA graphs {KEPT_TOKENS:,} tokens or more, "
-        f"{KEPT_TOKENS * Costs.of(config).cache_bytes / 1e9:.3f} GB"
+        f"{KEPT_TOKENS * Costs.of(config).cache_bytes / 1e9:.3f} GB, and {GRAPH_BYTES / 1e9:.3f} "
+        "GB left for the graphs"
     )
     print(f"activations   {counts.workspace_bytes / 1e9:.3f} GB at most")
     print(f"pixels        {counts.pixel_bytes / 1e9:.3f} GB")
