@@ -8,16 +8,22 @@ import torch
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; named by Python from 3.13 on
 
 
-def far_apart(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def far_apart(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, row: int | None = None
+) -> torch.Tensor:
     """Uninitialised tensor whose last row starts past 2^31 elements; each row is contiguous.
 
     Three rows or more, so that their stride is an int32 and only its product with a row is not. On
     a CPU memory exists only where it is touched.
+
+    Args:
+        row: The first to start there, 2 or more; by default the last.
     """
-    if shape[0] < 3:
-        raise ValueError(f"shape must have 3 rows or more, got {shape}")
+    row = shape[0] - 1 if row is None else row
+    if row < 2:
+        raise ValueError(f"row must be 2 or more, got {row} of shape {shape}")
     width = math.prod(shape[1:])
-    stride = (2**31 // (shape[0] - 1) + width + 63) // 64 * 64
+    stride = (2**31 // row + width + 63) // 64 * 64
     size = (shape[0] - 1) * stride + width
     if device.type == "cpu":
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE

@@ -70,7 +70,9 @@ CASES = {
     "one token": ([1], [1], 1, 1, 8),
     "vision": ([21, 21, 5, 0, 21], [21, 21, 5, 0, 21], 2, 2, 72),
     "one past a tile": ([65], [65], 1, 1, 64),
-    "grouped heads": ([3, 17], [3, 17], 4, 1, 32),
+    # That of fp32 has 32 keys. The second sequence's first query, causal, sees 63.
+    "one short of a tile": ([1, 3, 2, 31], [63, 65, 127, 31], 1, 1, 16),
+    "grouped heads": ([3, 17], [3, 17], 4, 2, 32),
     "more keys": ([1, 9], [19, 70], 1, 1, 80),
     "fewer keys": ([9, 3, 4], [4, 0, 4], 2, 1, 96),
     "eight to one": ([4], [9], 8, 1, 16),
@@ -96,7 +98,7 @@ def test_matches_explicit_softmax(case, causal, dtype, device):
     blind = exact_lse.T.isneginf()
     assert (out[blind] == 0).all()
     assert torch.equal(lse.T.isneginf(), blind)
-    if dtype == torch.bfloat16:  # nor does lse change it, nor a schedule
+    if dtype == torch.bfloat16 or causal:  # nor does lse change it, nor a schedule
         schedule = kk.attention_schedule(
             lens_q, lens_k, num_heads=heads, causal=causal, device=device
         )
@@ -130,16 +132,17 @@ def test_softmax_scale(device):
     assert_close(lse, plain_lse, exact_lse)
 
 
-def test_many_lengths(device):
-    """40 segments of 0 to 130 tokens, with and without a schedule."""
-    lengths = [1 << i % 7 if i % 3 == 1 else i // 8 for i in range(39)] + [130]
-    q, k, v = make(lengths, lengths, 1, 1, 72, torch.bfloat16, device)
-    out = run(q, k, v, lengths, lengths)
-    exact, _ = explicit(q, k, v, lengths, lengths, False, 72**-0.5, torch.float64)
-    plain, _ = explicit(q, k, v, lengths, lengths, False, 72**-0.5, torch.bfloat16)
+@by_mask
+def test_many_lengths(causal, device):
+    """20 segments of 0 to 130 tokens, with and without a schedule."""
+    lengths = [1 << i % 7 if i % 3 == 1 else i // 8 for i in range(19)] + [130]
+    q, k, v = make(lengths, lengths, 2, 1, 72, torch.bfloat16, device)
+    out = run(q, k, v, lengths, lengths, causal=causal)
+    exact, _ = explicit(q, k, v, lengths, lengths, causal, 72**-0.5, torch.float64)
+    plain, _ = explicit(q, k, v, lengths, lengths, causal, 72**-0.5, torch.bfloat16)
     assert_close(out, plain, exact)
-    schedule = kk.attention_schedule(lengths, num_heads=1, device=device)
-    assert torch.equal(run(q, k, v, lengths, lengths, schedule=schedule), out)
+    schedule = kk.attention_schedule(lengths, num_heads=2, causal=causal, device=device)
+    assert torch.equal(run(q, k, v, lengths, lengths, causal=causal, schedule=schedule), out)
 
 
 @triton.jit
@@ -215,15 +218,54 @@ def test_views_of_packed_qkv_and_out(device):
     assert (target[:, 3] == 7).all()
 
 
-@pytest.mark.parametrize("head_dim", [8, 72])
-def test_rows_past_2_to_the_31_elements(head_dim, device):
-    q, k, v, out = (far_apart((3, 1, head_dim), torch.float16, device) for _ in range(4))
+# Offsets are counted in elements, or in units of 8 where that divides all strides.
+by_unit = pytest.mark.parametrize("padding", [0, 1], ids=["in units of 8", "in elements"])
+
+
+def check_far_apart(q, k, v, out, lens_q, lens_k):
+    """Against the same numbers side by side."""
     for x in (q, k, v):
-        x.copy_(torch.randn(3, 1, head_dim, device=device))
-    exact, _ = explicit(q, k, v, [3], [3], True, head_dim**-0.5, torch.float64)
-    plain, _ = explicit(q, k, v, [3], [3], True, head_dim**-0.5, torch.float16)
-    assert run(q, k, v, [3], [3], causal=True, out=out) is out
-    assert_close(out.clone(), plain, exact)
+        x.copy_(torch.randn(x.shape, device=x.device))
+    near = [x.contiguous() for x in (q, k, v)]
+    out.fill_(torch.nan)
+    assert run(q, k, v, lens_q, lens_k, causal=True, out=out) is out
+    expected = run(*near, lens_q, lens_k, causal=True)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(out, expected, rtol=2**-9, atol=2**-11)
+
+
+@by_unit
+@pytest.mark.parametrize(
+    ("lens_q", "lens_k"), [([3], [3]), ([2, 1], [2, 2])], ids=["one sequence", "two"]
+)
+@pytest.mark.parametrize("head_dim", [8, 72])
+def test_rows_past_2_to_the_31_elements(head_dim, lens_q, lens_k, padding, device):
+    """Row 2: of the first sequence, or where the second starts."""
+
+    def far(lengths):
+        shape = (sum(lengths), 1, head_dim + padding)
+        return far_apart(shape, torch.float16, device, row=2)[..., :head_dim]
+
+    check_far_apart(far(lens_q), far(lens_k), far(lens_k), far(lens_q), lens_q, lens_k)
+
+
+@by_unit
+def test_heads_past_2_to_the_31_elements(padding, device):
+    shape = (3, 2, 16 + padding)
+    far = [far_apart(shape, torch.float16, device)[..., :16].transpose(0, 1) for _ in range(4)]
+    check_far_apart(*far, [2], [2])
+
+
+def test_lse_past_2_to_the_31_elements(device):
+    """The op's own argument: the public function allocates it in one piece."""
+    q, k, v = make([3], [3], 3, 3, 8, torch.float32, device)
+    cu = prefix_sums([3], device)
+    lse = far_apart((3, 3), torch.float32, device)
+    torch.ops.keye.varlen_attention(
+        q, k, v, cu, cu, 3, 3, 0.5, True, torch.empty_like(q), lse, None, 0
+    )
+    _, expected = run(q, k, v, [3], [3], softmax_scale=0.5, causal=True, return_lse=True)
+    assert torch.equal(lse, expected)
 
 
 def test_strides_that_8_does_not_divide(device):
