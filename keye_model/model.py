@@ -160,5 +160,7 @@ class KeyeModel(nn.Module):
             else:
                 branch, residual = vision_batch.run(self.visual, patches, part)
             norm = self.visual.post_layernorm
-            yield self.mlp_AR(branch, part, residual=residual, tower_norm=norm)
+            features = self.mlp_AR(branch, part, residual=residual, tower_norm=norm)
+            del patches, branch, residual  # the next part needs their memory
+            yield features
             first = last

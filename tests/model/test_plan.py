@@ -6,11 +6,19 @@ import math
 
 import pytest
 import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.runtime.interpreter import GridExecutor
 
+from keye_kernels import _backends
+from keye_model.cache import PagedCache
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.config import PREVIEW, V1_5, KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from keye_model.generation import Generation
 from keye_model.inputs import Request
+from keye_model.model import MAX_PATCHES_PER_CALL
 from keye_model.plan import Costs, plan
 from keye_model.sampling import SamplingParams
 
@@ -95,6 +103,85 @@ def test_plan_decode_step_is_bound_by_bytes():
     assert counts.decode_step_bytes == pytest.approx(53.79e9, rel=1e-3)
     step = counts.floor_seconds(790e12, 4.3e12)["decode_step"]
     assert step == pytest.approx(12.51e-3, rel=1e-3)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that meta tensors made inside it hold at once. Kernels do not run.
+
+    Attributes:
+        bytes: That many. Views of ``given``, weights for example, hold none.
+    """
+
+    def __init__(self, given):
+        super().__init__()
+        self.bytes = 0
+        self._given = {tensor.untyped_storage()._cdata for tensor in given}
+        self._alive = WeakTensorKeyDictionary()  # (storage, its bytes) of each tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "keye":  # what a launcher allocates counts too
+            with self:
+                return _backends.find(func._schema.name.partition("::")[2], "cuda")(*args)
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._given:
+                    self._alive[tensor] = storage._cdata, storage.nbytes()
+        self.bytes = max(self.bytes, sum(dict(self._alive.values()).values()))
+        return out
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """The published widths with two layers, of which the second repeats in the others."""
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
+
+    def make(variant):
+        text = dataclasses.replace(TEXT, num_hidden_layers=2)
+        vision = dataclasses.replace(VISION, num_hidden_layers=2)
+        small = dataclasses.replace(config(variant), text_config=text, vision_config=vision)
+        with torch.device("meta"):
+            return KeyeForConditionalGeneration(small).to(small.dtype).model
+
+    with _backends.use_backend("triton"), torch.inference_mode():
+        yield make
+
+
+# The plan counts 7 hidden widths beside those of the MLP, of which 5 live at once: the branch and
+# the residual stream, as they came and as the norm before the MLP leaves them, and the layers' own
+# input. Of the tower's 16672 elements per patch that is 14368, of the decoder's 65536 57344.
+SPARE = 1.2
+
+
+@pytest.mark.parametrize(
+    ("variant", "grid"),
+    [(PREVIEW, (1, 64, 80)), (PREVIEW, (64, 40, 72)), (V1_5, (64, 40, 72))],
+    ids=["image", "whole video", "frames in parts"],
+)
+def test_workspace_bounds_the_tower(variant, grid, two_layers):
+    model = two_layers(variant)
+    pixels = torch.empty(math.prod(grid), 3, 14, 14, dtype=torch.uint8, device="meta")
+    peak = Peak([pixels, *model.parameters()])
+    with peak:
+        for features in model._encode(pixels, (grid,), MAX_PATCHES_PER_CALL):
+            assert features.shape[1] == 4096
+    one = Request(torch.zeros(1, dtype=torch.int64), pixels, (grid,))
+    planned = plan(config(variant), [one], 1).workspace_bytes
+    assert peak.bytes <= planned <= SPARE * peak.bytes
+
+
+def test_workspace_bounds_the_decoder(two_layers):
+    model, count = two_layers(PREVIEW), 4100
+    cache = PagedCache(model.config.text_config, 65, dtype=torch.bfloat16, device="meta")
+    step = cache.step([cache.add(count)], [count])
+    ids, positions = torch.empty(4, count, dtype=torch.int64, device="meta").split((1, 3))
+    peak = Peak([*cache.layer(0), *model.parameters()])
+    with peak:
+        model(model.language_model.embed_tokens(ids[0]), positions, cache, step)
+    planned = plan(config(), [request(count)], 1).workspace_bytes
+    assert peak.bytes <= planned <= SPARE * peak.bytes
 
 
 @pytest.mark.parametrize("name", [PREVIEW.name, V1_5.name])
