@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h tests/native/shim/*.h tests/native/shim/keye/*.cuh)
 OLDEST_TRITON := 3.6.0
+NEWEST_TRITON := 3.9.0
 TRANSFORMERS := 4.57.6 5.17.0
 
 .PHONY: demo test test-transformers test-vllm bench kernels lint format clean
@@ -28,10 +29,12 @@ test-vllm: $(VLLM_VENV)/.installed  ## Keye in the real vLLM engine, on a CPU; s
 bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
 
-kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON)  ## what every kernel compiles to, without a GPU
+kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON) $(VENV)/triton-$(NEWEST_TRITON)  ## what every kernel compiles to, without a GPU; faults of attention under the newest Triton as well
 	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
 		--triton $(VENV)/triton-$(OLDEST_TRITON) --write docs/kernels.md
 	$(BIN)/python -m benchmarks.cuda_kernels --append docs/kernels.md
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+		--triton $(VENV)/triton-$(NEWEST_TRITON) --op varlen_attention paged_prefill_attention
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -30,7 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.cases import Case, all_cases, call
+from benchmarks.cases import (
+    Case,
+    all_cases,
+    call,
+    paged_prefill_attention,
+    varlen_attention,
+)
 from benchmarks.sass import Instruction, loop_mma_flops, parse
 from benchmarks.shapes import REAL
 from keye_kernels import _backends, _device
@@ -256,7 +262,12 @@ def main() -> None:
     parser.add_argument("--first", action="store_true", help="the first case of each op only")
     options = parser.parse_args()
 
-    cases = [case for case in all_cases(REAL) if not options.op or case.op in options.op]
+    cases = [
+        *all_cases(REAL),
+        *paged_prefill_attention.compiled_cases(),
+        *varlen_attention.compiled_cases(),
+    ]
+    cases = [case for case in cases if not options.op or case.op in options.op]
     if options.first:
         cases = list({case.op: case for case in reversed(cases)}.values())
     jobs = [(launch, arch) for arch in options.arch for launch in launches_of(cases, arch)]

@@ -28,7 +28,8 @@ class Instruction(NamedTuple):
 
 def parse(sass: str) -> list[Instruction]:
     """Instructions of the one kernel in the output of ``cuobjdump -sass``."""
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);"
+    # What "?" and "&" begin, at the end of a line, is how it is scheduled.
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;?&]*)[^;]*;"
     return [
         Instruction(
             int(address, 16), guard, opcode, tuple(x.strip() for x in rest.split(",") if x.strip())

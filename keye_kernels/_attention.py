@@ -35,16 +35,20 @@ def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[i
     with it every bit of its result, is the same whatever else is in the batch.
     """
     head, _ = split_head_dim(head_dim)
+    # Without a bound ptxas spills a few bytes where they let a third program of 4 warps fit. With
+    # the largest bound it does not. At 72 and 80 the third one fits anyway, or ptxas gives it up.
+    max_registers = 255 if block_m == 64 and not 64 < head_dim <= 80 else None
     if itemsize == 4:
-        return Tiles(32, 2 if head <= 64 else 1, None)
+        return Tiles(32, 2 if head <= 64 else 1, max_registers)
     if head <= 64:
-        # Two programs of 8 warps per multiprocessor, or three of 4: one computes exponentials while
-        # another multiplies. Elsewhere it would spill.
-        registers = 128 if block_m == 128 else 168
-        return Tiles(64, 3, registers if capability[0] == 9 else None)
+        if capability[0] == 9 and head_dim <= 80:
+            # Two programs of 8 warps per multiprocessor, or three of 4: one computes exponentials
+            # while another multiplies. Elsewhere, and with more columns, it would spill.
+            max_registers = 128 if block_m == 128 else 168
+        return Tiles(64, 3, max_registers)
     # One stage less where a program has 99 KB of shared memory at most.
     fewer = capability in ((8, 6), (8, 9)) or capability[0] == 12
-    return Tiles(64, 3 - fewer, None) if head <= 128 else Tiles(32, 2 - fewer, None)
+    return Tiles(64, 3 - fewer, max_registers) if head <= 128 else Tiles(32, 2 - fewer, None)
 
 
 def choose_block_m(num_tokens: int, num_heads: int, num_sms: int) -> int:
@@ -179,12 +183,12 @@ def _attention_kernel(
             v_ptrs = v_ptr + start_n * step_v + offs_v
         elif PAGE_SIZE % BLOCK_N == 0:
             row = start_n % PAGE_SIZE
-            k_ptrs = k_ptr + (pages * stride_k_page + row * stride_k) * UNIT + offs_k
-            v_ptrs = v_ptr + (pages * stride_v_page + row * stride_v) * UNIT + offs_v
+            k_ptrs = k_ptr + pages * stride_k_page * UNIT + row * step_k + offs_k
+            v_ptrs = v_ptr + pages * stride_v_page * UNIT + row * step_v + offs_v
         else:
             row = ((start_n + offs_n) % PAGE_SIZE)[:, None]
-            k_ptrs = k_ptr + (pages * stride_k_page + row * stride_k) * UNIT
-            v_ptrs = v_ptr + (pages * stride_v_page + row * stride_v) * UNIT
+            k_ptrs = k_ptr + pages * stride_k_page * UNIT + row * step_k
+            v_ptrs = v_ptr + pages * stride_v_page * UNIT + row * step_v
         if PAGE_SIZE > 0:  # one tile ahead: addresses wait for it
             pages = _pages(table_ptr, start_n + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
 
@@ -256,8 +260,13 @@ def attend(
     num_tokens, num_heads, head_dim = q.shape
     device = device_of(q)
     batch_size = cu_seqlens_q.shape[0] - 1
+    head, tail = split_head_dim(head_dim)
     if tiles is None:
         block_m = choose_block_m(num_tokens, num_heads, device.num_sms)
+        if head >= 128 and device.capability[0] not in (9, 10):
+            # One program per multiprocessor either way, and that of 64 queries spills. More warps
+            # for it would share out the keys, and so add up a row in another order.
+            block_m = 128
         num_tiles = num_tokens // block_m + batch_size
     else:
         num_tiles = tiles.shape[0]
@@ -267,7 +276,6 @@ def attend(
         strides += x.stride()[:-1] if paged else (0, *x.stride()[:-1])
     # In units of 8 elements: so the compiler knows that a thread's 16 bytes are aligned.
     unit = 1 if any(stride % 8 for stride in strides) else 8
-    head, tail = split_head_dim(head_dim)
     block_n, num_stages, max_registers = choose_tiles(
         head_dim, q.itemsize, block_m, device.capability
     )

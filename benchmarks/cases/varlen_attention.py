@@ -15,8 +15,14 @@ DTYPE = torch.bfloat16
 _LONGEST = 2**16  # a longer segment takes seconds per call for every provider
 
 
-def _varlen_attention(lengths: list[int], scheduled: bool, device: torch.device) -> dict[str, Any]:
-    shape = (sum(lengths), 3, VISION.num_heads, VISION.head_dim)
+def _varlen_attention(
+    lengths: list[int],
+    scheduled: bool,
+    device: torch.device,
+    head_dim: int = VISION.head_dim,
+    **others: bool,
+) -> dict[str, Any]:
+    shape = (sum(lengths), 3, VISION.num_heads, head_dim)
     q, k, v = torch.randn(shape, dtype=DTYPE, device=device).unbind(1)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     arguments = {
@@ -27,6 +33,7 @@ def _varlen_attention(lengths: list[int], scheduled: bool, device: torch.device)
         "cu_seqlens_k": cu_seqlens,
         "max_seqlen_q": max(lengths),
         "max_seqlen_k": max(lengths),
+        **others,
     }
     if scheduled:
         schedule = attention_schedule(lengths, num_heads=VISION.num_heads, device=device)
@@ -54,5 +61,28 @@ def cases(shapes: Shapes) -> list[Case]:
         flops = 4 * sum(length**2 for length in lengths) * width
         arguments = partial(_varlen_attention, lengths, scheduled)
         case = Case("varlen_attention", name, arguments, num_bytes, flops)
+        found.append(replace(case, loop_flops=attention_loop_flops))
+    return found
+
+
+def compiled_cases() -> list[Case]:
+    """Compiled, never run: other sizes of heads, each where it comes nearest to spills.
+
+    FLOP: as if nothing were masked.
+    """
+    found = []
+    for head_dim, count, others in (
+        (64, 512, ["return_lse"]),
+        (80, 16384, []),
+        (96, 16384, ["causal"]),
+        (128, 512, ["causal", "return_lse"]),
+    ):
+        width = VISION.num_heads * head_dim
+        arguments = partial(
+            _varlen_attention, [count], False, head_dim=head_dim, **dict.fromkeys(others, True)
+        )
+        name = ", ".join([f"heads of {head_dim}, {count} tokens", *others])
+        num_bytes = 4 * count * width * DTYPE.itemsize
+        case = Case("varlen_attention", name, arguments, num_bytes, 4 * count**2 * width)
         found.append(replace(case, loop_flops=attention_loop_flops))
     return found

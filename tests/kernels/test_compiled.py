@@ -41,8 +41,8 @@ def test_one_launch_of_each_op_compiles_well_elsewhere(cache):
 
 def test_attention_fits_into_the_least_shared_memory(cache):
     kernels = compile_kernels([120], ops=["paged_prefill_attention"], cache=cache)
-    assert {kernel["num_warps"] for kernel in kernels} == {4, 8}
-    assert all(kernel["warps_per_sm"] for kernel in kernels)
+    assert kernels
+    assert not faults(kernels), "\n".join(faults(kernels))
 
 
 def test_a_launch_is_noted_as_it_is_and_a_crash_is_contained(cache):

@@ -33,6 +33,14 @@ def test_lines_are_read():
     assert [x.is_mma for x in assemble("HFMA2 R3, R3, R4, R5", "UTCBAR [UR4], URZ")] == [False] * 2
 
 
+def test_how_an_instruction_is_scheduled_is_no_operand():
+    again, load = assemble(
+        "@P0 BRA.U !UP0, ->0          &req={1}      ?trans10", "LDG.E R4, [R2]    &wr=0x0 ?trans1"
+    )
+    assert (again.guard, again.opcode, again.operands) == ("@P0", "BRA.U", ("!UP0", "0x0"))
+    assert load.operands == ("R4", "[R2]")
+
+
 def test_named_shapes_are_counted_in_the_inner_loop():
     """128 queries, 64 keys, head_dim 72 as 80 and 72; the loop around it and the rest count not."""
     inner = ["HGMMA.64x64x16.F32.BF16 R8, R8, R9, R10"] * 9 + [
