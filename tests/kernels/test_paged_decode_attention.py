@@ -73,6 +73,8 @@ def test_matches_naive(case, dtype, device):
     got = decode(q, cache)
     assert got.is_contiguous()
     check(got, q, cache)
+    # The same again, from a table without a column to spare.
+    cache.table = cache.table[:, : -(-max(lengths) // page_size)].clone()
     assert torch.equal(decode(q, cache), got)
 
 
@@ -169,6 +171,22 @@ def test_offsets_past_2_to_the_31(num_splits, tiles, device):
     arguments = (q, k_cache, v_cache, table, lengths)
     kk.paged_decode_attention(*arguments, max_seqlen_k=48, out=out)
     near = [x.contiguous() for x in arguments]  # the same numbers, so the same bits
+    assert torch.equal(out, kk.paged_decode_attention(*near, max_seqlen_k=48))
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_heads_past_2_to_the_31(num_splits, tiles, device):
+    tiles(num_splits)
+    q, out = (far_apart((3, 2, 16), torch.bfloat16, device).transpose(0, 1) for _ in range(2))
+    caches = [far_apart((3, 3, 16, 16), torch.bfloat16, device) for _ in "kv"]
+    caches = [cache.permute(1, 2, 0, 3) for cache in caches]
+    for x in (q, *caches):
+        x.normal_()
+    table = torch.tensor([[0, 1, 2], [2, 0, 1]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([5, 33], dtype=torch.int32, device=device)
+    arguments = (q, *caches, table, lengths)
+    kk.paged_decode_attention(*arguments, max_seqlen_k=48, out=out)
+    near = [x.contiguous() for x in arguments]
     assert torch.equal(out, kk.paged_decode_attention(*near, max_seqlen_k=48))
 
 
