@@ -166,6 +166,9 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     # What the last step reads: the token it chooses is never stored.
     cached = sum(totals) - len(totals)
     pixels = [(r.pixel_values, r.pixel_values_videos) for r in requests]
+    # All prompts have their embeddings at once; those of one pass are part of its activations.
+    limits, itemsize = Limits(), config.dtype.itemsize
+    waiting = max(sum(prompts) - limits.max_prefill_tokens, 0) * config.text_config.hidden_size
     vision = costs.vision_linear * patches + costs.vision_attention * squares
     prefill = costs.text_linear * sum(prompts) + costs.lm_head * len(prompts)
     prefill += costs.text_attention * sum(prompt**2 for prompt in prompts) // 2
@@ -182,7 +185,7 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
         decode_step_bytes=costs.decode_bytes + costs.cache_bytes * cached,
         weight_bytes=costs.weight_bytes,
         cache_bytes=costs.cache_bytes * cache_pages(totals) * PAGE_SIZE,
-        workspace_bytes=workspace_bytes(config, requests, Limits(), config.dtype.itemsize),
+        workspace_bytes=workspace_bytes(config, requests, limits, itemsize) + waiting * itemsize,
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )
 

@@ -134,8 +134,8 @@ def test_softmax_scale(device):
 
 @by_mask
 def test_many_lengths(causal, device):
-    """20 segments of 0 to 130 tokens, with and without a schedule."""
-    lengths = [1 << i % 7 if i % 3 == 1 else i // 8 for i in range(19)] + [130]
+    """40 segments of 0 to 130 tokens, with and without a schedule."""
+    lengths = [1 << i % 7 if i % 3 == 1 else i // 8 for i in range(39)] + [130]
     q, k, v = make(lengths, lengths, 2, 1, 72, torch.bfloat16, device)
     out = run(q, k, v, lengths, lengths, causal=causal)
     exact, _ = explicit(q, k, v, lengths, lengths, causal, 72**-0.5, torch.float64)

@@ -88,6 +88,13 @@ def test_plan_image_of_1280_tokens():
     assert counts.workspace_bytes == 2 * widest + 5 * 151936
 
 
+def test_plan_counts_the_embeddings_of_what_waits():
+    one_pass, long = (
+        plan(config(), [request(count)], 1).workspace_bytes for count in (8192, 40000)
+    )
+    assert long - one_pass == (40000 - 8192) * 4096 * 2
+
+
 @pytest.mark.parametrize(
     ("variant", "teraflops", "segment"), [(PREVIEW, 161.2, 32768), (V1_5, 29.73, 512)], ids=str
 )
