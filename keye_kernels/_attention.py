@@ -37,9 +37,11 @@ def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[i
     head, _ = split_head_dim(head_dim)
     # Without a bound ptxas spills a few bytes where they let a third program of 4 warps fit. With
     # the largest bound it does not. At 72 and 80 the third one fits anyway, or ptxas gives it up.
-    max_registers = 255 if block_m == 64 and not 64 < head_dim <= 80 else None
+    fits = itemsize == 2 and 64 < head_dim <= 80
+    max_registers = 255 if block_m == 64 and not fits else None
     if itemsize == 4:
-        return Tiles(32, 2 if head <= 64 else 1, max_registers)
+        # More keys of 256 columns would not fit into the shared memory of sm_80.
+        return Tiles(32 if head <= 128 else 16, 2 if head <= 64 else 1, max_registers)
     if head <= 64:
         if capability[0] == 9 and head_dim <= 80:
             # Two programs of 8 warps per multiprocessor, or three of 4: one computes exponentials
@@ -255,18 +257,18 @@ def attend(
 
     With ``block_table`` k and v are the pages of a cache and ``seqlens_k`` holds lengths; without,
     starts. Without ``tiles`` each program finds its own, of a number that is enough for any
-    lengths.
+    lengths; so it does where ``tiles`` are of a size that this GPU does not take.
     """
     num_tokens, num_heads, head_dim = q.shape
     device = device_of(q)
     batch_size = cu_seqlens_q.shape[0] - 1
     head, tail = split_head_dim(head_dim)
-    if tiles is None:
-        block_m = choose_block_m(num_tokens, num_heads, device.num_sms)
-        if head >= 128 and device.capability[0] not in (9, 10):
-            # One program per multiprocessor either way, and that of 64 queries spills. More warps
-            # for it would share out the keys, and so add up a row in another order.
-            block_m = 128
+    # Where one program per multiprocessor fits either way, and that of 64 queries spills. (More
+    # warps for it would share out the keys, and so add up a row in another order.)
+    always_128 = head == 128 and device.capability[0] not in (9, 10)
+    if tiles is None or (always_128 and block_m == 64):
+        tiles = None
+        block_m = 128 if always_128 else choose_block_m(num_tokens, num_heads, device.num_sms)
         num_tiles = num_tokens // block_m + batch_size
     else:
         num_tiles = tiles.shape[0]

@@ -71,15 +71,15 @@ def compiled_cases() -> list[Case]:
     FLOP: as if nothing were masked.
     """
     found = []
-    for head_dim, count, others in (
-        (64, 512, ["return_lse"]),
-        (80, 16384, []),
-        (96, 16384, ["causal"]),
-        (128, 512, ["causal", "return_lse"]),
+    for head_dim, count, scheduled, others in (
+        (64, 512, False, ["return_lse"]),
+        (80, 16384, False, []),
+        (96, 16384, False, ["causal"]),
+        (128, 512, True, ["causal", "return_lse"]),
     ):
         width = VISION.num_heads * head_dim
         arguments = partial(
-            _varlen_attention, [count], False, head_dim=head_dim, **dict.fromkeys(others, True)
+            _varlen_attention, [count], scheduled, head_dim=head_dim, **dict.fromkeys(others, True)
         )
         name = ", ".join([f"heads of {head_dim}, {count} tokens", *others])
         num_bytes = 4 * count * width * DTYPE.itemsize
