@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 import keye_kernels as kk
+from keye_kernels import _device
 from keye_kernels._attention import find_tile
 from tests.compare import assert_close
 from tests.memory import far_apart
@@ -360,6 +361,20 @@ def test_schedule_takes_larger_tiles_where_they_fill_the_gpu():
     assert kk.attention_schedule([256], num_heads=1, device="cpu").block_m == 128
     assert kk.attention_schedule([255], num_heads=1, device="cpu").block_m == 64
     assert kk.attention_schedule([128], num_heads=2, device="cpu").block_m == 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays GPUs of two kinds on a CPU")
+def test_a_gpu_that_takes_other_tiles_than_the_schedule(monkeypatch):
+    """Heads of 128 have 128 queries, whatever was planned, where 64 would spill: the same bits."""
+    q, k, v = make([70, 3], [70, 3], 1, 1, 128, torch.float16, "cpu")
+    schedule = kk.attention_schedule([70, 3], num_heads=1, device="cpu")
+    assert schedule.block_m == 64
+    found = []
+    for capability in ((9, 0), (8, 0)):
+        monkeypatch.setattr(_device, "elsewhere", _device.Device(capability, 132))
+        for given in (schedule, None):
+            found.append(run(q, k, v, [70, 3], [70, 3], causal=True, schedule=given))
+    assert all(torch.equal(one, found[0]) for one in found[1:])
 
 
 def test_schedule_errors(device):
