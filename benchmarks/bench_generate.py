@@ -29,16 +29,16 @@ from keye_model import (  # noqa: E402
     KeyeTextConfig,
     KeyeVisionConfig,
 )
-from keye_model.cache import PAGE_SIZE, PagedCache  # noqa: E402
-from keye_model.config import PREVIEW  # noqa: E402
-from keye_model.cuda_graph import StepGraphs, why_no_graphs  # noqa: E402
-from keye_model.decode_batch import Running  # noqa: E402
-from keye_model.generation import Generation  # noqa: E402
-from keye_model.inputs import Request  # noqa: E402
-from keye_model.runner import Runner, Runners  # noqa: E402
-from keye_model.sampling import SamplingParams  # noqa: E402
-from keye_model.vision_batch import MAX_PATCHES, VisionBatch  # noqa: E402
-from keye_model.weights import destinations  # noqa: E402
+from keye_model.checkpoint.config import PREVIEW  # noqa: E402
+from keye_model.checkpoint.weights import destinations  # noqa: E402
+from keye_model.engine.cuda_graph import StepGraphs, why_no_graphs  # noqa: E402
+from keye_model.engine.decode_batch import Running  # noqa: E402
+from keye_model.engine.sampling import SamplingParams  # noqa: E402
+from keye_model.engine.scheduler import Generation  # noqa: E402
+from keye_model.engine.vision_batch import MAX_PATCHES, VisionBatch  # noqa: E402
+from keye_model.engine.workspace import Runner, Runners  # noqa: E402
+from keye_model.inputs.request import Request  # noqa: E402
+from keye_model.network.cache import PAGE_SIZE, PagedCache  # noqa: E402
 
 DTYPE = torch.bfloat16
 IMAGE = 4  # placeholder id

@@ -16,16 +16,16 @@ import torch
 
 import keye_kernels
 from keye_model import demo
+from keye_model.checkpoint.config import KeyeConfig
+from keye_model.checkpoint.hub import locate
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
-from keye_model.config import KeyeConfig
-from keye_model.cuda_graph import GRAPH_BYTES, why_no_graphs
-from keye_model.detokenizer import Detokenizer
-from keye_model.hub import locate
+from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
+from keye_model.engine.detokenizer import Detokenizer
+from keye_model.engine.plan import Costs, plan
+from keye_model.engine.sampling import GenerationDefaults
+from keye_model.engine.workspace import KEPT_TOKENS
 from keye_model.keye import Keye
-from keye_model.plan import Costs, plan
 from keye_model.processing.processor import KeyeProcessor
-from keye_model.runner import KEPT_TOKENS
-from keye_model.sampling import GenerationDefaults
 
 _DEFAULT_MODEL = "Kwai-Keye/Keye-VL-8B-Preview"
 _THINKING = {"auto": "auto", "on": True, "off": False}

@@ -14,19 +14,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from keye_model.cache import PagedCache
-from keye_model.config import KeyeConfig
-from keye_model.detokenizer import Detokenizer
-from keye_model.generation import Generation
-from keye_model.hub import locate
-from keye_model.inputs import Request, host_grid, upload
-from keye_model.model import KeyeModel
-from keye_model.plan import Limits
-from keye_model.positions import BatchRow, pack, split_batch
-from keye_model.runner import Runners
-from keye_model.sampling import GenerationDefaults
-from keye_model.text import Linear
-from keye_model.weights import load_model
+from keye_model.checkpoint.config import KeyeConfig
+from keye_model.checkpoint.hub import locate
+from keye_model.checkpoint.weights import load_model
+from keye_model.engine.detokenizer import Detokenizer
+from keye_model.engine.plan import Limits
+from keye_model.engine.sampling import GenerationDefaults
+from keye_model.engine.scheduler import Generation
+from keye_model.engine.workspace import Runners
+from keye_model.inputs.positions import BatchRow, pack, split_batch
+from keye_model.inputs.request import Request, host_grid, upload
+from keye_model.network.cache import PagedCache
+from keye_model.network.model import KeyeModel
+from keye_model.network.text import Linear
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from keye_kernels import backends
-from keye_model.config import PREVIEW
+from keye_model.checkpoint.config import PREVIEW
 from keye_model.demo_checkpoint import build
 from keye_model.keye import Answer, Keye
 

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from keye_model.config import (
+from keye_model.checkpoint.config import (
     PREVIEW,
     V1_5,
     KeyeConfig,
@@ -26,8 +26,8 @@ from keye_model.config import (
     KeyeVisionConfig,
     Variant,
 )
+from keye_model.checkpoint.weights import tensor_shapes
 from keye_model.processing.chat import DEFAULT_TEMPLATE
-from keye_model.weights import tensor_shapes
 
 # In the order of their ids. The first list is dropped when decoding without special tokens.
 _SPECIAL = (

@@ -13,10 +13,10 @@ import torch
 
 from keye_kernels import backends, use_backend
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
-from keye_model.detokenizer import Detokenizer
-from keye_model.generation import Generation
-from keye_model.inputs import Request
-from keye_model.plan import Limits
+from keye_model.engine.detokenizer import Detokenizer
+from keye_model.engine.plan import Limits
+from keye_model.engine.scheduler import Generation
+from keye_model.inputs.request import Request
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
 

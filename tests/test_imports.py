@@ -1,13 +1,32 @@
-"""The direction of imports: kernels know no model; the model's two wings do not know each other."""
+"""The direction of imports: kernels know no model; the model's folders import downwards only."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import keye_kernels
 
 ROOT = Path(__file__).parent.parent
-FACADE = {"__init__", "__main__", "keye", "cli", "demo", "demo_checkpoint"}  # see both wings
-LEAVES = {"keye_model.config", "keye_model.hub", "keye_model.inputs"}  # seen by both
+PACKAGES = ("keye_kernels", "keye_model")
+# What each folder of keye_model may import beside itself; the doors at its top may import all.
+BELOW = {
+    "checkpoint": set(),
+    "inputs": {"checkpoint"},
+    "processing": {"checkpoint", "inputs"},
+    "network": {"checkpoint", "inputs"},
+    "engine": {"checkpoint", "inputs", "network"},
+}
+
+
+def module_of(path):
+    """The dotted name of a file; a package's own name for its __init__.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
 
 
 def imports(path):
@@ -17,6 +36,18 @@ def imports(path):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.module, alias.name) for alias in node.names)
+
+
+def imported_modules(path):
+    """Our own modules that a file imports when it is itself imported."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in MODULES or node.module in MODULES:
+                    yield inner if inner in MODULES else node.module
 
 
 def test_kernels_import_no_model():
@@ -35,15 +66,23 @@ def test_the_model_uses_public_kernel_names():
                 assert name is None or name in keye_kernels.__all__, (path, name)
 
 
-def test_processing_knows_no_model():
-    for path in (ROOT / "keye_model" / "processing").glob("*.py"):
-        for module, _ in imports(path):
-            inside = module.startswith("keye_model.processing") or module in LEAVES
-            assert inside or not module.startswith(("keye_model", "keye_kernels")), (path, module)
+@pytest.mark.parametrize("folder", BELOW)
+def test_a_folder_imports_only_what_lies_below_it(folder):
+    allowed = BELOW[folder] | {folder}
+    for path in (ROOT / "keye_model" / folder).rglob("*.py"):
+        for module, name in imports(path):
+            package, *rest = module.split(".")
+            if package == "keye_model":
+                assert (rest[0] if rest else name) in allowed, (path, module)
+            elif package == "keye_kernels":
+                assert folder in ("network", "engine"), (path, module)
 
 
-def test_the_model_knows_no_processing():
-    for path in (ROOT / "keye_model").glob("*.py"):
-        if path.stem not in FACADE:
-            for module, _ in imports(path):
-                assert not module.startswith("keye_model.processing"), (path, module)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_of_imports(package):
+    graph = {
+        name: {found for found in imported_modules(path) if found != package and found != name}
+        for name, path in MODULES.items()
+        if name.startswith(package) and name != package
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from keye_model.config import PREVIEW
+from keye_model.checkpoint.config import PREVIEW
 from keye_model.demo import draw_video
 from keye_model.demo_checkpoint import build
 
@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 def desk(tmp_path, monkeypatch):
     """A working directory with a photo and a clip, and a Hub that serves a tiny checkpoint."""
     checkpoint = build(tmp_path / "checkpoint", PREVIEW)
-    monkeypatch.setattr("keye_model.hub.snapshot_download", lambda *_, **__: str(checkpoint))
+    monkeypatch.setattr(
+        "keye_model.checkpoint.hub.snapshot_download", lambda *_, **__: str(checkpoint)
+    )
     Image.new("RGB", (168, 112), (20, 90, 160)).save(tmp_path / "photo.jpg")
     shutil.move(draw_video(tmp_path / "drawn.mp4"), tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)

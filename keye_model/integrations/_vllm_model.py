@@ -46,18 +46,18 @@ from vllm.sequence import IntermediateTensors
 
 from keye_kernels import rope_2d_
 from keye_kernels.integrations.vllm import KeyeEncoderAttention, our_layers, report
-from keye_model.config import KeyeConfig, KeyeVisionConfig
-from keye_model.inputs import Grid, host_grid
+from keye_model.checkpoint.config import KeyeConfig, KeyeVisionConfig
+from keye_model.checkpoint.weights import published_name
+from keye_model.inputs.positions import rope_positions
+from keye_model.inputs.request import Grid, host_grid
 from keye_model.integrations._vllm_processor import (
     KeyeDummyInputsBuilder,
     KeyeMultiModalProcessor,
     KeyeProcessingInfo,
 )
-from keye_model.model import MAX_PATCHES_PER_CALL
-from keye_model.positions import rope_positions
-from keye_model.projector import KeyeProjector
-from keye_model.vision import KeyeVisionModel, VisionAttention, VisionStep, split_grid
-from keye_model.weights import published_name
+from keye_model.network.model import MAX_PATCHES_PER_CALL
+from keye_model.network.projector import KeyeProjector
+from keye_model.network.vision import KeyeVisionModel, VisionAttention, VisionStep, split_grid
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", whose handler prints it
 

@@ -26,7 +26,7 @@ from vllm.multimodal.processing import (
 import keye_model
 from keye_model.processing.expansion import Placeholders
 from keye_model.processing.patches import VideoPatches
-from keye_model.processing.video import VIDEO_KEYWORDS
+from keye_model.processing.video_processor import VIDEO_KEYWORDS
 from keye_model.processing.video_sampling import V1_5_MAX_PIXELS
 
 _MODALITIES = ("image", "video")

@@ -26,7 +26,7 @@ from transformers import (
 
 import keye_model
 from keye_model import KeyeForConditionalGeneration
-from keye_model.hub import CONFIG_FILES, WEIGHT_FILES, locate
+from keye_model.checkpoint.hub import CONFIG_FILES, WEIGHT_FILES, locate
 
 # What the Auto classes hand on that says nothing about a checkpoint whose code is never run.
 _NOT_OURS = (

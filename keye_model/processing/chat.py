@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from keye_model.hub import read_json
+from keye_model.checkpoint.hub import read_json
 from keye_model.processing.items import checked_item, source_of
 
 ROLES = ("system", "user", "assistant")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from keye_model.config import Variant
+from keye_model.checkpoint.config import Variant
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.tokenizer import TokenIds, encode
 

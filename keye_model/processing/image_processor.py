@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from keye_model.hub import locate, read_json
+from keye_model.checkpoint.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.fetch import describe
 from keye_model.processing.image import load_image, normalize, patchify, processor_size

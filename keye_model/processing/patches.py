@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from keye_model.inputs import GridTHW
+from keye_model.inputs.request import GridTHW
 
 
 @dataclass(frozen=True)

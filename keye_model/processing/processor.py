@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from keye_model.config import KeyeConfig
-from keye_model.hub import locate, read_json
-from keye_model.inputs import Request
+from keye_model.checkpoint.config import KeyeConfig
+from keye_model.checkpoint.hub import locate, read_json
+from keye_model.inputs.request import Request
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.batch import BatchFeature, pad
 from keye_model.processing.budget import TokenBudget
@@ -31,7 +31,7 @@ from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.items import source_of
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.tokenizer import TokenIds
-from keye_model.processing.video import VIDEO_KEYWORDS, KeyeVideoProcessor
+from keye_model.processing.video_processor import VIDEO_KEYWORDS, KeyeVideoProcessor
 from keye_model.processing.vision_info import process_vision_info
 
 # What a wrong request raises; each is made from one string.

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from keye_model.config import KeyeConfig
-from keye_model.hub import end_ids
+from keye_model.checkpoint.config import KeyeConfig
+from keye_model.checkpoint.hub import end_ids
 
 # What the Hugging Face tokenizers call cleaning up: no space before these.
 _CLEAN_UP = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")

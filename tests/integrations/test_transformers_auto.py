@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from keye_model import KeyeForConditionalGeneration, KeyeProcessor
-from keye_model.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
 from keye_model.integrations import transformers as integration
 

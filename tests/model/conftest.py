@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from keye_model import cuda_graph, runner
-from keye_model.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
+from keye_model.engine import cuda_graph
+from keye_model.engine import workspace as runner
 from tests.model.tape import Recorder
 
 # A slow machine is no failure, and the same examples on every run are no surprise.

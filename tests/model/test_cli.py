@@ -7,7 +7,7 @@ import torch
 
 import keye_kernels
 from keye_model.cli import main
-from keye_model.cuda_graph import why_no_graphs
+from keye_model.engine.cuda_graph import why_no_graphs
 
 
 def run(capsys, *arguments):

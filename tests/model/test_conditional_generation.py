@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.conditional_generation import KeyeForConditionalGeneration
-from keye_model.config import PREVIEW, V1_5
-from keye_model.plan import Limits
+from keye_model.engine.plan import Limits
 
 
 @pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])
@@ -225,7 +225,7 @@ def test_config_is_checked_before_the_weights_are_fetched(monkeypatch, tmp_path)
         asked.append("*.safetensors" in allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr("keye_model.hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("keye_model.checkpoint.hub.snapshot_download", snapshot_download)
     with pytest.raises(ValueError, match=r"config\.json must describe Keye-VL"):
         KeyeForConditionalGeneration.from_pretrained("owner/name")
     assert asked == [False]

@@ -8,11 +8,11 @@ import torch
 
 from benchmarks.providers import trusting_cuda
 from keye_kernels import _ext, backends
+from keye_model.checkpoint.config import PREVIEW
 from keye_model.conditional_generation import KeyeForConditionalGeneration
-from keye_model.config import PREVIEW
-from keye_model.inputs import Request
-from keye_model.runner import Runners
-from tests.model.test_runner import greedy, run
+from keye_model.engine.workspace import Runners
+from keye_model.inputs.request import Request
+from tests.model.engine.test_workspace import greedy, run
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _ext.why_not() is not None,

@@ -11,7 +11,7 @@ from PIL import Image
 import keye_model
 from keye_model import KeyeForConditionalGeneration, process_vision_info
 from keye_model import KeyeProcessor as AutoProcessor
-from keye_model.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5
 
 MIXED = [
     {

@@ -12,9 +12,9 @@ from PIL import Image
 
 from keye_kernels import backends
 from keye_model import Answer, Keye
-from keye_model.config import PREVIEW, V1_5
-from keye_model.plan import Limits
-from keye_model.positions import pack
+from keye_model.checkpoint.config import PREVIEW, V1_5
+from keye_model.engine.plan import Limits
+from keye_model.inputs.positions import pack
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -244,7 +244,7 @@ def test_the_parts_of_an_answer_come_back_parsed(keye, conversations, monkeypatc
     def scripted(*_, out, **__):
         out.fill_(next(tokens))
 
-    monkeypatch.setattr("keye_model.decode_batch.sample", scripted)
+    monkeypatch.setattr("keye_model.engine.decode_batch.sample", scripted)
     answer = keye.generate(conversations[3], max_new_tokens=len(ids))
     assert (answer.analysis, answer.thinking, answer.text) == ("easy", "so", "done")
 

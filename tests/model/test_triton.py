@@ -10,14 +10,16 @@ import torch
 
 import keye_kernels
 from keye_kernels import _backends
-from keye_model import Keye, decode_batch, text, vision_batch
+from keye_model import Keye
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.conditional_generation import KeyeForConditionalGeneration
-from keye_model.config import PREVIEW, V1_5
-from keye_model.inputs import Request
-from keye_model.runner import Runners
-from keye_model.sampling import SamplingParams
+from keye_model.engine import decode_batch, vision_batch
+from keye_model.engine.sampling import SamplingParams
+from keye_model.engine.workspace import Runners
+from keye_model.inputs.request import Request
+from keye_model.network import text
+from tests.model.engine.test_workspace import run
 from tests.model.tape import LaunchTape
-from tests.model.test_runner import run
 
 GEMM = {"linear_decode"}  # a matrix product: PyTorch's, unless the CUDA extension serves it
 ELSEWHERE = {"mrope_"}  # for other models: Keye's own rotation is part of qk_norm_mrope_store

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from keye_model.cache import PagedCache
-from keye_model.config import PREVIEW, KeyeConfig, Variant
-from keye_model.inputs import Request
-from keye_model.model import KeyeModel
-from keye_model.positions import pack
-from keye_model.weights import load_model, tensor_shapes
+from keye_model.checkpoint.config import PREVIEW, KeyeConfig, Variant
+from keye_model.checkpoint.weights import load_model, tensor_shapes
+from keye_model.inputs.positions import pack
+from keye_model.inputs.request import Request
+from keye_model.network.cache import PagedCache
+from keye_model.network.model import KeyeModel
 
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
 FRAME, FAST_START, FAST_END = 80, 81, 82

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from keye_kernels import use_backend
-from keye_model.cache import PagedCache
-from keye_model.config import PREVIEW
+from keye_model.checkpoint.config import PREVIEW
+from keye_model.network.cache import PagedCache
 from tests.compare import assert_close
 from tests.model import tiny
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 pytest.importorskip("vllm", reason="run `make test-vllm`: vLLM has an environment of its own")
 
 from keye_model import KeyeForConditionalGeneration, KeyeProcessor
-from keye_model.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
 from tests.vllm.engine import clip, picture
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from vllm.multimodal.inputs import PlaceholderRange
 
-from keye_model.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
+from keye_model.inputs.positions import rope_positions
 from keye_model.integrations._vllm_model import KeyeForConditionalGeneration
 from keye_model.integrations._vllm_processor import (
     KeyeMultiModalProcessor,
     KeyeProcessingInfo,
     KeyeProcessor,
 )
-from keye_model.positions import rope_positions
 from tests.vllm.engine import clip, picture
 
 METADATA = {"fps": 10.0, "frames_indices": [0, 7, 14, 20]}

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from keye_model.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.processing.patches import VideoPatches
 
 LINES = {"preview": PREVIEW, "1.5": V1_5}

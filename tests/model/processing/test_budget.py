@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from keye_model.processing import video
+from keye_model.processing import video_processor as video
 from keye_model.processing.budget import TokenBudget
 from keye_model.processing.patches import Frame
 from keye_model.processing.video_file import VideoFile

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keye_model.processing.items import checked_item
-from keye_model.processing.video import KeyeVideoProcessor
+from keye_model.processing.video_processor import KeyeVideoProcessor
 from tests.model.processing.messages import picture, user
 
 FRAMES = [picture(), picture()]

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from keye_model.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5
+from keye_model.engine.sampling import GenerationDefaults
 from keye_model.processing.processor import KeyeProcessor
-from keye_model.sampling import GenerationDefaults
 from tests.model.processing.messages import (
     LINES,
     image,

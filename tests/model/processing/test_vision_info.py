@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from keye_model.processing.image_processor import KeyeImageProcessor
-from keye_model.processing.video import KeyeVideoProcessor
+from keye_model.processing.video_processor import KeyeVideoProcessor
 from keye_model.processing.vision_info import process_vision_info
 
 

@@ -1,0 +1,1 @@
+"""What is on disk: where a checkpoint lies, what its files say, and its weights."""

@@ -1,0 +1,1 @@
+"""What runs requests: admission, prefill, decode steps, sampling, and the plan of their cost."""

@@ -1,0 +1,79 @@
+"""The tower's layers for few patches, on buffers that never move.
+
+Rows and segments are padded to few numbers, so that a captured pass can be replayed for images of
+other sizes. Padding is a segment of its own: it changes no bit of the patches, but for what a GEMM
+of another number of rows does. That number is the same whether a pass is captured or launched.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from keye_model.engine.cuda_graph import StepGraphs, padded_rows
+from keye_model.inputs.request import Grid, upload
+from keye_model.network.vision import KeyeVisionModel, VisionStep, segments_of
+
+# More are launched as they are: their arithmetic, 2 ms and more on an H200, can hide the launches.
+MAX_PATCHES = 2048
+_MIN_PATCHES = 64
+_MAX_SEGMENTS = 64  # with the padding
+
+
+class VisionBatch:
+    """Patches of small images, padding after them.
+
+    Args:
+        visual: The tower of the calls to come: its width, dtype and device.
+        graphs: Passes are captured there. None: they are launched, with the same padding.
+    """
+
+    def __init__(self, visual: KeyeVisionModel, graphs: StepGraphs | None = None) -> None:
+        weight = visual.post_layernorm.weight
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self._x, self._residual = torch.zeros(2, MAX_PATCHES, weight.shape[0], **like)
+        self._positions = torch.zeros(MAX_PATCHES, 2, dtype=torch.int64, device=weight.device)
+        self._cu_seqlens = torch.zeros(_MAX_SEGMENTS + 1, dtype=torch.int32, device=weight.device)
+        self._graphs = graphs
+
+    def run(
+        self, visual: KeyeVisionModel, pixel_values: torch.Tensor, grid: Grid
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`visual(pixel_values, grid, final_norm=False)`; the next call overwrites what it gives.
+
+        More patches or segments than there is room for are passed on as they are.
+        """
+        num_patches = sum(t * h * w for t, h, w in grid)
+        num_segments = len(grid) if visual.joint_video_attention else sum(t for t, _, _ in grid)
+        num_segments = padded_rows(num_segments + 1)
+        if num_patches > MAX_PATCHES or num_segments > _MAX_SEGMENTS:
+            return visual(pixel_values, grid, final_norm=False)
+        positions, lengths = segments_of(grid, visual.joint_video_attention)
+        num_rows = max(padded_rows(num_patches), _MIN_PATCHES)
+        cu_seqlens = np.full(num_segments + 1, num_rows, np.int32)
+        cu_seqlens[0] = 0
+        cu_seqlens[1 : len(lengths) + 1] = np.cumsum(lengths)
+
+        device = self._x.device
+        patches = slice(num_patches)
+        visual.embed(pixel_values, grid, out=self._x[patches])
+        self._positions[patches].copy_(upload(torch.from_numpy(positions), device))
+        self._cu_seqlens[: len(cu_seqlens)].copy_(upload(torch.from_numpy(cu_seqlens), device))
+        step = partial(self._step, visual, num_rows, num_segments)
+        if self._graphs is None:
+            step()
+        else:
+            self._graphs.run(("vision", num_rows, num_segments), step)
+        return self._x[patches], self._residual[patches]
+
+    def _step(self, visual: KeyeVisionModel, num_rows: int, num_segments: int) -> None:
+        rows = slice(num_rows)
+        # No schedule: the number of its tiles depends on the lengths.
+        step = VisionStep(
+            self._positions[rows], self._cu_seqlens[: num_segments + 1], num_rows, None
+        )
+        branch, residual = visual.encode(self._x[rows], step)
+        self._x[rows].copy_(branch)
+        self._residual[rows].copy_(residual)

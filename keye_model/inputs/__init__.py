@@ -1,0 +1,1 @@
+"""What the processor makes and the model reads. Imports neither of them."""

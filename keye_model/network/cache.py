@@ -1,0 +1,260 @@
+"""The paged key/value cache: fixed pages on the device, their bookkeeping on the host.
+
+A sequence owns whole pages, in any order; its block table lists them. Nothing is ever moved or
+cleared: a row that no sequence has written is never read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from keye_model.checkpoint.config import KeyeTextConfig
+from keye_model.inputs.request import upload
+
+PAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Where one forward pass over new tokens reads and writes the cache.
+
+    Attributes:
+        slot_mapping: [num_tokens], int64: page * page_size + row of each new token.
+        block_table: [batch_size, max_pages], int32: pages of each sequence; entries past its last
+            page are 0 and not read.
+        cu_seqlens_q: [batch_size + 1], int32: where each sequence's new tokens start.
+        cache_seqlens: [batch_size], int32: tokens of each sequence, the new ones included.
+        max_seqlen_q, max_seqlen_k: Most new tokens, and most tokens, of a sequence, or more.
+        is_decode: Every sequence adds exactly one token.
+    """
+
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cache_seqlens: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    is_decode: bool
+
+
+@dataclass
+class _Sequence:
+    num_tokens: int = 0
+    pages: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+class PagedCache:
+    """Keys and values of all layers for many sequences of growing length.
+
+    Attributes:
+        k, v: [num_layers, num_pages, page_size, num_kv_heads, head_dim].
+    """
+
+    def __init__(
+        self,
+        config: KeyeTextConfig,
+        num_pages: int,
+        *,
+        page_size: int = PAGE_SIZE,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        num_layers: int | None = None,
+    ) -> None:
+        """Allocate the pages.
+
+        Args:
+            config: Gives the number of layers, of key/value heads, and their size.
+            num_pages: Pages of each layer.
+            page_size: Tokens in a page, a multiple of 16.
+            dtype, device: Of the pages; those of the model.
+            num_layers: Layers with pages of their own; 1 makes all layers share one set, which
+                serves a single pass over whole sequences. None: every layer.
+        """
+        if num_pages < 1:
+            raise ValueError(f"num_pages must be positive, got {num_pages}")
+        if page_size < 1 or page_size % 16:
+            raise ValueError(f"page_size must be a positive multiple of 16, got {page_size}")
+        if num_layers not in (None, 1, config.num_hidden_layers):
+            raise ValueError(
+                f"num_layers must be None, 1 or {config.num_hidden_layers}, got {num_layers}"
+            )
+        self.num_pages, self.page_size = num_pages, page_size
+        self.device = torch.device(device)
+        layers = num_layers or config.num_hidden_layers
+        shape = (layers, num_pages, page_size, config.num_key_value_heads, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=self.device)
+        self.v = torch.empty(shape, dtype=dtype, device=self.device)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._sequences: dict[int, _Sequence] = {}
+        self._handles = itertools.count()
+
+    @classmethod
+    def for_single_pass(
+        cls,
+        config: KeyeTextConfig,
+        seqlens: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> tuple[PagedCache, CacheStep]:
+        """A cache that all layers share, for one pass over whole sequences, and its step.
+
+        Each layer writes all its keys and values before it reads them, so what the layer before
+        it left there is never seen.
+        """
+        num_pages = sum(-(-length // PAGE_SIZE) for length in seqlens)
+        cache = cls(config, num_pages, dtype=dtype, device=device, num_layers=1)
+        return cache, cache.step([cache.add() for _ in seqlens], seqlens)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, [num_pages, page_size, num_kv_heads, head_dim] each."""
+        index = index if self.k.shape[0] > 1 else 0
+        return self.k[index], self.v[index]
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages of all layers."""
+        return self.k.nbytes + self.v.nbytes
+
+    def pages_needed(self, num_tokens: int) -> int:
+        """Pages of a sequence of `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def num_tokens(self, handle: int) -> int:
+        """Tokens of a sequence so far."""
+        return self._sequence(handle).num_tokens
+
+    def add(self, num_tokens: int = 0) -> int:
+        """Start an empty sequence with pages for `num_tokens` tokens; it takes more as it grows.
+
+        Returns:
+            Its handle.
+
+        Raises:
+            RuntimeError: There are too few free pages; nothing has changed then.
+        """
+        sequence = _Sequence()
+        self._take([sequence], [num_tokens])
+        handle = next(self._handles)
+        self._sequences[handle] = sequence
+        return handle
+
+    def pages(self, handle: int) -> np.ndarray:
+        """Pages of a sequence in order, int32."""
+        return self._sequence(handle).pages
+
+    def free(self, handle: int) -> None:
+        """Forget a sequence and give its pages back."""
+        self._free += self._sequence(handle).pages[::-1].tolist()
+        del self._sequences[handle]
+
+    def step(self, handles: Sequence[int], new_tokens: Sequence[int]) -> CacheStep:
+        """Make room for new tokens and say where they go.
+
+        Args:
+            handles: The sequences of one forward pass, in packed order.
+            new_tokens: Tokens each of them adds, at least one.
+
+        Raises:
+            ValueError: A handle is unknown or doubled, or a count is not positive.
+            RuntimeError: There are too few free pages; nothing has changed then.
+        """
+        if not handles or len(set(handles)) != len(handles):
+            raise ValueError(f"handles must be distinct and not empty, got {list(handles)}")
+        if len(new_tokens) != len(handles) or min(new_tokens) < 1:
+            raise ValueError(
+                f"new_tokens must hold {len(handles)} positive counts, got {list(new_tokens)}"
+            )
+        sequences = [self._sequence(handle) for handle in handles]
+        self._take(sequences, new_tokens)
+        for sequence, new in zip(sequences, new_tokens, strict=True):
+            sequence.num_tokens += new
+        return self._describe(sequences, np.array(new_tokens, np.int64))
+
+    def advance(self, handles: Sequence[int]) -> int:
+        """Count one more token of each sequence, which the device places by itself.
+
+        Returns:
+            Tokens of the longest of them.
+
+        Raises:
+            ValueError: A handle is unknown.
+            RuntimeError: A sequence has no room in the pages it owns; it takes none here.
+        """
+        sequences = [self._sequence(handle) for handle in handles]
+        for handle, sequence in zip(handles, sequences, strict=True):
+            room = len(sequence.pages) * self.page_size
+            if sequence.num_tokens >= room:
+                raise RuntimeError(
+                    f"sequence {handle} must own pages for another token, got room for {room}"
+                )
+        for sequence in sequences:
+            sequence.num_tokens += 1
+        return max(sequence.num_tokens for sequence in sequences)
+
+    def _take(self, sequences: Sequence[_Sequence], new_tokens: Sequence[int]) -> None:
+        """Give each sequence the pages it lacks for so many new tokens."""
+        wanted = [
+            max(self.pages_needed(s.num_tokens + new) - len(s.pages), 0)
+            for s, new in zip(sequences, new_tokens, strict=True)
+        ]
+        if sum(wanted) > len(self._free):
+            raise RuntimeError(
+                f"the cache must have {sum(wanted)} free pages of {self.page_size} tokens for "
+                f"{sum(new_tokens)} new tokens, got {len(self._free)} free of {self.num_pages}"
+            )
+        for sequence, pages in zip(sequences, wanted, strict=True):
+            if pages:
+                taken = [self._free.pop() for _ in range(pages)]
+                sequence.pages = np.append(sequence.pages, np.array(taken, np.int32))
+
+    def _describe(self, sequences: list[_Sequence], new_tokens: np.ndarray) -> CacheStep:
+        lengths = np.array([s.num_tokens for s in sequences], np.int64)
+        table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int32)
+        for row, sequence in zip(table, sequences, strict=True):
+            row[: len(sequence.pages)] = sequence.pages
+        cu_seqlens_q = np.concatenate([[0], np.cumsum(new_tokens)])
+
+        batch = np.repeat(np.arange(len(sequences)), new_tokens)  # sequence of each new token
+        index = np.arange(len(batch)) + (lengths - cu_seqlens_q[1:])[batch]  # its place in it
+        page = table[batch, index // self.page_size].astype(np.int64)
+        slots = page * self.page_size + index % self.page_size
+
+        cu_seqlens_q, cache_seqlens, block_table = self._upload(cu_seqlens_q, lengths, table)
+        return CacheStep(
+            slot_mapping=upload(torch.from_numpy(slots), self.device),
+            block_table=block_table,
+            cu_seqlens_q=cu_seqlens_q,
+            cache_seqlens=cache_seqlens,
+            max_seqlen_q=int(new_tokens.max()),
+            max_seqlen_k=int(lengths.max()),
+            is_decode=bool((new_tokens == 1).all()),
+        )
+
+    def _upload(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Several arrays as int32 on the device, in one copy."""
+        # Each starts at 16 bytes: kernels are compiled for aligned pointers.
+        ends = np.cumsum([-(-a.size // 4) * 4 for a in arrays])
+        buffer = np.zeros(ends[-1], np.int32)
+        starts = [0, *ends[:-1]]
+        for start, array in zip(starts, arrays, strict=True):
+            buffer[start : start + array.size] = array.ravel()
+        uploaded = upload(torch.from_numpy(buffer), self.device)
+        return [
+            uploaded[start : start + array.size].view(array.shape)
+            for start, array in zip(starts, arrays, strict=True)
+        ]
+
+    def _sequence(self, handle: int) -> _Sequence:
+        if handle not in self._sequences:
+            raise ValueError(f"handle must be of a sequence in the cache, got {handle}")
+        return self._sequences[handle]

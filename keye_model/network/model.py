@@ -1,0 +1,166 @@
+"""The model without its output head: vision tower, projector and text decoder, joined by packing.
+
+Everything runs on one packed sequence: no padding, no loop over images, and after the first kernel
+no value is read back from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from keye_model.checkpoint.config import KeyeConfig
+from keye_model.engine.vision_batch import VisionBatch
+from keye_model.inputs import positions
+from keye_model.inputs.request import Grid, PackedInputs, host_grid, upload
+from keye_model.network.cache import CacheStep, PagedCache
+from keye_model.network.projector import KeyeProjector
+from keye_model.network.text import KeyeTextModel
+from keye_model.network.vision import KeyeVisionModel, split_grid
+
+# Bounds a tower call to about 2 GB of activations in bf16 at the published widths.
+MAX_PATCHES_PER_CALL = 65536
+
+GridLike = torch.Tensor | Sequence[Sequence[int]]
+
+
+class KeyeModel(nn.Module):
+    """Vision tower, projector and text decoder, under the names of the published code."""
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = KeyeVisionModel(config)
+        self.mlp_AR = KeyeProjector(config)
+        self.language_model = KeyeTextModel(config.text_config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.embed_tokens.weight.dtype
+
+    def forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+    ) -> torch.Tensor:
+        """Decode packed embeddings, [num_tokens, hidden_size] in and out; see `KeyeTextModel`."""
+        return self.language_model(hidden, positions, cache, step)
+
+    def embed(
+        self,
+        packed: PackedInputs,
+        max_patches_per_call: int = MAX_PATCHES_PER_CALL,
+        vision_batch: VisionBatch | None = None,
+    ) -> torch.Tensor:
+        """Embed packed requests, vision features in the place of their placeholders.
+
+        Args:
+            packed: From `pack`; its tensors may lie on the host.
+            max_patches_per_call: Bounds the memory of the tower. Calls are cut between attention
+                segments only, so the result stays the same; a longer segment is not cut.
+            vision_batch: Small calls run there. None: all are launched as they come.
+
+        Returns:
+            [num_tokens, hidden_size], in the model's dtype, on its device.
+
+        Raises:
+            ValueError: An id is outside the vocabulary, or max_patches_per_call is not positive.
+        """
+        vocab_size = self.config.text_config.vocab_size
+        if not 0 <= int(packed.input_ids.min()) <= int(packed.input_ids.max()) < vocab_size:
+            raise ValueError(
+                f"input_ids must be in [0, {vocab_size}), got {int(packed.input_ids.min())} to "
+                f"{int(packed.input_ids.max())}"
+            )
+        hidden = self.language_model.embed_tokens(upload(packed.input_ids, self.device))
+        for pixels, grid, index in (
+            (packed.pixel_values, packed.image_grid_thw, packed.image_index),
+            (packed.pixel_values_videos, packed.video_grid_thw, packed.video_index),
+        ):
+            index, first = upload(index, self.device), 0
+            for features in self._encode(pixels, grid, max_patches_per_call, vision_batch):
+                last = first + features.shape[0]
+                hidden.index_copy_(0, index[first:last], features)
+                first = last
+        return hidden
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: GridLike
+    ) -> torch.Tensor:
+        """Features of images, one for each placeholder token.
+
+        Args:
+            pixel_values: [num_patches, 3, patch_size, patch_size], uint8 (raw bytes) or float
+                (already normalised), on any device.
+            image_grid_thw: [num_images, 3], in patches. A GPU tensor is copied to the host once.
+
+        Returns:
+            [num_patches / 4, text hidden_size], in the model's dtype.
+
+        Raises:
+            ValueError: The grid is malformed or does not add up to the patches.
+        """
+        return self._features("image_grid_thw", pixel_values, image_grid_thw)
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: GridLike
+    ) -> torch.Tensor:
+        """Features of videos; as `get_image_features`."""
+        return self._features("video_grid_thw", pixel_values_videos, video_grid_thw)
+
+    def get_rope_index(
+        self,
+        input_ids: torch.Tensor,
+        image_grid_thw: GridLike | None = None,
+        video_grid_thw: GridLike | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        num_frames: torch.Tensor | Sequence[int] | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """3D positions of a padded batch; see `keye_model.inputs.positions.get_rope_index`."""
+        return positions.get_rope_index(
+            self.config,
+            input_ids,
+            image_grid_thw,
+            video_grid_thw,
+            second_per_grid_ts,
+            num_frames,
+            attention_mask,
+        )
+
+    def _features(self, name: str, pixels: torch.Tensor, grid_thw: GridLike) -> torch.Tensor:
+        grid = host_grid(name, grid_thw)
+        num_patches = sum(t * h * w for t, h, w in grid)
+        if num_patches == 0 or pixels.shape[0] != num_patches:
+            raise ValueError(
+                f"{name} must add up to the {pixels.shape[0]} patches given, got {num_patches}"
+            )
+        return torch.cat(list(self._encode(pixels, grid, MAX_PATCHES_PER_CALL)))
+
+    def _encode(
+        self,
+        pixels: torch.Tensor | None,
+        grid: Grid,
+        max_patches: int,
+        vision_batch: VisionBatch | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Features of consecutive parts of `grid`; only a part's pixels lie on the device."""
+        if max_patches < 1:
+            raise ValueError(f"max_patches_per_call must be positive, got {max_patches}")
+        first = 0
+        for part in split_grid(grid, self.visual.joint_video_attention, max_patches):
+            last = first + sum(t * h * w for t, h, w in part)
+            patches = upload(pixels[first:last], self.device)
+            if vision_batch is None:
+                branch, residual = self.visual(patches, part, final_norm=False)
+            else:
+                branch, residual = vision_batch.run(self.visual, patches, part)
+            norm = self.visual.post_layernorm
+            features = self.mlp_AR(branch, part, residual=residual, tower_norm=norm)
+            del patches, branch, residual  # the next part needs their memory
+            yield features
+            first = last

@@ -1,0 +1,340 @@
+"""Sampled frames → patches: the checkpoint's video processor, for both lines.
+
+8B-Preview ("1.0", keye-vl-utils 1.0.0 and image_processing_keye.py) gives all frames of a video one
+size, resized a second time under the image processor's bounds. 1.5 ("1.5", keye-vl-utils 1.5.x and
+the transformers port) gives slow and fast frames a size each and writes times into the prompt.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from keye_model.checkpoint.config import KeyeConfig
+from keye_model.checkpoint.hub import locate, read_json
+from keye_model.processing.batch import BatchFeature
+from keye_model.processing.budget import TokenBudget
+from keye_model.processing.fetch import describe
+from keye_model.processing.image import load_image, normalize, patchify, processor_size
+from keye_model.processing.image_processor import KeyeImageProcessor
+from keye_model.processing.items import checked_item
+from keye_model.processing.patches import Frame, VideoPatches
+from keye_model.processing.slow_fast import FrameSizes, frame_sizes, resize_bilinear
+from keye_model.processing.video_file import VideoFile
+from keye_model.processing.video_loading import sample_1_5, sample_preview
+from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR, preview_frame_size
+
+VIDEO_KEYWORDS = {"1.0": {"fps"}, "1.5": {*FrameSizes._fields, "timestamps", "frame_types"}}
+
+
+class KeyeVideoProcessor:
+    """Turns videos into patches.
+
+    Attributes:
+        image_processor: Whose patch size, pixel statistics and, for 8B-Preview, bounds and filter
+            apply to frames too; changes to it hold from the next video on.
+        version: "1.0" (8B-Preview) or "1.5": the line whose rules apply.
+        local_files_only: Refuse https URLs. ``HF_HUB_OFFLINE=1`` does the same.
+    """
+
+    def __init__(
+        self,
+        image_processor: KeyeImageProcessor | None = None,
+        *,
+        version: str = "1.0",
+        local_files_only: bool = False,
+    ) -> None:
+        if version not in VIDEO_KEYWORDS:
+            raise ValueError(f"version must be '1.0' or '1.5', got {version!r}")
+        self.image_processor = image_processor or KeyeImageProcessor(version=version)
+        if self.image_processor.factor != FACTOR:
+            raise NotImplementedError(
+                f"patch_size times merge_size must be {FACTOR} for videos, got "
+                f"{self.image_processor.factor}"
+            )
+        self.version = version
+        self.local_files_only = local_files_only
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | os.PathLike, *, local_files_only: bool = False
+    ) -> KeyeVideoProcessor:
+        """Read `preprocessor_config.json`, and the line from `config.json` if it is there.
+
+        Raises:
+            FileNotFoundError: No such checkpoint, or it lacks `preprocessor_config.json`.
+            ValueError: A value of a file is out of range, or the model is another one.
+        """
+        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
+        version = None
+        if read_json(directory, "config.json", required=False) is not None:
+            version = KeyeConfig.from_pretrained(directory).variant.video_version
+        images = KeyeImageProcessor.from_pretrained(
+            directory, version=version, local_files_only=local_files_only
+        )
+        return cls(images, version=images.version, local_files_only=local_files_only)
+
+    def patches(
+        self, item: Mapping[str, Any], *, budget: TokenBudget | None = None
+    ) -> VideoPatches:
+        """Sample, resize and cut up the video of one message item.
+
+        The same as `process_vision_info` followed by `patches_from_frames`.
+
+        Args:
+            item: ``{"type": "video", "video": source, ...}``; see `sample_preview` and
+                `sample_1_5` for the sources and keys of each line.
+            budget: What the prompt has left. A video that does not fit is refused before its frames
+                are decoded (8B-Preview, a file) or resized (1.5).
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError, RuntimeError: As `VideoFile`, or a key is out
+                of range.
+        """
+        item = checked_item(item, "video", "a video item", self.version)
+        budget = budget or TokenBudget()
+        if self.version == "1.0":
+            frames, fps = sample_preview(
+                item,
+                local_files_only=self.local_files_only,
+                before_reading=partial(self._check_preview, budget),
+            )
+            return self._preview_patches(frames, fps)
+        frames, options = sample_1_5(item, local_files_only=self.local_files_only)
+        num_fast = int(options["frame_types"].sum())
+        slow, fast = (options[f"{k}height"] * options[f"{k}width"] for k in ("", "fast_"))
+        budget.check(
+            ((len(frames) - num_fast) * slow + num_fast * fast) // FACTOR**2,
+            f"video {describe(item['video'])} with {len(frames)} frames",
+            "a lower video_total_pixels or max_frames may fit",
+        )
+        return self._patches_1_5(frames, **options)
+
+    def patches_from_frames(self, frames: Any, **options: Any) -> VideoPatches:
+        """Resize and cut up frames that `process_vision_info` sampled, ours or the published one.
+
+        Args:
+            frames: [frames, 3, height, width], uint8 or whole numbers 0 to 255 in floating point;
+                or a sequence of pictures, each what `load_image` takes.
+            options: What `process_vision_info` returned beside them for this video. "1.0": ``fps``
+                (2.0 if absent, as published). "1.5": ``height``, ``width``, ``fast_height``,
+                ``fast_width`` (absent: by `frame_sizes`), ``timestamps``, ``frame_types`` (absent:
+                no times, all slow).
+
+        Raises:
+            TypeError: An option of the other line.
+            ValueError: No frames, other values, or as many times or types as there are no frames.
+        """
+        self._check_keywords(options)
+        if len(frames) == 0:
+            raise ValueError("videos must have at least one frame, got none")
+        if self.version == "1.0":
+            return self._preview_patches(frames, float(options.get("fps", DEFAULT_FPS)))
+        return self._patches_1_5([frame_bytes(frame) for frame in frames], **options)
+
+    def patches_of_each(self, videos: Any, **options: Any) -> list[VideoPatches]:
+        """`patches_from_frames` of one video or of each in a list; of None, an empty list.
+
+        Args:
+            options: As there; one value for all videos, or a list with one for each.
+
+        Raises:
+            ValueError: A list of another length; else as there.
+        """
+        self._check_keywords(options)
+        videos = [] if videos is None else videos
+        several = isinstance(videos, (list, tuple)) and all(map(_is_video, videos))
+        videos = list(videos) if several else [videos]
+        shares = _shares(options, len(videos))
+        return [
+            self.patches_from_frames(video, **share)
+            for video, share in zip(videos, shares, strict=True)
+        ]
+
+    def __call__(self, videos: Any, return_tensors: str = "pt", **options: Any) -> BatchFeature:
+        """Patches of one sampled video or a list of them, as the model's forward takes them.
+
+        Args:
+            videos: Frames of one video, or a list of videos, each as in `patches_from_frames`.
+            options: As in `patches_of_each`.
+
+        Returns:
+            pixel_values_videos: [num_patches, 3, patch, patch], fp32, normalised.
+            video_grid_thw: [num_rows, 3], int64, in patches.
+            second_per_grid_ts: "1.0": [num_videos], fp32, seconds between frames.
+            num_frames: "1.5": [num_videos], int64, rows of ``video_grid_thw`` each video has.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        cut = self.patches_of_each(videos, **options)
+        if not cut:
+            raise ValueError("videos must hold at least one video, got none")
+        rows = [row for video in cut for row in video.grid_thw]
+        batch = BatchFeature(
+            pixel_values_videos=self.normalize(torch.cat([video.pixels for video in cut])),
+            video_grid_thw=torch.tensor(rows),
+        )
+        if self.version == "1.0":
+            seconds = [video.seconds_per_frame for video in cut]
+            batch["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
+        else:
+            batch["num_frames"] = torch.tensor([len(video.grid_thw) for video in cut])
+        return batch
+
+    preprocess = __call__
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raw bytes [N, 3, patch, patch] → fp32, by the image processor's mean and std."""
+        return normalize(pixels, self.image_processor.image_mean, self.image_processor.image_std)
+
+    def _check_keywords(self, options: Mapping[str, Any]) -> None:
+        if unknown := sorted(set(options) - VIDEO_KEYWORDS[self.version]):
+            raise TypeError(
+                f"video keywords for release {self.version} must be among "
+                f"{', '.join(sorted(VIDEO_KEYWORDS[self.version]))}, got {', '.join(unknown)}"
+            )
+
+    def _preview_patches(self, frames: Sequence[Any], fps: float) -> VideoPatches:
+        """All frames to the size that the image processor's rule gives the first."""
+        if not fps > 0:
+            raise ValueError(f"fps must be a positive number, got {fps}")
+        images = self.image_processor
+        size = self._preview_size(*frame_bytes(frames[0]).shape[1:])
+        rows, columns = (side // images.patch_size for side in size)
+        kinds = (Frame(rows, columns, None),) * len(frames)
+        resized = (_resize_pillow(frame_bytes(frame), *size, images.resample) for frame in frames)
+        return VideoPatches(self._cut(resized, kinds), kinds, 1 / fps)
+
+    def _check_preview(
+        self, budget: TokenBudget, video: VideoFile, count: int, options: Mapping[str, Any]
+    ) -> None:
+        """Refuse a file by its header's frame size; turned by a quarter, it has as many tokens."""
+
+        def tokens_of(number: int) -> int:
+            size = preview_frame_size(*video.coded_size, number, options)
+            height, width = self._preview_size(*size)
+            return number * height * width // FACTOR**2
+
+        if 0 not in video.coded_size:
+            key = "nframes" if "nframes" in options else "max_frames"
+            budget.check_frames(count, tokens_of, video.name, key)
+
+    def _preview_size(self, height: int, width: int) -> tuple[int, int]:
+        images = self.image_processor
+        return processor_size(
+            height,
+            width,
+            factor=images.factor,
+            min_pixels=images.min_pixels,
+            max_pixels=images.max_pixels,
+            version="1.0",
+        )
+
+    def _patches_1_5(
+        self,
+        frames: Collection[torch.Tensor],
+        *,
+        timestamps: Sequence[float] | torch.Tensor | None = None,
+        frame_types: Sequence[int] | torch.Tensor | None = None,
+        **sizes: int,
+    ) -> VideoPatches:
+        """Slow frames to one size, fast ones to another, with no second resize."""
+        count = len(frames)
+        fast = [False] * count if frame_types is None else [bool(kind) for kind in frame_types]
+        times = [None] * count if timestamps is None else [float(time) for time in timestamps]
+        for name, values in (("frame_types", fast), ("timestamps", times)):
+            if len(values) != count:
+                raise ValueError(
+                    f"{name} must have one value for each of {count} frames, got {len(values)}"
+                )
+        if not sizes:
+            first = next(iter(frames))
+            counts = fast.count(False), fast.count(True)
+            sizes = frame_sizes(*first.shape[1:], *counts)._asdict()
+        size = _checked_sizes(sizes)
+        patch = self.image_processor.patch_size
+        slow_size, fast_size = (size.height, size.width), (size.fast_height, size.fast_width)
+        chosen = [fast_size if is_fast else slow_size for is_fast in fast]
+        kinds = tuple(
+            Frame(height // patch, width // patch, time, is_fast)
+            for (height, width), time, is_fast in zip(chosen, times, fast, strict=True)
+        )
+        resized = (resize_bilinear(frame, *to) for frame, to in zip(frames, chosen, strict=True))
+        span = times[-1] - times[0] if None not in times else 0.0
+        seconds = span / (count - 1) if span > 0 else 1 / DEFAULT_FPS
+        return VideoPatches(self._cut(resized, kinds), kinds, seconds)
+
+    def _cut(self, frames: Iterable[torch.Tensor], kinds: Sequence[Frame]) -> torch.Tensor:
+        """Patches of resized frames in one tensor, filled as the frames come."""
+        patch = self.image_processor.patch_size
+        counts = [kind.rows * kind.columns for kind in kinds]
+        pixels = torch.empty((sum(counts), 3, patch, patch), dtype=torch.uint8)
+        for out, frame in zip(pixels.split(counts), frames, strict=True):
+            out.copy_(patchify(frame[None], patch))
+        return pixels
+
+
+def frame_bytes(frame: Any) -> torch.Tensor:
+    """One frame as [3, height, width] uint8.
+
+    Args:
+        frame: What `load_image` takes, or a floating-point tensor or array of whole numbers 0 to
+            255, as keye-vl-utils 1.0.0 returns them.
+    """
+    if isinstance(frame, np.ndarray):
+        frame = torch.from_numpy(frame)
+    if isinstance(frame, torch.Tensor):
+        if frame.is_floating_point():
+            whole = frame.clamp(0, 255).round()
+            if not torch.equal(whole, frame):
+                raise ValueError("floating-point frames must hold whole numbers from 0 to 255")
+            frame = whole.to(torch.uint8)
+        if frame.dim() == 3 and frame.shape[0] == 3 and frame.dtype == torch.uint8:
+            return frame.cpu()
+    picture = load_image(frame, alpha="drop")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _resize_pillow(frame: torch.Tensor, height: int, width: int, resample: int) -> torch.Tensor:
+    if frame.shape[1:] == (height, width):
+        return frame
+    picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
+    resized = np.array(picture.resize((width, height), resample=resample))
+    return torch.from_numpy(resized).permute(2, 0, 1)
+
+
+def _checked_sizes(sizes: Mapping[str, int]) -> FrameSizes:
+    missing = [name for name in FrameSizes._fields if name not in sizes]
+    if missing:
+        raise ValueError(f"{', '.join(sorted(sizes))} must come with {', '.join(missing)}")
+    found = FrameSizes(**{name: int(size) for name, size in sizes.items()})
+    for name, size in found._asdict().items():
+        if size < FACTOR or size % FACTOR:
+            raise ValueError(f"{name} must be a positive multiple of {FACTOR}, got {size}")
+    return found
+
+
+def _is_video(value: Any) -> bool:
+    """Whether an entry of a list is a video of its own rather than one frame."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4
+
+
+def _shares(options: Mapping[str, Any], num_videos: int) -> list[dict[str, Any]]:
+    """Each video's keywords, from lists with one value for each or one value for all."""
+    shares: list[dict[str, Any]] = [{} for _ in range(num_videos)]
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [value] * num_videos
+        if len(values) != num_videos:
+            raise ValueError(
+                f"{name} must have one value for each of {num_videos} videos, got {len(values)}"
+            )
+        for share, one in zip(shares, values, strict=True):
+            if one is not None:
+                share[name] = one
+    return shares

@@ -1,0 +1,307 @@
+"""The generation loop on tokens alone: against full recomputation, and against itself."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from keye_model.checkpoint.config import PREVIEW, V1_5
+from keye_model.conditional_generation import KeyeForConditionalGeneration
+from keye_model.engine import scheduler as generation_module
+from keye_model.engine.plan import Limits
+from keye_model.engine.sampling import SamplingParams
+from keye_model.engine.scheduler import Generation
+from keye_model.inputs.positions import pack
+from keye_model.inputs.request import Request
+
+GREEDY = SamplingParams(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])
+def model(request, checkpoints):
+    return KeyeForConditionalGeneration.from_pretrained(
+        checkpoints[request.param], device_map="auto"
+    )
+
+
+@pytest.fixture(scope="module")
+def requests(model):
+    """Words alone, one token, an image, an image and a video, a video of two frames."""
+    config, generator = model.config, torch.Generator().manual_seed(5)
+
+    def pixels(*grid):
+        count = sum(t * h * w for t, h, w in grid)
+        return torch.randint(0, 256, (count, 3, 14, 14), generator=generator, dtype=torch.uint8)
+
+    def vision(token_id, count):
+        return [config.vision_start_token_id, *[token_id] * count, config.vision_end_token_id]
+
+    image, video = config.image_token_id, config.video_token_id
+    picture, clip = (1, 4, 6), (2, 4, 4)
+    return [
+        Request(torch.tensor([5, 6, 7, 8, 9, 10, 11])),
+        Request(torch.tensor([42])),
+        Request(torch.tensor([9, *vision(image, 6), 3]), pixels(picture), (picture,)),
+        Request(
+            torch.tensor([1, 2, *vision(image, 6), 7, *vision(video, 8), 8]),
+            pixels(picture),
+            (picture,),
+            pixels(clip),
+            (clip,),
+            (0.5,),
+        ),
+        Request(torch.tensor([*vision(video, 8), 30, 31]), None, (), pixels(clip), (clip,), (1.0,)),
+    ]
+
+
+def run(model, requests, params=GREEDY, eos=(), limits=None):
+    """Token ids and finish reason of each request."""
+    params = params if isinstance(params, list) else [params] * len(requests)
+    generation = Generation(
+        model.model, model.lm_head, requests, params, eos_token_ids=eos, limits=limits
+    )
+    ids, reasons = [[] for _ in requests], [None] * len(requests)
+    for token in generation:
+        assert reasons[token.request] is None, "a token came after the last one"
+        ids[token.request].append(token.token_id)
+        reasons[token.request] = token.finish_reason
+    return ids, reasons
+
+
+def recompute(model, request, num_tokens):
+    """Greedy tokens with no cache: the whole sequence again for each of them."""
+    packed = pack([request], model.config)
+    ids = request.input_ids
+    position = packed.next_positions[0]
+    positions, new = packed.positions, []
+    for _ in range(num_tokens):
+        out = model(
+            ids[None],
+            pixel_values=request.pixel_values,
+            image_grid_thw=request.image_grid_thw,
+            pixel_values_videos=request.pixel_values_videos,
+            video_grid_thw=request.video_grid_thw,
+            second_per_grid_ts=request.second_per_grid_ts,
+            position_ids=positions[:, None],
+        )
+        new.append(int(out.logits[0, -1].argmax()))
+        ids = torch.cat([ids, torch.tensor(new[-1:])])
+        positions = torch.cat([positions, torch.full((3, 1), position)], dim=1)
+        position += 1
+    return new
+
+
+def test_batch_equals_full_recomputation(model, requests):
+    ids, reasons = run(model, requests)
+    assert ids == [recompute(model, request, 6) for request in requests]
+    assert reasons == ["length"] * len(requests)
+    assert len({tuple(row) for row in ids}) == len(ids), "the prompts must matter"
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(max_prefill_tokens=1),
+        Limits(max_prefill_tokens=7),
+        Limits(max_patches_per_call=1),
+        Limits(max_cache_tokens=64),
+        Limits(max_cache_tokens=128),
+    ],
+    ids=["1 token", "chunks end inside images", "1 patch", "one at a time", "two at a time"],
+)
+def test_limits_do_not_change_tokens(model, requests, limits):
+    assert run(model, requests, limits=limits) == run(model, requests)
+
+
+def test_all_pages_come_back(model, requests):
+    generation = Generation(
+        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
+    )
+    caches = [generation._runner.cache for _ in generation]
+    assert len(caches) == 6 * len(requests)
+    assert caches[0].num_pages == sum(-(-(r.input_ids.numel() + 5) // 64) for r in requests)
+    assert caches[-1].num_free_pages == caches[-1].num_pages
+
+
+def test_so_many_requests_run_at_once(model, requests, monkeypatch):
+    whole = run(model, requests)
+    monkeypatch.setattr(generation_module, "MAX_ROWS", 2)
+    generation = Generation(
+        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
+    )
+    ids = [[] for _ in requests]
+    for token in generation:
+        ids[token.request].append(token.token_id)
+        assert len(generation._running) <= 2
+    assert ids == whole[0]
+
+
+def test_stop_ids_end_one_request(model, requests):
+    greedy, _ = run(model, requests)
+    eos = greedy[2][2]
+    ids, reasons = run(model, requests, eos=(eos,))
+    for row, reason, whole in zip(ids, reasons, greedy, strict=True):
+        end = whole.index(eos) + 1 if eos in whole else len(whole)
+        assert row == whole[:end]
+        assert reason == ("stop" if eos in whole else "length")
+    assert len(ids[2]) <= 3
+
+
+def test_either_stop_id_ends_a_request(model, requests):
+    greedy, _ = run(model, requests[:2])
+    eos = (greedy[0][1], greedy[1][2])
+    ids, reasons = run(model, requests[:2], eos=eos)
+    assert reasons == ["stop", "stop"]
+    assert [row[-1] in eos for row in ids] == [True, True]
+    assert [len(row) for row in ids] == [
+        next(n for n, token in enumerate(row, 1) if token in eos) for row in greedy
+    ]
+
+
+def test_stop_from_outside(model, requests):
+    generation = Generation(
+        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
+    )
+    counts = [0] * len(requests)
+    for token in generation:
+        counts[token.request] += 1
+        if token.request == 1:
+            generation.stop(1)
+    assert counts == [6, 1, 6, 6, 6]
+
+
+def test_stop_before_admission(model, requests):
+    generation = Generation(
+        model.model,
+        model.lm_head,
+        requests[:2],
+        [GREEDY] * 2,
+        eos_token_ids=(),
+        limits=Limits(max_cache_tokens=64),
+    )
+    generation.stop(1)
+    assert {token.request for token in generation} == {0}
+
+
+def test_different_lengths_leave_the_batch_one_by_one(model, requests):
+    params = [SamplingParams(max_new_tokens=n) for n in (1, 5, 2, 4, 3)]
+    whole, _ = run(model, requests)
+    ids, _ = run(model, requests, params)
+    assert ids == [row[: p.max_new_tokens] for row, p in zip(whole, params, strict=True)]
+
+
+def test_sampled_tokens_do_not_depend_on_neighbours(model, requests):
+    params = [SamplingParams(8, temperature=1.5, top_k=50, top_p=0.99, seed=s) for s in range(5)]
+    batch, _ = run(model, requests, params)
+    alone = [run(model, [r], [p])[0][0] for r, p in zip(requests, params, strict=True)]
+    assert batch == alone
+    assert run(model, requests[::-1], params[::-1])[0] == alone[::-1]
+    assert run(model, requests, limits=Limits(max_cache_tokens=64), params=params)[0] == alone
+
+
+def test_seeds_matter(model, requests):
+    params = [SamplingParams(8, temperature=1.5, seed=seed) for seed in range(4)]
+    ids, _ = run(model, [requests[0]] * 4, params)
+    assert len({tuple(row) for row in ids}) == 4
+
+
+def test_repetition_penalty_counts_prompt_and_answer(model, requests):
+    prompt = requests[0]
+    strong = SamplingParams(24, repetition_penalty=1e9)
+    ids, _ = run(model, [prompt], strong)
+    assert len(set(ids[0])) == 24
+    assert not set(ids[0]) & set(prompt.input_ids.tolist())
+    mixed, _ = run(model, [prompt, requests[2]], [strong, dataclasses.replace(GREEDY)])
+    assert mixed == [ids[0], run(model, [requests[2]])[0][0]]
+
+
+def test_a_generated_placeholder_is_an_ordinary_token(model, requests):
+    """Sources that look for features again would fail or crash here."""
+    config = model.config
+    head = torch.nn.Linear(
+        config.text_config.hidden_size, config.text_config.vocab_size, device=model.device
+    )
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data[config.image_token_id] = 1.0
+    generation = Generation(model.model, head, requests[2:3], [GREEDY], eos_token_ids=())
+    assert [token.token_id for token in generation] == [config.image_token_id] * 6
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_broken_logits_are_not_answered(model, requests, penalty):
+    head = torch.nn.Linear(
+        model.config.text_config.hidden_size,
+        model.config.text_config.vocab_size,
+        device=model.device,
+    )
+    head.bias.data[:] = float("nan")
+    params = dataclasses.replace(GREEDY, repetition_penalty=penalty)
+    generation = Generation(model.model, head, requests[:1], [params], eos_token_ids=())
+    with pytest.raises(RuntimeError, match="logits of request 0 must hold a finite value"):
+        list(generation)
+
+
+def test_the_context_ends_an_answer(model):
+    context = model.config.text_config.max_position_embeddings
+    prompt = Request(torch.full((context - 2,), 7))
+    ids, reasons = run(model, [prompt], SamplingParams(10))
+    assert (len(ids[0]), reasons) == (2, ["length"])
+
+
+def test_prompt_longer_than_the_context(model):
+    context = model.config.text_config.max_position_embeddings
+    prompt = Request(torch.full((context,), 7))
+    with pytest.raises(
+        ValueError, match=f"input_ids of request 1 must be shorter than .*{context}"
+    ):
+        run(model, [Request(torch.tensor([1])), prompt])
+
+
+def test_request_larger_than_the_cache(model, requests):
+    with pytest.raises(ValueError, match=r"request 0 must fit into the cache .* got room for 64"):
+        run(model, requests, SamplingParams(100), limits=Limits(max_cache_tokens=64))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_limits_refuse(value):
+    with pytest.raises(
+        ValueError, match=f"max_prefill_tokens must be a positive integer, got {value}"
+    ):
+        Limits(max_prefill_tokens=value)
+
+
+def test_no_requests(model):
+    with pytest.raises(ValueError, match="requests must hold at least one prompt, got none"):
+        run(model, [])
+
+
+def test_timings_are_filled(model, requests):
+    generation = Generation(
+        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
+    )
+    list(generation)
+    timings = generation.timings
+    assert min(timings.vision, timings.prefill, timings.decode) > 0
+
+
+def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
+    """Counts PyTorch's idle blocks as free, and leaves room for the activations."""
+    generation = Generation(model.model, model.lm_head, requests, [GREEDY] * 5, eos_token_ids=())
+    generation._device = torch.device("cuda")
+    free, reserved, allocated = 10 << 20, 7 << 20, 3 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
+    tokens = sum(request.input_ids.numel() for request in requests)
+    patches = 2 * 24 + 2 * 32
+    widest = max(patches * (7 * 144 + 2 * 288), tokens * (7 * 128 + 3 * 256)) * 4 + 5 * 576 * 5
+    token = (2 * 2 * 128 + 128) * 4
+    pages = generation._max_pages()
+    assert pages == (int(0.9 * (14 << 20)) - widest) // (token * 64)
+    generation._runners = SimpleNamespace(idle_bytes=800 << 20)
+    widest += 512 << 20  # for graphs
+    assert generation._max_pages() == (int(0.9 * (814 << 20)) - widest) // (token * 64)
+    generation._runners = None
+    free = reserved = allocated = 0
+    assert generation._max_pages() == 0

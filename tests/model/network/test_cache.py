@@ -1,0 +1,174 @@
+"""Page bookkeeping of the cache, and what a step says about new tokens."""
+
+import numpy as np
+import pytest
+import torch
+
+from keye_model.checkpoint.config import PREVIEW, KeyeConfig
+from keye_model.network.cache import PagedCache
+from tests.model import tiny
+
+TEXT = KeyeConfig.from_dict(tiny.raw_config(PREVIEW)).text_config
+
+
+def make(num_pages: int = 8, **options) -> PagedCache:
+    return PagedCache(
+        TEXT, num_pages, **{"page_size": 16, "dtype": torch.float32, "device": "cpu"} | options
+    )
+
+
+def state(cache: PagedCache) -> tuple:
+    return cache.num_free_pages, [cache.num_tokens(h) for h in sorted(cache._sequences)]
+
+
+def test_shapes():
+    cache = make(5)
+    assert cache.k.shape == cache.v.shape == (2, 5, 16, 2, 128)
+    k, v = cache.layer(1)
+    assert (k.data_ptr(), v.data_ptr()) == (cache.k[1].data_ptr(), cache.v[1].data_ptr())
+    shared = make(5, num_layers=1)
+    assert shared.layer(1)[0].data_ptr() == shared.layer(0)[0].data_ptr()
+
+
+def test_step_metadata():
+    cache = make()
+    first, second = cache.add(), cache.add()
+    step = cache.step([first, second], [17, 2])
+    assert step.block_table.tolist() == [[0, 1], [2, 0]]
+    assert step.slot_mapping.tolist() == [*range(17), 32, 33]
+    assert step.cu_seqlens_q.tolist() == [0, 17, 19]
+    assert step.cache_seqlens.tolist() == [17, 2]
+    assert (step.max_seqlen_q, step.max_seqlen_k, step.is_decode) == (17, 17, False)
+    assert step.slot_mapping.dtype == torch.int64
+    for tensor in (step.block_table, step.cu_seqlens_q, step.cache_seqlens):
+        assert tensor.dtype == torch.int32
+        assert tensor.data_ptr() % 16 == 0
+        assert tensor.is_contiguous()
+
+    # In another order, one across a page edge and one inside a page.
+    step = cache.step([second, first], [15, 1])
+    assert step.block_table.tolist() == [[2, 3], [0, 1]]
+    assert step.slot_mapping.tolist() == [*range(34, 49), 17]
+    assert step.cache_seqlens.tolist() == [17, 18]
+    assert not step.is_decode
+
+    step = cache.step([first, second], [1, 1])
+    assert step.is_decode
+    assert step.slot_mapping.tolist() == [18, 49]
+    assert (cache.num_tokens(first), cache.num_tokens(second)) == (19, 18)
+
+
+def test_a_prompt_of_one_token_is_a_decode_step():
+    step = (cache := make()).step([cache.add()], [1])
+    assert step.is_decode
+    assert step.cache_seqlens.tolist() == [1]
+
+
+def test_pages_grow_and_come_back():
+    cache = make(4)
+    first, second = cache.add(), cache.add()
+    assert [cache.pages_needed(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    cache.step([first], [16])
+    assert cache.num_free_pages == 3
+    cache.step([first, second], [1, 20])
+    assert cache.num_free_pages == 0
+    cache.free(first)
+    assert cache.num_free_pages == 2
+    third = cache.add()
+    assert third not in (first, second)
+    step = cache.step([third, second], [32, 12])
+    table = step.block_table.tolist()
+    assert sorted(table[0] + table[1]) == [0, 1, 2, 3]
+    cache.free(second)
+    cache.free(third)
+    assert cache.num_free_pages == 4
+
+
+def test_pages_for_all_tokens_from_the_start():
+    cache = make(4)
+    handle = cache.add(33)
+    assert cache.num_free_pages == 1
+    assert (cache.pages(handle).tolist(), cache.pages(handle).dtype) == ([0, 1, 2], np.int32)
+    step = cache.step([handle], [16])
+    assert (step.max_seqlen_k, step.block_table.tolist()) == (16, [[0, 1, 2]])
+    other = cache.add(1)
+    with pytest.raises(RuntimeError, match="must have 1 free pages of 16 tokens for 5 new tokens"):
+        cache.add(5)
+    assert len(cache._sequences) == 2
+    cache.free(handle)
+    assert cache.num_free_pages == 3
+    assert cache.pages(other).tolist() == [3]
+
+
+def test_advance_counts_what_the_device_stores():
+    cache = make(4)
+    first, second = cache.add(32), cache.add(16)
+    cache.step([first, second], [3, 15])
+    assert cache.advance([first, second]) == 16
+    assert [cache.num_tokens(h) for h in (first, second)] == [4, 16]
+    assert cache.advance([first]) == 5
+    message = f"sequence {second} must own pages for another token, got room for 16"
+    with pytest.raises(RuntimeError, match=message):
+        cache.advance([first, second])
+    assert [cache.num_tokens(h) for h in (first, second)] == [5, 16]
+    assert cache.step([first], [1]).slot_mapping.tolist() == [5]
+
+
+def test_num_bytes():
+    assert make(5).num_bytes == 2 * 2 * 5 * 16 * 2 * 128 * 4
+
+
+def test_out_of_pages_changes_nothing():
+    cache = make(3)
+    first, second = cache.add(), cache.add()
+    cache.step([first], [16])
+    before = state(cache)
+    message = "must have 3 free pages of 16 tokens for 18 new tokens, got 2 free of 3"
+    with pytest.raises(RuntimeError, match=message):
+        cache.step([first, second], [1, 17])
+    assert state(cache) == before
+    assert cache.step([first, second], [1, 16]).block_table.tolist() == [[0, 1], [2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("handles", "new_tokens", "message"),
+    [
+        ([], [], r"handles must be distinct and not empty, got \[\]"),
+        ([0, 0], [1, 1], r"handles must be distinct and not empty, got \[0, 0\]"),
+        ([0], [0], r"new_tokens must hold 1 positive counts, got \[0\]"),
+        ([0, 1], [1], r"new_tokens must hold 2 positive counts, got \[1\]"),
+        ([0, 7], [1, 1], "handle must be of a sequence in the cache, got 7"),
+    ],
+    ids=["none", "doubled", "no tokens", "counts missing", "unknown"],
+)
+def test_step_errors(handles, new_tokens, message):
+    cache = make()
+    assert [cache.add(), cache.add()] == [0, 1]
+    before = state(cache)
+    with pytest.raises(ValueError, match=message):
+        cache.step(handles, new_tokens)
+    assert state(cache) == before
+
+
+def test_freed_handles_are_gone():
+    cache = make()
+    handle = cache.add()
+    cache.free(handle)
+    uses = (cache.free, cache.num_tokens, cache.pages)
+    for use in (*uses, lambda h: cache.step([h], [1]), lambda h: cache.advance([h])):
+        with pytest.raises(ValueError, match=f"a sequence in the cache, got {handle}"):
+            use(handle)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_pages": 0}, "num_pages must be positive, got 0"),
+        ({"page_size": 8}, "page_size must be a positive multiple of 16, got 8"),
+        ({"page_size": 0}, "page_size must be a positive multiple of 16, got 0"),
+        ({"num_layers": 3}, "num_layers must be None, 1 or 2, got 3"),
+    ],
+)
+def test_constructor_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
