@@ -17,9 +17,9 @@ from torch import nn
 
 from keye_kernels import sample
 from keye_model.engine.sampling import SamplingParams
-from keye_model.inputs.request import upload
 from keye_model.network.cache import CacheStep, PagedCache
 from keye_model.network.model import KeyeModel
+from keye_model.network.upload import upload
 
 # Requests that run at once. From about 190 rows on the weights cost more arithmetic than bytes, so
 # that more rows give no more tokens per second.

@@ -16,7 +16,7 @@ from keye_model.checkpoint.weights import tensor_shapes
 from keye_model.engine.decode_batch import MAX_ROWS
 from keye_model.inputs.request import GridTHW, Request
 from keye_model.network.cache import PAGE_SIZE
-from keye_model.network.model import MAX_PATCHES_PER_CALL
+from keye_model.network.features import MAX_PATCHES_PER_CALL
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from keye_model.engine.plan import Limits, cache_pages, workspace_bytes
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.workspace import Runner, Runners
 from keye_model.inputs.positions import pack
-from keye_model.inputs.request import Request, upload
+from keye_model.inputs.request import Request
 from keye_model.network.cache import PAGE_SIZE
 from keye_model.network.model import KeyeModel
+from keye_model.network.upload import upload
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Generation:
         requests = [self._requests[state.request] for state in admitted]
         packed = pack(requests, self._model.config)
         started = self._mark()
-        hidden = self._model.embed(packed, self._limits.max_patches_per_call, self._runner.vision)
+        hidden = self._model.embed(packed, self._limits.max_patches_per_call, self._runner.encode)
         positions = upload(packed.positions, self._device)
         embedded = self._mark()
         last = []

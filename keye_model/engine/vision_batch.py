@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from keye_model.engine.cuda_graph import StepGraphs, padded_rows
-from keye_model.inputs.request import Grid, upload
-from keye_model.network.vision import KeyeVisionModel, VisionStep, segments_of
+from keye_model.inputs.request import Grid
+from keye_model.network.upload import upload
+from keye_model.network.vision import KeyeVisionModel, VisionLayout, segments_of
 
 # More are launched as they are: their arithmetic, 2 ms and more on an H200, can hide the launches.
 MAX_PATCHES = 2048
@@ -41,7 +42,7 @@ class VisionBatch:
     def run(
         self, visual: KeyeVisionModel, pixel_values: torch.Tensor, grid: Grid
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`visual(pixel_values, grid, final_norm=False)`; the next call overwrites what it gives.
+        """`visual.encode(pixel_values, grid)`; the next call overwrites what it gives.
 
         More patches or segments than there is room for are passed on as they are.
         """
@@ -49,7 +50,7 @@ class VisionBatch:
         num_segments = len(grid) if visual.joint_video_attention else sum(t for t, _, _ in grid)
         num_segments = padded_rows(num_segments + 1)
         if num_patches > MAX_PATCHES or num_segments > _MAX_SEGMENTS:
-            return visual(pixel_values, grid, final_norm=False)
+            return visual.encode(pixel_values, grid)
         positions, lengths = segments_of(grid, visual.joint_video_attention)
         num_rows = max(padded_rows(num_patches), _MIN_PATCHES)
         cu_seqlens = np.full(num_segments + 1, num_rows, np.int32)
@@ -71,9 +72,9 @@ class VisionBatch:
     def _step(self, visual: KeyeVisionModel, num_rows: int, num_segments: int) -> None:
         rows = slice(num_rows)
         # No schedule: the number of its tiles depends on the lengths.
-        step = VisionStep(
+        layout = VisionLayout(
             self._positions[rows], self._cu_seqlens[: num_segments + 1], num_rows, None
         )
-        branch, residual = visual.encode(self._x[rows], step)
+        branch, residual = visual.run_layers(self._x[rows], layout)
         self._x[rows].copy_(branch)
         self._residual[rows].copy_(residual)

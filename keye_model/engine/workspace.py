@@ -18,7 +18,9 @@ from keye_model.engine.cuda_graph import StepGraphs, padded_rows, why_no_graphs
 from keye_model.engine.decode_batch import DecodeBatch
 from keye_model.engine.vision_batch import VisionBatch
 from keye_model.network.cache import PAGE_SIZE, PagedCache
+from keye_model.network.features import Encode
 from keye_model.network.model import KeyeModel
+from keye_model.network.vision import KeyeVisionModel
 
 # Tokens in the cache of a kept runner: 1.2 GB at the 8B model's widths. A run that needs more gets
 # a runner of its own, whose graphs go with it: such a run is long enough to capture some.
@@ -59,6 +61,11 @@ class Runner:
         padded = graphs is not None or weight.device.type == "cuda"
         vision = VisionBatch(model.visual, graphs) if padded else None
         return cls(cache, batch, vision, graphs, identity)
+
+    @property
+    def encode(self) -> Encode:
+        """How the tower runs: on the buffers for small images where there are any."""
+        return KeyeVisionModel.encode if self.vision is None else self.vision.run
 
     def step(self, model: KeyeModel, lm_head: nn.Module, num_rows: int, longest: int) -> None:
         """One token more for the first rows; `longest`: tokens of the longest, with the new one."""

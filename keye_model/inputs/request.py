@@ -124,22 +124,3 @@ def host_grid(name: str, grid_thw: torch.Tensor | Sequence[Sequence[int]] | None
             f"{name} must hold rows of three positive integers (t, h, w), got {grid_thw}"
         )
     return grid
-
-
-_PINNED_BYTES = 64 << 20
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Host values on `device`; to a GPU from pinned memory, without waiting for its queue.
-
-    A long video goes piece by piece: pinned memory is scarce, and PyTorch keeps it for reuse.
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device, non_blocking=True)
-    if tensor.nbytes <= _PINNED_BYTES:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    uploaded = torch.empty_like(tensor, device=device)
-    rows = max(_PINNED_BYTES // (tensor.nbytes // tensor.shape[0]), 1)
-    for part, piece in zip(uploaded.split(rows), tensor.split(rows), strict=True):
-        part.copy_(piece.pin_memory(), non_blocking=True)
-    return uploaded

@@ -55,9 +55,9 @@ from keye_model.integrations._vllm_processor import (
     KeyeMultiModalProcessor,
     KeyeProcessingInfo,
 )
-from keye_model.network.model import MAX_PATCHES_PER_CALL
+from keye_model.network.features import vision_features
 from keye_model.network.projector import KeyeProjector
-from keye_model.network.vision import KeyeVisionModel, VisionAttention, VisionStep, split_grid
+from keye_model.network.vision import KeyeVisionModel, VisionAttention, VisionLayout
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", whose handler prints it
 
@@ -93,15 +93,15 @@ class TowerAttention(VisionAttention):
         self.num_heads = self.qkv_proj.num_heads
         self.attn = MMEncoderAttention(self.num_heads, self.head_dim, prefix=f"{prefix}.attn")
 
-    def forward(self, x: torch.Tensor, step: VisionStep) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """x: [num_patches, hidden_size]. Returns a tensor like x."""
         if isinstance(self.attn, KeyeEncoderAttention):
-            return super().forward(x, step)  # the same op, with the plan that all layers share
+            return super().forward(x, layout)  # the same op, with the plan that all layers share
         qkv = self.qkv_proj(x).view(1, -1, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
-        rope_2d_(q[0], k[0], step.positions, theta=self.theta)
-        longest = torch.tensor(step.max_seqlen)  # on the host, so no backend waits for the device
-        x = self.attn(q, k, v, cu_seqlens=step.cu_seqlens, max_seqlen=longest)
+        rope_2d_(q[0], k[0], layout.positions, theta=self.theta)
+        longest = torch.tensor(layout.max_seqlen)  # on the host, so no backend waits for the device
+        x = self.attn(q, k, v, cu_seqlens=layout.cu_seqlens, max_seqlen=longest)
         return self.out_proj(x[0].flatten(1))
 
 
@@ -243,13 +243,7 @@ class KeyeForConditionalGeneration(
         self, pixels: torch.Tensor, grid: Grid, rows_of_items: Sequence[int]
     ) -> Sequence[torch.Tensor]:
         """Tower and projector over all rows of `grid`, dealt out to the items they belong to."""
-        parts, first = [], 0
-        for part in split_grid(grid, self.visual.joint_video_attention, MAX_PATCHES_PER_CALL):
-            last = first + sum(t * h * w for t, h, w in part)
-            branch, residual = self.visual(pixels[first:last], part, final_norm=False)
-            norm = self.visual.post_layernorm
-            parts.append(self.mlp_AR(branch, part, residual=residual, tower_norm=norm))
-            first = last
+        parts = list(vision_features(self.visual, self.mlp_AR, pixels, grid))
         merged = self.mlp_AR.merge_size**2
         sizes, row = [], 0
         for count in rows_of_items:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from keye_model.checkpoint.config import KeyeTextConfig
-from keye_model.inputs.request import upload
+from keye_model.network.upload import upload
 
 PAGE_SIZE = 64
 

@@ -6,22 +6,20 @@ no value is read back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.engine.vision_batch import VisionBatch
 from keye_model.inputs import positions
-from keye_model.inputs.request import Grid, PackedInputs, host_grid, upload
+from keye_model.inputs.request import PackedInputs, host_grid
 from keye_model.network.cache import CacheStep, PagedCache
+from keye_model.network.features import MAX_PATCHES_PER_CALL, Encode, vision_features
 from keye_model.network.projector import KeyeProjector
 from keye_model.network.text import KeyeTextModel
-from keye_model.network.vision import KeyeVisionModel, split_grid
-
-# Bounds a tower call to about 2 GB of activations in bf16 at the published widths.
-MAX_PATCHES_PER_CALL = 65536
+from keye_model.network.upload import upload
+from keye_model.network.vision import KeyeVisionModel
 
 GridLike = torch.Tensor | Sequence[Sequence[int]]
 
@@ -54,15 +52,13 @@ class KeyeModel(nn.Module):
         self,
         packed: PackedInputs,
         max_patches_per_call: int = MAX_PATCHES_PER_CALL,
-        vision_batch: VisionBatch | None = None,
+        encode: Encode = KeyeVisionModel.encode,
     ) -> torch.Tensor:
         """Embed packed requests, vision features in the place of their placeholders.
 
         Args:
             packed: From `pack`; its tensors may lie on the host.
-            max_patches_per_call: Bounds the memory of the tower. Calls are cut between attention
-                segments only, so the result stays the same; a longer segment is not cut.
-            vision_batch: Small calls run there. None: all are launched as they come.
+            max_patches_per_call, encode: `max_patches` and `encode` of `vision_features`.
 
         Returns:
             [num_tokens, hidden_size], in the model's dtype, on its device.
@@ -82,7 +78,14 @@ class KeyeModel(nn.Module):
             (packed.pixel_values_videos, packed.video_grid_thw, packed.video_index),
         ):
             index, first = upload(index, self.device), 0
-            for features in self._encode(pixels, grid, max_patches_per_call, vision_batch):
+            for features in vision_features(
+                self.visual,
+                self.mlp_AR,
+                pixels,
+                grid,
+                max_patches=max_patches_per_call,
+                encode=encode,
+            ):
                 last = first + features.shape[0]
                 hidden.index_copy_(0, index[first:last], features)
                 first = last
@@ -139,28 +142,4 @@ class KeyeModel(nn.Module):
             raise ValueError(
                 f"{name} must add up to the {pixels.shape[0]} patches given, got {num_patches}"
             )
-        return torch.cat(list(self._encode(pixels, grid, MAX_PATCHES_PER_CALL)))
-
-    def _encode(
-        self,
-        pixels: torch.Tensor | None,
-        grid: Grid,
-        max_patches: int,
-        vision_batch: VisionBatch | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Features of consecutive parts of `grid`; only a part's pixels lie on the device."""
-        if max_patches < 1:
-            raise ValueError(f"max_patches_per_call must be positive, got {max_patches}")
-        first = 0
-        for part in split_grid(grid, self.visual.joint_video_attention, max_patches):
-            last = first + sum(t * h * w for t, h, w in part)
-            patches = upload(pixels[first:last], self.device)
-            if vision_batch is None:
-                branch, residual = self.visual(patches, part, final_norm=False)
-            else:
-                branch, residual = vision_batch.run(self.visual, patches, part)
-            norm = self.visual.post_layernorm
-            features = self.mlp_AR(branch, part, residual=residual, tower_norm=norm)
-            del patches, branch, residual  # the next part needs their memory
-            yield features
-            first = last
+        return torch.cat(list(vision_features(self.visual, self.mlp_AR, pixels, grid)))

@@ -24,12 +24,13 @@ from keye_kernels import (
     varlen_attention,
 )
 from keye_model.checkpoint.config import KeyeConfig, KeyeVisionConfig
-from keye_model.inputs.request import Grid, GridTHW, host_grid, upload
+from keye_model.inputs.request import Grid, host_grid
+from keye_model.network.upload import upload
 
 
 @dataclass(frozen=True)
-class VisionStep:
-    """What one call of the tower needs to know about its patches, made once on the host.
+class VisionLayout:
+    """Where the patches of one call of the tower lie; made once on the host, read by all layers.
 
     Attributes:
         positions: [num_patches, 2], int64, device: (row, column) of each patch in its own frame.
@@ -64,32 +65,32 @@ class KeyeVisionModel(nn.Module):
         self,
         pixel_values: torch.Tensor,
         grid_thw: torch.Tensor | Sequence[Sequence[int]],
-        *,
-        final_norm: bool = True,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """Encode patches; images and videos may be mixed, each row is encoded as if alone.
 
         Args:
             pixel_values: [num_patches, 3, patch_size, patch_size], uint8 (raw bytes) or float
                 (already normalised), on the model's device; patches in raster order.
             grid_thw: [num_rows, 3], (frames, rows, columns) in patches.
-            final_norm: False: leave `post_layernorm` to the projector, which takes it in its own
-                pass over the patches.
 
         Returns:
-            [num_patches, hidden_size], in the model's dtype; without the final norm a pair of them,
-            (branch, residual), whose sum it takes.
+            [num_patches, hidden_size], in the model's dtype, after the final norm.
 
         Raises:
             ValueError: The grid does not add up to the patches, or a shape is wrong.
         """
-        grid = host_grid("grid_thw", grid_thw)
+        return self.norm(*self.encode(pixel_values, host_grid("grid_thw", grid_thw)))
+
+    def encode(self, pixel_values: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything before the final norm: the last layer's branch and its residual stream.
+
+        The final norm adds the two, [num_patches, hidden_size] each. The projector does both in its
+        own pass over the patches, so it takes this pair.
+        """
         x = self.embed(pixel_values, grid)
-        step = plan_step(
-            grid, self.joint_video_attention, self.config.num_attention_heads, x.device
-        )
-        x, residual = self.encode(x, step)
-        return self.norm(x, residual) if final_norm else (x, residual)
+        num_heads = self.config.num_attention_heads
+        layout = vision_layout(grid, self.joint_video_attention, num_heads, x.device)
+        return self.run_layers(x, layout)
 
     def embed(
         self, pixel_values: torch.Tensor, grid: Grid, out: torch.Tensor | None = None
@@ -106,15 +107,17 @@ class KeyeVisionModel(nn.Module):
             out=out,
         )
 
-    def encode(self, x: torch.Tensor, step: VisionStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """All layers, [num_patches, hidden_size]; returns the last branch and its residual."""
+    def run_layers(
+        self, x: torch.Tensor, layout: VisionLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers over [num_patches, hidden_size]; returns the last branch and its residual."""
         residual = None
         for layer in self.layers:
-            x, residual = layer(x, residual, step)
+            x, residual = layer(x, residual, layout)
         return x, residual
 
     def norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The final norm, of what `encode` returns."""
+        """The final norm of what `encode` returns."""
         norm, y = self.post_layernorm, torch.empty_like(x)
         layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, out=(y, None))
         return y
@@ -134,10 +137,10 @@ class VisionLayer(nn.Module):
         self.mlp = VisionMLP(config)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, step: VisionStep
+        self, x: torch.Tensor, residual: torch.Tensor | None, layout: VisionLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, residual = self.layer_norm1(x, residual)
-        x = self.self_attn(x, step)
+        x = self.self_attn(x, layout)
         x, residual = self.layer_norm2(x, residual)
         return self.mlp(x), residual
 
@@ -150,14 +153,14 @@ class VisionAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, step: VisionStep) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """x: [num_patches, hidden_size]. Returns a tensor like x."""
         qkv = self.qkv_proj(x).view(-1, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(1)
-        rope_2d_(q, k, step.positions, theta=self.theta)
-        cu_seqlens, longest = step.cu_seqlens, step.max_seqlen
+        rope_2d_(q, k, layout.positions, theta=self.theta)
+        cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
         x = varlen_attention(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, schedule=step.schedule
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, schedule=layout.schedule
         )
         return self.out_proj(x.flatten(1))
 
@@ -202,36 +205,15 @@ def segments_of(grid: Grid, joint_video_attention: bool) -> tuple[np.ndarray, np
     return np.stack(np.divmod(patch, np.repeat(columns, row_size)), axis=1), lengths
 
 
-def plan_step(
+def vision_layout(
     grid: Grid, joint_video_attention: bool, num_heads: int, device: torch.device
-) -> VisionStep:
+) -> VisionLayout:
     """Positions and segments of the patches of `grid`, one copy each to `device`."""
     positions, lengths = segments_of(grid, joint_video_attention)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return VisionStep(
+    return VisionLayout(
         upload(torch.from_numpy(positions), device),
         upload(torch.from_numpy(cu_seqlens), device),
         int(lengths.max(initial=0)),
         attention_schedule(lengths, num_heads=num_heads, device=device),
     )
-
-
-def split_grid(grid: Grid, joint_video_attention: bool, max_patches: int) -> list[Grid]:
-    """Cut `grid` into consecutive parts of at most `max_patches`, between segments only.
-
-    A segment that is longer by itself, such as a whole video of 8B-Preview, is a part of its own.
-    """
-    parts: list[list[GridTHW]] = []
-    room = 0
-    for t, h, w in grid:
-        unit = t if joint_video_attention else 1  # frames that must stay together
-        while t:
-            fitting = min(room // (unit * h * w) * unit, t)
-            if fitting == 0:
-                parts.append([])
-                room = max(max_patches, unit * h * w)
-                continue
-            parts[-1].append((fitting, h, w))
-            room -= fitting * h * w
-            t -= fitting
-    return [tuple(part) for part in parts]

@@ -20,7 +20,7 @@ from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.scheduler import Generation
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PagedCache
-from keye_model.network.model import MAX_PATCHES_PER_CALL
+from keye_model.network.features import vision_features
 
 TEXT = KeyeTextConfig(
     vocab_size=151936,
@@ -172,7 +172,7 @@ def test_workspace_bounds_the_tower(variant, grid, two_layers):
     pixels = torch.empty(math.prod(grid), 3, 14, 14, dtype=torch.uint8, device="meta")
     peak = Peak([pixels, *model.parameters()])
     with peak:
-        for features in model._encode(pixels, (grid,), MAX_PATCHES_PER_CALL):
+        for features in vision_features(model.visual, model.mlp_AR, pixels, (grid,)):
             assert features.shape[1] == 4096
     one = Request(torch.zeros(1, dtype=torch.int64), pixels, (grid,))
     planned = plan(config(variant), [one], 1).workspace_bytes

@@ -12,7 +12,8 @@ from keye_kernels import reference
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.network import text
 from keye_model.network.cache import PagedCache
-from keye_model.network.vision import plan_step
+from keye_model.network.features import vision_features
+from keye_model.network.vision import vision_layout
 from tests.model import tiny
 
 # A GEMM, and what moves no data: views, and the destinations of our ops.
@@ -47,7 +48,7 @@ def model():
 @torch.no_grad()
 def test_vision_layer(model):
     grid = ((1, 4, 4),)
-    step = plan_step(grid, True, 2, model.device)
+    step = vision_layout(grid, True, 2, model.device)
     x = torch.randn(16, 144, device=model.device)
     residual = torch.randn_like(x)
     with Recorder() as recorder:
@@ -152,7 +153,7 @@ def test_from_the_last_layer_to_the_projector(variant):
     model = tiny.tiny_keye(variant).model
     grid = ((1, 4, 4),)
     pixels = tiny.pixels("pixel_values", 16).to(model.device)
-    step = plan_step(grid, variant.joint_video_attention, 2, model.device)
+    step = vision_layout(grid, variant.joint_video_attention, 2, model.device)
 
     def ops(run):
         with Recorder() as recorder:
@@ -163,8 +164,12 @@ def test_from_the_last_layer_to_the_projector(variant):
     layers = Counter()
     for layer in model.visual.layers:
         layers += ops(lambda layer=layer: layer(x, x, step))
-    start = ops(lambda: model.visual(pixels, grid, final_norm=False)) - layers
+    start = ops(lambda: model.visual.encode(pixels, grid)) - layers
     end = ops(lambda: model.visual(pixels, grid)) - layers - start
     assert moving(end) == {"keye.layer_norm": 1}
-    end = ops(lambda: list(model._encode(pixels, grid, 16))) - layers - start
+    end = (
+        ops(lambda: list(vision_features(model.visual, model.mlp_AR, pixels, grid)))
+        - layers
+        - start
+    )
     assert moving(end) == {"keye.merge_patches": 1, "keye.gelu": 1}

@@ -115,17 +115,17 @@ def test_g1_alarm_per_frame_video_attention():
 
 def test_g1_alarm_images_attend_to_each_other(monkeypatch):
     # What the published code does without flash-attention; we must differ from it by this much.
-    plan_step = vision.plan_step
+    vision_layout = vision.vision_layout
 
     def one_segment(grid, joint, num_heads, device):
-        step = plan_step(grid, joint, num_heads, device)
+        step = vision_layout(grid, joint, num_heads, device)
         ends = step.cu_seqlens[[0, -1]]
         longest = int(ends[1])
         schedule = attention_schedule([longest], num_heads=num_heads, device=device)
         return dataclasses.replace(step, cu_seqlens=ends, max_seqlen=longest, schedule=schedule)
 
     expected = tiny.tiny_keye().logits(tiny.g1())
-    monkeypatch.setattr(vision, "plan_step", one_segment)
+    monkeypatch.setattr(vision, "vision_layout", one_segment)
     change = (tiny.tiny_keye().logits(tiny.g1()) - expected).abs()
     assert change.max().item() == pytest.approx(1.42, abs=0.01)
     assert change[-1].max().item() == pytest.approx(0.53, abs=0.01)

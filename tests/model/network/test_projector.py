@@ -47,7 +47,7 @@ def test_the_towers_last_norm_may_be_left_to_it(variant):
     model = tiny.tiny_keye(variant).model
     pixels = tiny.pixels("pixel_values", 40).to(model.device)
     x = model.visual(pixels, GRID)
-    branch, residual = model.visual(pixels, GRID, final_norm=False)
+    branch, residual = model.visual.encode(pixels, GRID)
     norm = model.visual.post_layernorm
     torch.testing.assert_close(norm(branch, residual)[0], x, atol=0, rtol=0)
     expected = model.mlp_AR(x, GRID)

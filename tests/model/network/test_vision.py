@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.network.vision import plan_step, split_grid
+from keye_model.network.features import split_grid
+from keye_model.network.vision import vision_layout
 from tests.model import tiny
 
 GRIDS = {
@@ -100,12 +101,12 @@ def test_patches_may_be_reordered_inside_a_segment():
     # Only positions tell patches apart: a kernel may visit them in any order.
     model = tiny.tiny_keye().model
     tower, grid = model.visual, ((2, 4, 4),)
-    step = plan_step(grid, True, 2, tiny.DEVICE)
+    step = vision_layout(grid, True, 2, tiny.DEVICE)
     order = torch.from_numpy(np.random.default_rng(0).permutation(32)).to(tiny.DEVICE)
     hidden = tiny.filler("hidden", (32, 144)).to(tiny.DEVICE)
 
     def run(x, step):
-        return tower.norm(*tower.encode(x, step))
+        return tower.norm(*tower.run_layers(x, step))
 
     with torch.inference_mode():
         expected = run(hidden, step)
@@ -117,8 +118,8 @@ def test_patches_may_be_reordered_inside_a_segment():
 
 def test_plan_positions_and_segments():
     grid = ((2, 2, 2), (1, 2, 4))
-    joint = plan_step(grid, True, 2, torch.device("cpu"))
-    frames = plan_step(grid, False, 2, torch.device("cpu"))
+    joint = vision_layout(grid, True, 2, torch.device("cpu"))
+    frames = vision_layout(grid, False, 2, torch.device("cpu"))
     square = [[0, 0], [0, 1], [1, 0], [1, 1]]
     wide = [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3]]
     assert joint.positions.tolist() == frames.positions.tolist() == square + square + wide
