@@ -22,7 +22,7 @@ from keye_model.engine.plan import Limits
 from keye_model.engine.sampling import GenerationDefaults
 from keye_model.engine.scheduler import Generation
 from keye_model.engine.workspace import Runners
-from keye_model.inputs.positions import BatchRow, pack, split_batch
+from keye_model.inputs.packing import BatchRow, pack, split_batch
 from keye_model.inputs.request import Request, host_grid
 from keye_model.network.cache import PagedCache
 from keye_model.network.model import KeyeModel

@@ -21,7 +21,7 @@ from keye_model.engine.decode_batch import MAX_ROWS, Running
 from keye_model.engine.plan import Limits, cache_pages, workspace_bytes
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.workspace import Runner, Runners
-from keye_model.inputs.positions import pack
+from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PAGE_SIZE
 from keye_model.network.model import KeyeModel

@@ -1,4 +1,4 @@
-"""Where every token stands: 3D rope positions, and which token each vision feature replaces.
+"""Where every token of a prompt stands: 3D rope positions, and the token of each vision feature.
 
 All of it is host work on ids and grids. Text counts up on three equal axes; a vision block of
 frames x rows x columns merged tokens starts where the text stands, spreads along the axes (time,
@@ -15,7 +15,24 @@ import numpy as np
 import torch
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.inputs.request import Grid, PackedInputs, Request, host_grid
+from keye_model.inputs.request import Grid
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the tokens of one prompt stand.
+
+    Attributes:
+        positions: [3, num_tokens], int64: (t, h, w).
+        next_position: Of the first generated token, on all axes.
+        image_index: [num_image_tokens], int64: the tokens that image features replace.
+        video_index: [num_video_tokens], int64: the same for videos.
+    """
+
+    positions: np.ndarray
+    next_position: int
+    image_index: np.ndarray
+    video_index: np.ndarray
 
 
 def rope_positions(
@@ -39,220 +56,15 @@ def rope_positions(
     Raises:
         ValueError: Placeholders and grids disagree.
     """
-    placed = _place(input_ids.numpy(), image_grid_thw, video_grid_thw, second_per_grid_ts, config)
+    placed = place(input_ids.numpy(), image_grid_thw, video_grid_thw, second_per_grid_ts, config)
     return torch.from_numpy(placed.positions), placed.next_position
 
 
-def pack(requests: Sequence[Request], config: KeyeConfig) -> PackedInputs:
-    """Put requests one after another, each with its own positions.
-
-    Raises:
-        ValueError: There is no request, a request's placeholders and grids disagree, or pixels of
-            different dtypes or patch sizes meet.
-    """
-    if not requests:
-        raise ValueError("requests must hold at least one request, got none")
-    placed = [
-        _place(
-            r.input_ids.numpy(), r.image_grid_thw, r.video_grid_thw, r.second_per_grid_ts, config
-        )
-        for r in requests
-    ]
-    seqlens = tuple(r.input_ids.numel() for r in requests)
-    starts = np.cumsum((0, *seqlens[:-1]))
-    images = [p.image_index + start for p, start in zip(placed, starts, strict=True)]
-    videos = [p.video_index + start for p, start in zip(placed, starts, strict=True)]
-    patch_size = config.vision_config.patch_size
-    return PackedInputs(
-        input_ids=torch.cat([r.input_ids for r in requests]),
-        seqlens=seqlens,
-        positions=torch.from_numpy(np.concatenate([p.positions for p in placed], axis=1)),
-        next_positions=tuple(p.next_position for p in placed),
-        pixel_values=_join("pixel_values", [r.pixel_values for r in requests], patch_size),
-        image_grid_thw=sum((r.image_grid_thw for r in requests), ()),
-        image_index=torch.from_numpy(np.concatenate(images)),
-        pixel_values_videos=_join(
-            "pixel_values_videos", [r.pixel_values_videos for r in requests], patch_size
-        ),
-        video_grid_thw=sum((r.video_grid_thw for r in requests), ()),
-        video_index=torch.from_numpy(np.concatenate(videos)),
-    )
-
-
-def get_rope_index(
-    config: KeyeConfig,
-    input_ids: torch.Tensor,
-    image_grid_thw: torch.Tensor | Sequence | None = None,
-    video_grid_thw: torch.Tensor | Sequence | None = None,
-    second_per_grid_ts: torch.Tensor | Sequence | None = None,
-    num_frames: torch.Tensor | Sequence | None = None,
-    attention_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of a padded batch, in the published form.
-
-    Args:
-        config: As for `rope_positions`.
-        input_ids: [batch_size, padded_length], int64.
-        image_grid_thw, video_grid_thw: [num_rows, 3]; rows run on across the batch.
-        second_per_grid_ts: [num_video_rows], seconds; None means 1.0.
-        num_frames: Rows of video_grid_thw of each video; only its sum is checked.
-        attention_mask: [batch_size, padded_length], 0 at padding; None means no padding.
-
-    Returns:
-        position_ids [3, batch_size, padded_length], int64, 1 at padding; and rope_deltas
-        [batch_size, 1], int64: next position minus padded_length. Both on input_ids' device.
-
-    Raises:
-        ValueError: A shape is wrong, or placeholders and grids disagree.
-    """
-    rows = split_batch(
-        config,
-        input_ids,
-        host_grid("image_grid_thw", image_grid_thw),
-        host_grid("video_grid_thw", video_grid_thw),
-        second_per_grid_ts,
-        num_frames,
-        attention_mask,
-    )
-    position_ids = torch.ones((3, *input_ids.shape), dtype=torch.int64)
-    deltas = []
-    for i, row in enumerate(rows):
-        positions, next_position = rope_positions(
-            row.input_ids, row.image_grid_thw, row.video_grid_thw, row.second_per_grid_ts, config
-        )
-        position_ids[:, i, row.kept] = positions
-        deltas.append([next_position - input_ids.shape[1]])
-    return position_ids.to(input_ids.device), torch.tensor(deltas).to(input_ids.device)
-
-
-@dataclass(frozen=True)
-class BatchRow:
-    """One row of a padded batch without its padding, and its share of the images and videos.
-
-    Attributes:
-        input_ids: [num_tokens], int64, host.
-        kept: [num_tokens], int64, host: the columns of the padded row they came from.
-        image_grid_thw, video_grid_thw, second_per_grid_ts: As in `Request`.
-    """
-
-    input_ids: torch.Tensor
-    kept: torch.Tensor
-    image_grid_thw: Grid
-    video_grid_thw: Grid
-    second_per_grid_ts: tuple[float, ...]
-
-
-def split_batch(
-    config: KeyeConfig,
-    input_ids: torch.Tensor,
-    image_grid_thw: Grid,
-    video_grid_thw: Grid,
-    second_per_grid_ts: torch.Tensor | Sequence | None = None,
-    num_frames: torch.Tensor | Sequence | None = None,
-    attention_mask: torch.Tensor | None = None,
-) -> list[BatchRow]:
-    """Take the padding off a batch and deal its grid rows out, in reading order.
-
-    Arguments as in `get_rope_index`, grids already as host rows. Tensors on a GPU are copied to
-    the host once.
-
-    Raises:
-        ValueError: A shape is wrong, or a batch row's placeholders do not end with a grid row.
-    """
-    if not isinstance(input_ids, torch.Tensor):
-        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-        raise ValueError(
-            "input_ids must be a [batch_size, padded_length] int64 tensor, got shape "
-            f"{tuple(input_ids.shape)} and {input_ids.dtype}"
-        )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have shape {tuple(input_ids.shape)}, got "
-            f"{tuple(attention_mask.shape)}"
-        )
-    seconds = tuple(map(float, _host_list(second_per_grid_ts)))
-    if seconds and len(seconds) != len(video_grid_thw):
-        raise ValueError(
-            f"second_per_grid_ts must have one value for each of {len(video_grid_thw)} rows of "
-            f"video_grid_thw, got {len(seconds)}"
-        )
-    if num_frames is not None and sum(_host_list(num_frames)) != len(video_grid_thw):
-        raise ValueError(
-            f"num_frames must count the {len(video_grid_thw)} rows of video_grid_thw, got "
-            f"{_host_list(num_frames)}"
-        )
-    ids = input_ids.cpu()
-    keep = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
-    images = _Deal("image", image_grid_thw, config.vision_config.spatial_merge_size)
-    videos = _Deal("video", video_grid_thw, config.vision_config.spatial_merge_size)
-
-    rows = []
-    for i in range(ids.shape[0]):
-        kept = keep[i].nonzero().flatten()
-        if kept.numel() == 0:
-            raise ValueError(f"attention_mask must keep a token in each row, row {i} keeps none")
-        row_ids = ids[i, kept]
-        is_image, is_video = _placeholders(row_ids.numpy(), config)
-        image = images.take(int(is_image.sum()), i)
-        video = videos.take(int(is_video.sum()), i)
-        rows.append(
-            BatchRow(row_ids, kept, image_grid_thw[image], video_grid_thw[video], seconds[video])
-        )
-    images.check_empty()
-    videos.check_empty()
-    return rows
-
-
-def _host_list(values: torch.Tensor | Sequence | None) -> list:
-    if values is None:
-        return []
-    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
-
-
-class _Deal:
-    """Deals grid rows out to batch rows by their number of placeholders."""
-
-    def __init__(self, kind: str, grid: Grid, merge_size: int) -> None:
-        self.kind = kind
-        counts = [t * (h // merge_size) * (w // merge_size) for t, h, w in grid]
-        self.ends = np.cumsum([0, *counts])  # merged tokens before each row, and in all
-        self.row = 0
-
-    def take(self, num_placeholders: int, batch_row: int) -> slice:
-        first = self.row
-        wanted = self.ends[first] + num_placeholders
-        self.row = int(np.searchsorted(self.ends, wanted))
-        if self.row == len(self.ends) or self.ends[self.row] != wanted:
-            sizes = np.diff(self.ends[first:]).tolist()
-            raise ValueError(
-                f"input_ids must have as many {self.kind} placeholders as the rows of "
-                f"{self.kind}_grid_thw have merged tokens, row {batch_row} has {num_placeholders} "
-                f"and the grid rows left over have {sizes}"
-            )
-        return slice(first, self.row)
-
-    def check_empty(self) -> None:
-        if self.row != len(self.ends) - 1:
-            raise ValueError(
-                f"{self.kind}_grid_thw must have {self.row} rows for the {self.kind} placeholders "
-                f"in input_ids, got {len(self.ends) - 1}"
-            )
-
-
-@dataclass(frozen=True)
-class _Placed:
-    positions: np.ndarray  # [3, num_tokens]
-    next_position: int
-    image_index: np.ndarray  # [num_image_tokens]
-    video_index: np.ndarray  # [num_video_tokens]
-
-
-def _place(
+def place(
     ids: np.ndarray, images: Grid, videos: Grid, seconds: Sequence[float], config: KeyeConfig
-) -> _Placed:
+) -> Placed:
     merge_size, variant = config.vision_config.spatial_merge_size, config.variant
-    is_image, is_video = _placeholders(ids, config)
+    is_image, is_video = placeholders(ids, config)
     image_index, video_index = np.flatnonzero(is_image), np.flatnonzero(is_video)
 
     if any(t != 1 for t, _, _ in images):
@@ -299,10 +111,10 @@ def _place(
     positions[:, token] = before[starts][block] + np.stack(
         [elapsed(frame, step[block]), row, column]
     )
-    return _Placed(positions, int(after[-1]), image_index, video_index)
+    return Placed(positions, int(after[-1]), image_index, video_index)
 
 
-def _placeholders(ids: np.ndarray, config: KeyeConfig) -> tuple[np.ndarray, np.ndarray]:
+def placeholders(ids: np.ndarray, config: KeyeConfig) -> tuple[np.ndarray, np.ndarray]:
     is_video = ids == config.video_token_id
     if config.fast_video_token_id is not None:
         is_video |= ids == config.fast_video_token_id
@@ -336,21 +148,3 @@ def _blocks(
             "together, got other tokens among them"
         )
     return blocks, starts
-
-
-def _join(name: str, pixels: Sequence[torch.Tensor | None], patch_size: int) -> torch.Tensor | None:
-    found = [p for p in pixels if p is not None]
-    if len({p.dtype for p in found}) > 1:
-        raise ValueError(
-            f"{name} of all requests must have one dtype, got "
-            f"{sorted({str(p.dtype) for p in found})}"
-        )
-    for p in found:
-        if p.shape[2:] != (patch_size, patch_size):
-            raise ValueError(
-                f"{name} must hold patches of {patch_size} x {patch_size}, got shape "
-                f"{tuple(p.shape)}"
-            )
-    if len(found) == 1:
-        return found[0]  # a long video is not copied
-    return torch.cat(found) if found else None

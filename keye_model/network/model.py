@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.inputs import positions
+from keye_model.inputs import packing
 from keye_model.inputs.request import PackedInputs, host_grid
 from keye_model.network.cache import CacheStep, PagedCache
 from keye_model.network.features import MAX_PATCHES_PER_CALL, Encode, vision_features
@@ -124,8 +124,8 @@ class KeyeModel(nn.Module):
         num_frames: torch.Tensor | Sequence[int] | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """3D positions of a padded batch; see `keye_model.inputs.positions.get_rope_index`."""
-        return positions.get_rope_index(
+        """3D positions of a padded batch; see `keye_model.inputs.packing.get_rope_index`."""
+        return packing.get_rope_index(
             self.config,
             input_ids,
             image_grid_thw,

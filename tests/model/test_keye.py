@@ -14,7 +14,7 @@ from keye_kernels import backends
 from keye_model import Answer, Keye
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.engine.plan import Limits
-from keye_model.inputs.positions import pack
+from keye_model.inputs.packing import pack
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from keye_model.checkpoint.config import PREVIEW, KeyeConfig, Variant
 from keye_model.checkpoint.weights import load_model, tensor_shapes
-from keye_model.inputs.positions import pack
+from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PagedCache
 from keye_model.network.model import KeyeModel

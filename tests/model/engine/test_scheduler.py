@@ -12,7 +12,7 @@ from keye_model.engine import scheduler as generation_module
 from keye_model.engine.plan import Limits
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.scheduler import Generation
-from keye_model.inputs.positions import pack
+from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 
 GREEDY = SamplingParams(max_new_tokens=6)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig
-from keye_model.inputs.positions import get_rope_index, pack, rope_positions
+from keye_model.inputs.packing import get_rope_index, pack
+from keye_model.inputs.positions import rope_positions
 from keye_model.inputs.request import Request
 from tests.model import tiny
 

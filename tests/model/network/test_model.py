@@ -12,7 +12,7 @@ import torch
 
 from keye_kernels import attention_schedule
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.inputs.positions import pack
+from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 from keye_model.network import vision
 from keye_model.network.cache import PagedCache

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keye_model.inputs.positions import pack
+from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 from tests.model import tiny
 

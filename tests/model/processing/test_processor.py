@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from keye_model.inputs.positions import pack
+from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 from keye_model.processing.image import fetch_image
 from keye_model.processing.patches import Frame
