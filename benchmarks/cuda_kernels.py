@@ -23,7 +23,7 @@ _ROOT = Path(__file__).parents[1]
 _HEAD = ["kernel", "sm", "registers", "stack", "shared", "loads", "stores", "tensor cores"]
 _MAX_SHARED = 99 * 1024  # of a block on sm_120, the least of those we build for
 # Registers that leave room for as many blocks as the kernel counts on; 255 is what there is.
-_MAX_REGISTERS = {"linear_decode_kernel": 168, "qk_norm_mrope_store_kernel": 128}
+_MAX_REGISTERS = {"linear_kernel": 168, "qk_norm_mrope_store_kernel": 128}
 
 Kernel = dict[str, object]
 

@@ -114,7 +114,7 @@ elif on_gpu; then
 fi
 
 # Each family in a process of its own: a fault ends the CUDA context of its process only.
-ops=(varlen_attention rope paged_prefill_attention paged_decode_attention linear_decode norm
+ops=(varlen_attention rope paged_prefill_attention paged_decode_attention linear norm
   patch_embed activation merge_patches sampling)
 for family in "${ops[@]:0:5}" generate "${ops[@]:5}"; do
   room=$(($(left) - budget / 10)) # the rest is for ncu
@@ -131,7 +131,7 @@ if on_gpu && command -v ncu >/dev/null; then
   metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
   metrics+=,launch__registers_per_thread,launch__waves_per_multiprocessor
-  ours='_[a-z0-9_]+|linear_decode|paged_decode_attention|qk_norm_mrope_store' # Triton's, csrc's
+  ours='_[a-z0-9_]+|linear|paged_decode_attention|qk_norm_mrope_store' # Triton's, csrc's
   step ncu "$(left)" "$out/ncu.txt" ncu --clock-control none --csv --page raw \
     --metrics "$metrics" --kernel-name "regex:^($ours)_kernel" --launch-count 60 \
     "${pytest[@]}" "${files[@]}" --nvtx --provider '(triton)' --provider '(cuda)' -k '1k or 4k or 5k'

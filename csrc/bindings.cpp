@@ -7,7 +7,7 @@
 
 #include "keye/capture.h"
 #include "keye/inspect.h"
-#include "keye/linear_decode.h"
+#include "keye/linear.h"
 #include "keye/paged_decode_attention.h"
 #include "keye/qk_norm_mrope_store.h"
 
@@ -20,12 +20,12 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void linear_decode(int dtype, Address x, Address weight, Address bias, Address norm_weight,
+void linear(int dtype, Address x, Address weight, Address bias, Address norm_weight,
                    Address residual, Address out, Address partial, Address counters,
                    int64_t stride_x, int64_t stride_weight, int64_t stride_residual,
                    int64_t stride_out, int num_rows, int in_features, int width, int num_splits,
                    float eps, bool swiglu, bool overlap, Address stream) {
-    const keye::LinearDecodeParams params{pointer<const void>(x),
+    const keye::LinearParams params{pointer<const void>(x),
                                           pointer<const void>(weight),
                                           pointer<const void>(bias),
                                           pointer<const void>(norm_weight),
@@ -43,7 +43,7 @@ void linear_decode(int dtype, Address x, Address weight, Address bias, Address n
                                           num_splits,
                                           eps,
                                           swiglu};
-    keye::linear_decode(dtype, params, overlap, pointer<void>(stream));
+    keye::linear(dtype, params, overlap, pointer<void>(stream));
 }
 
 void paged_decode_attention(int dtype, int head_dim, Address q, Address k_cache, Address v_cache,
@@ -130,7 +130,7 @@ PYBIND11_MODULE(_C, module) {
     module.attr("architectures") = KEYE_ARCHITECTURES;
     module.def("capture_id",
                [](Address stream) { return keye::capture_id(pointer<void>(stream)); });
-    module.def("linear_decode", &linear_decode);
+    module.def("linear", &linear);
     module.def("paged_decode_attention", &paged_decode_attention);
     module.def("qk_norm_mrope_store", &qk_norm_mrope_store);
     module.def("shared_bytes", &keye::shared_bytes);

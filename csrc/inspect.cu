@@ -1,12 +1,12 @@
 #include "keye/inspect.h"
 
-#include "keye/linear_decode.cuh"
+#include "keye/linear.cuh"
 #include "keye/paged_decode_attention.cuh"
 
 namespace keye {
 
 int shared_bytes(const std::string& kernel, int argument) {
-    if (kernel == "linear_decode_kernel") {
+    if (kernel == "linear_kernel") {
         return argument == 1 ? LinearTile<1>::kSharedBytes : LinearTile<2>::kSharedBytes;
     }
     if (kernel == "paged_decode_attention_kernel") {

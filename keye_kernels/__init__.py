@@ -13,7 +13,7 @@ from keye_kernels import _cuda, reference  # noqa: F401 - registers the CUDA ker
 from keye_kernels._backends import backends, use_backend
 from keye_kernels._ext import describe_extension
 from keye_kernels.activation import gelu, silu_mul
-from keye_kernels.linear_decode import linear_decode
+from keye_kernels.linear import linear
 from keye_kernels.merge_patches import merge_patches
 from keye_kernels.norm import layer_norm, rms_norm
 from keye_kernels.paged_attention import paged_prefill_attention
@@ -30,6 +30,8 @@ from keye_kernels.varlen_attention import (
 
 __version__ = "0.1.0"
 
+linear_decode = linear  # its name while it took few rows only; goes with the next release
+
 __all__ = [
     "AttentionSchedule",
     "__version__",
@@ -38,6 +40,7 @@ __all__ = [
     "describe_extension",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_decode",
     "merge_patches",
     "mrope_",

@@ -14,7 +14,7 @@ from keye_kernels.rope import frequencies
 # Provisional: guesses that no measurement stands behind yet. Nothing follows from them as long as
 # the kernels have never run on hardware, for until then "auto" does not choose them at all.
 AUTO_ROWS = {
-    "linear_decode": 16,  # beyond that a product is bound by tensor cores
+    "linear": None,  # up to the 16 rows that it takes
     "paged_decode_attention": None,
     "qk_norm_mrope_store": 256,  # beyond that all backends should be bound by memory
 }
@@ -238,7 +238,7 @@ register("qk_norm_mrope_store", _qk_norm_mrope_store_cuda, _qk_norm_mrope_store_
 
 
 def num_column_runs(tiles: int, in_features: int, num_sms: int) -> int:
-    """Blocks that share a tile of 64 weight rows in linear_decode, each with a run of its columns.
+    """Blocks that share a tile of 64 weight rows in linear, each with a run of its columns.
 
     To read at full rate, latency x bandwidth must be on its way: on an H200 some 1 µs x 4.3 TB/s,
     33 KB for each of 132 multiprocessors. A block keeps 32 KB on its way, and three fit: one reads
@@ -252,7 +252,7 @@ def num_column_runs(tiles: int, in_features: int, num_sms: int) -> int:
     return max(min(3 * num_sms // tiles, -(-in_features // 1024)), 1)
 
 
-def _linear_decode_refuses(
+def _linear_refuses(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -262,6 +262,8 @@ def _linear_decode_refuses(
     swiglu: bool,  # noqa: ARG001
     out: torch.Tensor,
 ) -> str | None:
+    if x.shape[0] > 16:  # rows of one MMA
+        return f"x must have at most 16 rows, got {x.shape[0]}"
     for name, size in (("in_features", x.shape[1]), ("the result's width", out.shape[1])):
         if size % 8:
             return f"{name} must be a multiple of 8, got {size}"
@@ -270,7 +272,7 @@ def _linear_decode_refuses(
     return check_dtype(x) or check_alignment(x=x, weight=weight, out=out, **given)
 
 
-def _linear_decode_cuda(
+def _linear_cuda(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -291,7 +293,7 @@ def _linear_decode_cuda(
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
         counts = counters.get(x.device, stream, tiles)
     tensors = (x, weight, bias, norm_weight, residual, out, partial, counts)
-    _ext.extension().linear_decode(
+    _ext.extension().linear(
         _ext.DTYPES[x.dtype], *(0 if t is None else t.data_ptr() for t in tensors),
         x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
         out.stride(0), num_rows, in_features, width, splits, eps or 0.0, swiglu, overlaps(x),
@@ -299,4 +301,4 @@ def _linear_decode_cuda(
     )  # fmt: skip
 
 
-register("linear_decode", _linear_decode_cuda, _linear_decode_refuses)
+register("linear", _linear_cuda, _linear_refuses)

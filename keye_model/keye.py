@@ -394,10 +394,8 @@ def _backend(name: str) -> AbstractContextManager:
 
 def _check_backend(name: str, device: torch.device) -> None:
     """Refuse a backend that cannot serve the model, rather than in the first answer."""
-    # torch.nn.Linear serves without linear_decode; qk_norm_mrope_store rotates, not mrope_.
-    dispensable = ("linear_decode", "mrope_")
     with _backend(name):
         for op, served in backends(device.type).items():
-            if served.backend is None and op not in dispensable:
+            if served.backend is None and op != "mrope_":  # the model rotates in another op
                 why = [*served.why_not.values()][-1]  # of the only candidate, after the others
                 raise RuntimeError(f"backend must serve {op}, got none that does: {why}")

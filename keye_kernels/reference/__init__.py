@@ -13,19 +13,19 @@ from keye_kernels.reference.attention import (
 from keye_kernels.reference.layers import (
     gelu,
     layer_norm,
-    linear_decode,
     merge_patches,
     patch_embed,
     rms_norm,
     silu_mul,
 )
+from keye_kernels.reference.linear import linear
 from keye_kernels.reference.rotation import mrope_, qk_norm_mrope_store, rope_2d_
 from keye_kernels.reference.sampling import sample
 
 __all__ = [
     "gelu",
     "layer_norm",
-    "linear_decode",
+    "linear",
     "merge_patches",
     "mrope_",
     "paged_decode_attention",

@@ -10,18 +10,14 @@ import torch
 from torch import nn
 
 from keye_kernels import (
-    backends,
-    linear_decode,
+    linear,
     paged_decode_attention,
     paged_prefill_attention,
     qk_norm_mrope_store,
     rms_norm,
-    silu_mul,
 )
 from keye_model.checkpoint.config import KeyeTextConfig
 from keye_model.network.cache import CacheStep, PagedCache
-
-_FEW_ROWS = 16  # that linear_decode takes
 
 
 class KeyeTextModel(nn.Module):
@@ -42,7 +38,8 @@ class KeyeTextModel(nn.Module):
         """Run new tokens through the decoder; their keys and values stay in `cache`.
 
         Args:
-            hidden: [num_tokens, hidden_size], embedded tokens of all sequences, packed.
+            hidden: [num_tokens, hidden_size], embedded tokens of all sequences, packed. It is
+                overwritten.
             positions: [3, num_tokens], int64, on the device of `hidden`: (t, h, w).
             cache: Holds what the sequences said before.
             step: From `cache.step`, for exactly these tokens.
@@ -50,23 +47,13 @@ class KeyeTextModel(nn.Module):
         Returns:
             [num_tokens, hidden_size], after the final norm.
         """
-        if step.is_decode and _served_by_linear_decode(hidden):
-            for layer in self.layers:
-                hidden = layer.decode(hidden, positions, cache, step)
-            return self.norm(hidden, None)[0]
-        residual = None
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual, positions, cache, step)
-        # Nobody reads the sum after the last norm: it is not written.
-        out, norm = (hidden, None), self.norm
-        return rms_norm(hidden, norm.weight, norm.eps, residual=residual, out=out)[0]
+            hidden = layer(hidden, positions, cache, step)
+        return rms_norm(hidden, self.norm.weight, self.norm.eps)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and gated MLP, each behind an RMSNorm and added to the residual stream.
-
-    Takes and returns (branch, residual): the branch is added by the next norm, in the same pass.
-    """
+    """Attention and gated MLP, each behind an RMSNorm and added to the residual stream."""
 
     def __init__(self, config: KeyeTextConfig, index: int) -> None:
         super().__init__()
@@ -76,33 +63,11 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        positions: torch.Tensor,
-        cache: PagedCache,
-        step: CacheStep,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, positions, cache, step)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
-
-    def decode(
         self, x: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
     ) -> torch.Tensor:
-        """The same for few rows, where what surrounds a matrix is part of reading it.
-
-        Takes and returns the residual stream, [num_tokens, hidden_size]. Rounds where `forward`
-        does.
-        """
-        attention, mlp = self.self_attn, self.mlp
-        qkv = linear_decode(x, attention.qkv_proj.weight, **self.input_layernorm.arguments)
-        heads = attention.attend(qkv, positions, cache, step)
-        x = linear_decode(heads, attention.o_proj.weight, residual=x)
-        norm = self.post_attention_layernorm.arguments
-        y = linear_decode(x, mlp.gate_up_proj.weight, **norm, swiglu=True)
-        return linear_decode(y, mlp.down_proj.weight, residual=x)
+        """x: the residual stream, [num_tokens, hidden_size], which is overwritten and returned."""
+        x = self.self_attn(x, self.input_layernorm, positions, cache, step)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Attention(nn.Module):
@@ -119,10 +84,17 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_width, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+        self,
+        x: torch.Tensor,
+        norm: RMSNorm,
+        positions: torch.Tensor,
+        cache: PagedCache,
+        step: CacheStep,
     ) -> torch.Tensor:
-        """x: [num_tokens, hidden_size]. Returns a tensor like x."""
-        return self.o_proj(self.attend(self.qkv_proj(x), positions, cache, step))
+        """Add the attention of norm(x) to x, [num_tokens, hidden_size]."""
+        qkv = linear(x, self.qkv_proj.weight, norm_weight=norm.weight, eps=norm.eps)
+        heads = self.attend(qkv, positions, cache, step)
+        return linear(heads, self.o_proj.weight, residual=x, out=x)
 
     def attend(
         self, qkv: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
@@ -168,52 +140,31 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU; gate and up are one matrix."""
+
     def __init__(self, config: KeyeTextConfig) -> None:
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Add the MLP of norm(x) to x, [num_tokens, hidden_size]."""
+        gate_up = self.gate_up_proj.weight
+        y = linear(x, gate_up, norm_weight=norm.weight, eps=norm.eps, swiglu=True)
+        return linear(y, self.down_proj.weight, residual=x, out=x)
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose few rows of a decode step go to ``linear_decode`` where that is faster."""
+    """A matrix whose product is our `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _served_by_linear_decode(x):
-            return linear_decode(x, self.weight, bias=self.bias)
-        return super().forward(x)
-
-
-def _served_by_linear_decode(x: torch.Tensor) -> bool:
-    """Whether these are few rows and ``linear_decode`` is fast: its definition is on a CPU only."""
-    if x.shape[0] > _FEW_ROWS:
-        return False
-    device = x.device.type
-    if device not in ("cpu", "cuda"):
-        return False
-    fast = "cuda" if device == "cuda" else "reference"
-    return backends(device)["linear_decode"].backend == fast
+        return linear(x, self.weight, bias=self.bias)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that first adds the branch to the residual stream, if there is one yet."""
+    """Weight and eps of an RMSNorm, which is part of the matrix product after it."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.eps = eps
-
-    @property
-    def arguments(self) -> dict[str, torch.Tensor | float]:
-        """What ``linear_decode`` calls its norm."""
-        return {"norm_weight": self.weight, "eps": self.eps}
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, residual: [num_tokens, hidden_size]. Returns (norm of the sum, the sum)."""
-        if residual is None:
-            return rms_norm(x, self.weight, self.eps), x
-        return rms_norm(x, self.weight, self.eps, residual=residual)

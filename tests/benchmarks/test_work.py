@@ -20,9 +20,9 @@ CASES = {str(case): case for case in all_cases(REAL)}
         # 24 KiB of heads, 24 bytes of positions and 8 of slot per token, and two weights
         ("qk_norm_mrope_store, 1k tokens", 1024 * (24 * 1024 + 32) + 512),
         ("paged_decode_attention, batch 8, 16k", 8 * 16384 * 4096 + 8 * 2 * 8192),
-        ("linear_decode, qkv, 1 row", (6144 * 4096 + 2 * 4096 + 6144) * 2),
-        ("linear_decode, gate_up, 8 rows", (24576 * 4096 + 9 * 4096 + 8 * 12288) * 2),
-        ("linear_decode, down, 16 rows", (4096 * 12288 + 16 * 12288 + 32 * 4096) * 2),
+        ("linear, qkv, 1 row", (6144 * 4096 + 2 * 4096 + 6144) * 2),
+        ("linear, gate_up, 8 rows", (24576 * 4096 + 9 * 4096 + 8 * 12288) * 2),
+        ("linear, down, 16 rows", (4096 * 12288 + 16 * 12288 + 32 * 4096) * 2),
         ("varlen_attention, 1k patches", 1024 * 4 * 1152 * 2),
         ("patch_embed, 1k patches", 1024 * 588 + (588 + 1 + 729 + 1024) * 1152 * 2),
         ("merge_patches, 1k patches, 8B-Preview", (3 * 1024 + 4) * 1152 * 2),
@@ -49,7 +49,7 @@ def test_bytes(case, num_bytes):
             4 * sum(range(31745, 32769)) * 32 * 128,
         ),
         ("paged_decode_attention, batch 8, 16k", 4 * 8 * 16384 * 32 * 128),
-        ("linear_decode, head, 2 rows", 2 * 2 * 151936 * 4096),
+        ("linear, head, 2 rows", 2 * 2 * 151936 * 4096),
     ],
 )
 def test_flops(case, flops):

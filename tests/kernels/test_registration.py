@@ -64,11 +64,11 @@ def gelu_bias(device):
     return [randn(device, 4, 16)], {"approximate": "none", "bias": randn(device, 16)}
 
 
-def linear_decode(device):
+def linear(device):
     return [randn(device, 3, 16), randn(device, 8, 16)], {}
 
 
-def linear_decode_fused(device):
+def linear_fused(device):
     keywords = {"norm_weight": randn(device, 16), "eps": 1e-6, "swiglu": True}
     return [randn(device, 3, 16), randn(device, 8, 16)], keywords | {"bias": randn(device, 8)}
 
@@ -151,8 +151,8 @@ CASES = {
         silu_mul,
         gelu,
         gelu_bias,
-        linear_decode,
-        linear_decode_fused,
+        linear,
+        linear_fused,
         patch_embed,
         rope_2d_,
         mrope_,

@@ -31,7 +31,7 @@ def test_captured_steps_equal_launched_ones(checkpoints, rows):
     params, runners = greedy(*[9] * rows), Runners()
     with trusting_cuda():
         served = {op: by.backend for op, by in backends("cuda").items()}
-        assert served["linear_decode"] == served["paged_decode_attention"] == "cuda"
+        assert served["linear"] == served["paged_decode_attention"] == "cuda"
         assert served["qk_norm_mrope_store"] == "cuda"
         want = run(model, requests, params)
         for _ in range(3):  # run, captured, replayed

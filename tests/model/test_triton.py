@@ -17,11 +17,9 @@ from keye_model.engine import decode_batch, vision_batch
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.workspace import Runners
 from keye_model.inputs.request import Request
-from keye_model.network import text
 from tests.model.engine.test_workspace import run
 from tests.model.tape import LaunchTape
 
-GEMM = {"linear_decode"}  # a matrix product: PyTorch's, unless the CUDA extension serves it
 ELSEWHERE = {"mrope_"}  # for other models: Keye's own rotation is part of qk_norm_mrope_store
 
 
@@ -96,7 +94,6 @@ def test_captured_launches_equal_the_definitions(checkpoints, launches, recorder
     runs = [chats(4, 4, 1), chats(2, 6, 7), chats(2, 4, 63)]  # 63: a second page within a replay
     want = [run(model, requests, params) for requests in runs]
     launches()
-    monkeypatch.setattr(text, "_served_by_linear_decode", lambda _: False)  # as on a GPU
     runners = Runners()
     assert [run(model, requests, params, runners) for requests in runs] == want
     (runner,) = runners._idle
@@ -122,7 +119,6 @@ def answer_logits(keye, request):
 
 
 def test_backend_by_name(preview_checkpoint):
-    """What the model calls where there is no ``linear_decode`` is ``torch.nn.Linear``."""
     keye = Keye.from_pretrained(preview_checkpoint)
     named = Keye.from_pretrained(preview_checkpoint, backend="triton")
     request = Request(torch.tensor([3, 4, 5]))
@@ -136,4 +132,4 @@ def test_every_kernel_is_chosen_on_a_gpu():
     """`auto` on CUDA tensors takes Triton wherever there is a kernel."""
     served = keye_kernels.backends("cuda")
     chosen = {op for op, by in served.items() if by.backend == "triton"}
-    assert chosen == set(served) - GEMM
+    assert chosen == set(served)

@@ -24,15 +24,15 @@ def _paged_decode_attention() -> Case:
     return lambda: kk.paged_decode_attention(*tensors, max_seqlen_k=200)
 
 
-def _linear_decode() -> Case:
+def _linear() -> Case:
     x, weight = torch.randn(9, 2304).bfloat16(), torch.randn(72, 2304).bfloat16()
     norm_weight = torch.rand(2304).bfloat16()
-    return lambda: kk.linear_decode(x, weight, norm_weight=norm_weight, eps=1e-6)
+    return lambda: kk.linear(x, weight, norm_weight=norm_weight, eps=1e-6)
 
 
 # By source file of the kernel; multiprocessors to count on.
 CASES = {
-    "linear_decode.cuh": (_linear_decode, 4),
+    "linear.cuh": (_linear, 4),
     "paged_decode_attention.cuh": (_paged_decode_attention, 12),
 }
 

@@ -1,7 +1,7 @@
-// Sizes of a block of linear_decode, and the way of x into its shared memory, normalised or not.
+// Sizes of a block of linear, and the way of x into its shared memory, normalised or not.
 #pragma once
 
-#include "keye/linear_decode.h"
+#include "keye/linear.h"
 #include "keye/types.cuh"
 
 namespace keye {
@@ -46,7 +46,7 @@ struct LinearInput {
     uint4 x[Tile::kTurns], weight;
     float scale[Tile::kTurns];
 
-    __device__ __forceinline__ void load(const LinearDecodeParams& params, int first_column) {
+    __device__ __forceinline__ void load(const LinearParams& params, int first_column) {
         const int row = threadIdx.x / Tile::kPieces;
         const int column = first_column + threadIdx.x % Tile::kPieces * 8;
         const T* at = static_cast<const T*>(params.x) + row * params.stride_x + column;
@@ -63,7 +63,7 @@ struct LinearInput {
         }
     }
 
-    __device__ __forceinline__ void store(const LinearDecodeParams& params, T* tile) {
+    __device__ __forceinline__ void store(const LinearParams& params, T* tile) {
         const int row = threadIdx.x / Tile::kPieces, piece = threadIdx.x % Tile::kPieces;
 #pragma unroll
         for (int i = 0; i < Tile::kTurns; ++i) {
@@ -85,7 +85,7 @@ struct LinearInput {
 
 // 1 / RMS of each row of x, by a warp each.
 template <class T, int kTiles>
-__device__ __forceinline__ void row_scales(const LinearDecodeParams& params, float* scales) {
+__device__ __forceinline__ void row_scales(const LinearParams& params, float* scales) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     for (int row = warp; row < params.num_rows; row += LinearTile<kTiles>::kWarps) {
         const T* x = static_cast<const T*>(params.x) + row * params.stride_x;

@@ -1,16 +1,12 @@
 """Between two GEMMs a layer calls our ops and nothing else: no elementwise op, cast or copy."""
 
 from collections import Counter
-from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keye_kernels import reference
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.network import text
 from keye_model.network.cache import PagedCache
 from keye_model.network.features import vision_features
 from keye_model.network.vision import vision_layout
@@ -74,68 +70,19 @@ def decoder_step(model, new_tokens, dtype=torch.float32):
     return positions, cache, cache.step([handle], [new_tokens])
 
 
+@pytest.mark.parametrize(
+    ("new_tokens", "attention"),
+    [(17, "keye.paged_prefill_attention"), (1, "keye.paged_decode_attention")],
+)
 @torch.no_grad()
-def test_decoder_layer(model):
-    hidden = torch.randn(17, model.config.text_config.hidden_size, device=model.device)
-    residual, step = torch.randn_like(hidden), decoder_step(model, 17)
+def test_decoder_layer(model, new_tokens, attention):
+    hidden = torch.randn(new_tokens, model.config.text_config.hidden_size, device=model.device)
+    step = decoder_step(model, new_tokens)
     with Recorder() as recorder:
-        model.language_model.layers[0](hidden, residual, *step)
-    assert moving(recorder.ops) == {
-        "keye.rms_norm": 2,
-        "keye.qk_norm_mrope_store": 1,
-        "keye.paged_prefill_attention": 1,
-        "keye.silu_mul": 1,
-    }
-    assert sum(recorder.ops[name] for name in _GEMM) == 4
-
-
-@torch.no_grad()
-def test_decoder_layer_of_few_rows(model):
-    hidden = torch.randn(1, model.config.text_config.hidden_size, device=model.device)
-    step = decoder_step(model, 1)
-    with Recorder() as recorder:
-        model.language_model.layers[0].decode(hidden, *step)
-    assert moving(recorder.ops) == {
-        "keye.linear_decode": 4,
-        "keye.qk_norm_mrope_store": 1,
-        "keye.paged_decode_attention": 1,
-    }
+        model.language_model.layers[0](hidden, *step)
+    ops = {"keye.linear": 4, "keye.qk_norm_mrope_store": 1, attention: 1}
+    assert moving(recorder.ops) == ops
     assert not any(recorder.ops[name] for name in _GEMM)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_few_rows_are_rounded_like_many(model, dtype, monkeypatch):
-    """Where linear_decode serves, norms, SwiGLU and residual adds are part of it: the same bits."""
-    decoder = deepcopy(model).to(dtype).language_model
-    hidden = torch.randn(1, decoder.config.hidden_size, device=model.device).to(dtype)
-    step = decoder_step(model, 1, dtype)
-    results = []
-    for serves in (False, True):
-        with Recorder() as recorder, monkeypatch.context() as patch:
-            patch.setattr(text, "_served_by_linear_decode", lambda _, serves=serves: serves)
-            patch.setattr(text.Linear, "forward", linear_of_few_rows)
-            results.append(decoder(hidden, *step))
-        assert recorder.ops["keye.rms_norm"] == (1 if serves else 2 * len(decoder.layers) + 1)
-    assert torch.equal(*results)
-
-
-def test_linear_decode_serves_on_a_gpu_by_its_cuda_kernel_only(monkeypatch):
-    def serves(rows, device):
-        x = SimpleNamespace(shape=(rows, 8), device=torch.device(device))
-        return text._served_by_linear_decode(x)
-
-    assert serves(16, "cpu")
-    assert not serves(17, "cpu")
-    for backend in ("cuda", "reference"):
-        served = SimpleNamespace(backend=backend)
-        monkeypatch.setattr(text, "backends", lambda _, served=served: {"linear_decode": served})
-        assert serves(16, "cuda") == (backend == "cuda")
-        assert not serves(17, "cuda")
-
-
-def linear_of_few_rows(layer, x):
-    return reference.linear_decode(x, layer.weight, bias=layer.bias)
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ __device__ __forceinline__ void add(float (&y)[8], const float4& low, const floa
 
 // y + bias, rounded as a product is.
 template <class T>
-__device__ __forceinline__ void add_bias(float (&y)[8], const LinearDecodeParams& params,
+__device__ __forceinline__ void add_bias(float (&y)[8], const LinearParams& params,
                                          int64_t channel) {
     float bias[8] = {};
     if (params.bias != nullptr) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void add_bias(float (&y)[8], const LinearDecodeParams
 // What follows the product, 8 channels of a row per thread. `sums(y, row, channel)` gives them, by
 // the channel in the tile.
 template <int kTiles, class T, class Sums>
-__device__ __forceinline__ void write_rows(const LinearDecodeParams& params, int64_t tile,
+__device__ __forceinline__ void write_rows(const LinearParams& params, int64_t tile,
                                            const Sums& sums) {
     using Tile = LinearTile<kTiles>;
     const int pieces = (params.swiglu ? Tile::kHalf : Tile::kRows) / 8;
@@ -160,7 +160,7 @@ __device__ __forceinline__ void write_rows(const LinearDecodeParams& params, int
 }
 
 template <int kTiles>
-__device__ __forceinline__ LinearPart part_of(const LinearDecodeParams& params, int64_t tile,
+__device__ __forceinline__ LinearPart part_of(const LinearParams& params, int64_t tile,
                                               int split) {
     using Tile = LinearTile<kTiles>;
     LinearPart part;
@@ -183,7 +183,7 @@ __device__ __forceinline__ LinearPart part_of(const LinearDecodeParams& params, 
 
 template <class T, int kTiles>
 __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTiles>::kBlocksPerSm)
-    linear_decode_kernel(const __grid_constant__ LinearDecodeParams params) {
+    linear_kernel(const __grid_constant__ LinearParams params) {
     using Tile = LinearTile<kTiles>;
     unsigned char* shared = dynamic_shared();
     T* pipelines = reinterpret_cast<T*>(shared);

@@ -7,7 +7,7 @@ namespace keye {
 
 // T is bf16 or fp16. Strides count elements; like all addresses, in_features and width they divide
 // by 16 bytes.
-struct LinearDecodeParams {
+struct LinearParams {
     const void* x;            // [num_rows, in_features] T, up to 16 rows
     const void* weight;       // [width, in_features] T, with swiglu [2 * width, in_features]
     const void* bias;         // [rows of weight] T, or null
@@ -24,6 +24,6 @@ struct LinearDecodeParams {
 };
 
 // `overlap`: see launch.cuh. Throws std::runtime_error if the launch fails.
-void linear_decode(int dtype, const LinearDecodeParams& params, bool overlap, void* stream);
+void linear(int dtype, const LinearParams& params, bool overlap, void* stream);
 
 }  // namespace keye

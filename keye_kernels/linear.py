@@ -1,21 +1,26 @@
-"""Linear layers of the decode step: few rows against a large matrix, bound by reading it."""
+"""Linear layers: a matrix product with the norm before it and what follows it.
+
+Few rows are bound by reading the matrix: the CUDA kernel computes all of it in that one pass. Many
+rows are what ordinary GEMMs are good at: PyTorch's, between our other ops.
+"""
 
 import torch
+import torch.nn.functional as F
 
-from keye_kernels import reference
+from keye_kernels import _backends, reference
 from keye_kernels._checks import FLOAT_DTYPES, check_finite, check_tensor
 from keye_kernels._ops import define_op
+from keye_kernels.activation import silu_mul
+from keye_kernels.norm import rms_norm
 
-MAX_ROWS = 16  # rows of one MMA; more of them are what ordinary GEMMs are good at
-
-_linear_decode_op = define_op(
-    "linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float? eps, "
+_linear_op = define_op(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float? eps, "
     "Tensor? residual, bool swiglu, Tensor(a!) out) -> ()",
-    reference=reference.linear_decode,
+    reference=reference.linear,
 )
 
 
-def linear_decode(
+def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     *,
@@ -26,10 +31,10 @@ def linear_decode(
     swiglu: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x weight^T + bias for up to 16 rows, with the norm before it and what follows it fused.
+    """x weight^T + bias, with the norm before it and SwiGLU or a residual add after it.
 
     Args:
-        x: [num_tokens, in_features], fp32 / fp16 / bf16, at most 16 rows. Rows may be strided.
+        x: [num_tokens, in_features], fp32 / fp16 / bf16. Rows may be strided.
         weight: [out_features, in_features], dtype of ``x``, as torch.nn.Linear keeps it.
         bias: [out_features], dtype of ``x``.
         norm_weight: [in_features], dtype of ``x``: the rows are those of ``rms_norm(x,
@@ -43,7 +48,7 @@ def linear_decode(
     Returns:
         [num_tokens, out_features], or half of that with ``swiglu``; dtype of ``x``, contiguous.
         Sums in fp32; rounded after the norm, after the product with its bias, and after what
-        follows, as the ops one by one do.
+        follows, as the ops one by one do. A GEMM may add the residual before it rounds.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or arguments exclude
@@ -54,8 +59,6 @@ def linear_decode(
     """
     check_tensor("x", x, (None, None), FLOAT_DTYPES)
     num_tokens, in_features = x.shape
-    if num_tokens > MAX_ROWS:
-        raise ValueError(f"x must have at most {MAX_ROWS} rows, got {num_tokens}")
     check_tensor("weight", weight, (None, in_features), x.dtype, x.device)
     width = weight.shape[0]
     if bias is not None:
@@ -81,5 +84,36 @@ def linear_decode(
     else:
         check_tensor("out", out, (num_tokens, width), x.dtype, x.device)
     if out.numel() > 0:
-        _linear_decode_op(x, weight, bias, norm_weight, eps, residual, swiglu, out)
+        _linear_op(x, weight, bias, norm_weight, eps, residual, swiglu, out)
     return out
+
+
+def _gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    swiglu: bool,
+    out: torch.Tensor,
+) -> None:
+    """PyTorch's GEMM between our other ops; the residual is added in its epilogue."""
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    if swiglu:
+        silu_mul(F.linear(x, weight, bias), out=out)
+    elif residual is None:
+        if bias is None:
+            torch.mm(x, weight.T, out=out)
+        else:
+            torch.addmm(bias, x, weight.T, out=out)
+    elif bias is not None:
+        torch.add(F.linear(x, weight, bias), residual, out=out)
+    else:
+        if out.data_ptr() != residual.data_ptr():
+            out.copy_(residual)
+        out.addmm_(x, weight.T)
+
+
+_backends.register("linear", "triton", _gemm)

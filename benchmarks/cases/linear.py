@@ -49,7 +49,7 @@ def cases(shapes: Shapes) -> list[Case]:
             elements += rows * width if "residual" in around else 0
             found.append(
                 Case(
-                    "linear_decode",
+                    "linear",
                     f"{name}, {rows} row{'s' if rows > 1 else ''}",
                     partial(_arguments, rows, width, in_features, around),
                     elements * DTYPE.itemsize,

@@ -1,4 +1,4 @@
-"""The CUDA kernel of linear_decode, run by g++, with what lies between rows poisoned."""
+"""The CUDA kernel of linear, run by g++, with what lies between rows poisoned."""
 
 import pytest
 import torch
@@ -47,8 +47,8 @@ def test_product_bias_and_residual(case):
     x, weight, residual = operands(*CASES[case])
     bias = torch.randn(len(weight)).to(x.dtype)
     exact = product(x, weight)
-    assert_close(kk.linear_decode(x, weight), F.linear(x, weight), exact)
-    got = kk.linear_decode(x, weight, bias=bias, residual=residual)
+    assert_close(kk.linear(x, weight), F.linear(x, weight), exact)
+    got = kk.linear(x, weight, bias=bias, residual=residual)
     plain = F.linear(x, weight, bias) + residual
     assert_close(got, plain, exact + bias.double() + residual.double())
     assert all((pool == 0).all() for pool in counters._slices.values())
@@ -63,7 +63,7 @@ def test_norm_and_swiglu(case):
     normed = kk.reference.rms_norm(x, norm_weight, EPS)
     gate, up = product(normed, weight, bias).chunk(2, dim=1)
     plain = kk.reference.silu_mul(F.linear(normed, weight, bias))
-    got = kk.linear_decode(x, weight, bias=bias, norm_weight=norm_weight, eps=EPS, swiglu=True)
+    got = kk.linear(x, weight, bias=bias, norm_weight=norm_weight, eps=EPS, swiglu=True)
     assert_close(got, plain, F.silu(gate) * up)
 
 
@@ -75,26 +75,26 @@ def test_roundings_are_those_of_the_definition():
     bias = {"bias": residual[0]}
     for options in (norm, bias, bias | {"residual": residual}, bias | {"swiglu": True}):
         options = norm | options
-        got = kk.linear_decode(x, weight, **options)
-        assert torch.equal(got, kk.reference.linear_decode(x, weight, **options))
+        got = kk.linear(x, weight, **options)
+        assert torch.equal(got, kk.reference.linear(x, weight, **options))
 
 
 @pytest.mark.parametrize("num_sms", [132], indirect=True)
 def test_schedules_give_the_same_bits(native):
     x, weight, _ = operands(9, 32, 2304, torch.bfloat16)
     norm = {"norm_weight": torch.rand(2304).bfloat16(), "eps": EPS}
-    expected = kk.linear_decode(x, weight, **norm)
+    expected = kk.linear(x, weight, **norm)
     for schedule in native.schedules():
         with schedule:
-            assert torch.equal(kk.linear_decode(x, weight, **norm), expected)
+            assert torch.equal(kk.linear(x, weight, **norm), expected)
 
 
 @runs
 def test_a_row_does_not_depend_on_its_neighbours():
     x, weight, residual = operands(8, 72, 2200, torch.float16)
-    alone = kk.linear_decode(x[2:3], weight, residual=residual[2:3])
+    alone = kk.linear(x[2:3], weight, residual=residual[2:3])
     x[[0, 7]] = float("nan")
-    got = kk.linear_decode(x, weight, residual=residual)
+    got = kk.linear(x, weight, residual=residual)
     assert torch.equal(got[2:3], alone)
     assert got[[0, 7]].isnan().all()
 
@@ -103,8 +103,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_residual_may_be_out_and_out_may_be_strided():
     x, weight, residual = operands(4, 72, 2056, torch.bfloat16)
     around = residual._base.clone()
-    expected = kk.linear_decode(x, weight, residual=residual)
-    assert kk.linear_decode(x, weight, residual=residual, out=residual) is residual
+    expected = kk.linear(x, weight, residual=residual)
+    assert kk.linear(x, weight, residual=residual, out=residual) is residual
     assert torch.equal(residual, expected)
     residual.copy_(around[1::2, 8:-8])
     assert torch.equal(residual._base.isnan(), around.isnan())
@@ -112,14 +112,14 @@ def test_residual_may_be_out_and_out_may_be_strided():
 
 def test_offsets_past_2_to_the_31():
     x, weight, residual = operands(3, 40, 72, torch.bfloat16)
-    expected = kk.linear_decode(x, weight, residual=residual)
+    expected = kk.linear(x, weight, residual=residual)
     far = [far_apart(t.shape, t.dtype, t.device).copy_(t) for t in (x, weight, residual)]
     out = far_apart(residual.shape, residual.dtype, residual.device)
-    assert torch.equal(kk.linear_decode(far[0], far[1], residual=far[2], out=out), expected)
+    assert torch.equal(kk.linear(far[0], far[1], residual=far[2], out=out), expected)
 
 
 def test_no_width():
-    assert kk.linear_decode(torch.ones(2, 8).half(), torch.ones(0, 8).half()).shape == (2, 0)
+    assert kk.linear(torch.ones(2, 8).half(), torch.ones(0, 8).half()).shape == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_no_width():
 )
 def test_refusals(x, weight, message):
     with pytest.raises(NotImplementedError, match=message):
-        kk.linear_decode(x, weight)
+        kk.linear(x, weight)
 
 
 def test_num_column_runs():

@@ -32,8 +32,8 @@ def product(x, weight, **_):
     return F.linear(x, weight)
 
 
-@pytest.mark.parametrize("case", cases_of("linear_decode"), ids=str)
-def bench_linear_decode(measure, case):
+@pytest.mark.parametrize("case", cases_of("linear"), ids=str)
+def bench_linear(measure, case):
     peers = {
         "our other ops": Provider(one_by_one),
         "the product alone": Provider(product, differs=lambda _got, _want: ""),
