@@ -126,11 +126,12 @@ def test_no_width():
     ("x", "weight", "message"),
     [
         (torch.ones(1, 8), torch.ones(8, 8), "dtype must be .*bfloat16 or .*float16, got"),
+        (torch.ones(17, 8).half(), torch.ones(8, 8).half(), "x must have at most 16 rows, got 17"),
         (torch.ones(1, 12).half(), torch.ones(8, 12).half(), "in_features .* of 8, got 12"),
         (torch.ones(1, 8).half(), torch.ones(9, 8).half(), "result's width .* of 8, got 9"),
         (torch.ones(1, 8).half(), torch.ones(8, 12).half()[:, 4:], "rows of weight must begin at"),
     ],
-    ids=["dtype", "in_features", "width", "alignment"],
+    ids=["dtype", "rows", "in_features", "width", "alignment"],
 )
 def test_refusals(x, weight, message):
     with pytest.raises(NotImplementedError, match=message):
