@@ -31,12 +31,12 @@ from keye_model import (  # noqa: E402
 )
 from keye_model.checkpoint.config import PREVIEW  # noqa: E402
 from keye_model.checkpoint.weights import destinations  # noqa: E402
-from keye_model.engine.cuda_graph import StepGraphs, why_no_graphs  # noqa: E402
-from keye_model.engine.decode_batch import Running  # noqa: E402
+from keye_model.engine.cuda_graph import CudaGraphs, why_no_graphs  # noqa: E402
+from keye_model.engine.decode_batch import Sequence  # noqa: E402
 from keye_model.engine.sampling import SamplingParams  # noqa: E402
-from keye_model.engine.scheduler import Generation  # noqa: E402
+from keye_model.engine.scheduler import Scheduler  # noqa: E402
 from keye_model.engine.vision_batch import MAX_PATCHES, VisionBatch  # noqa: E402
-from keye_model.engine.workspace import Runner, Runners  # noqa: E402
+from keye_model.engine.workspace import Workspace, WorkspacePool  # noqa: E402
 from keye_model.inputs.request import Request  # noqa: E402
 from keye_model.network.cache import PAGE_SIZE, PagedCache  # noqa: E402
 
@@ -203,7 +203,7 @@ def bench_tower(ours, tower, measure, name):
 
     providers = our_model(mine, capture=False)
     if num_patches(grids) <= MAX_PATCHES:
-        providers |= _with_graphs(mine, lambda: VisionBatch(visual, StepGraphs(DEVICE)))
+        providers |= _with_graphs(mine, lambda: VisionBatch(visual, CudaGraphs(DEVICE)))
     measure.compare(
         "tower",
         name,
@@ -220,7 +220,7 @@ def bench_tower(ours, tower, measure, name):
 @pytest.mark.parametrize("length", PREFILLS)
 def bench_prefill(ours, decoder, measure, length):
     cache = PagedCache(TEXT_CONFIG, -(-length // PAGE_SIZE), dtype=DTYPE, device=DEVICE)
-    step = cache.step([cache.add()], [length])
+    step = cache.append([cache.add()], [length])
     positions = torch.arange(length, device=DEVICE).expand(3, length).contiguous()
 
     def mine(ids):
@@ -277,19 +277,19 @@ def bench_decode_step(ours, decoder, measure, batch, context):
     prompt = torch.randint(100, 2000, (batch, context), device=DEVICE)
     past = decoder(prompt, use_cache=True, logits_to_keep=1).past_key_values
     num_pages = batch * -(-(context + 1) // PAGE_SIZE)
-    launched = Runner.new(ours.model, ours.lm_head, num_pages)
+    launched = Workspace.new(ours.model, ours.lm_head, num_pages)
     cache, rows = launched.cache, launched.batch
     handles = [cache.add(context + 1) for _ in range(batch)]
     hidden = ours.model.language_model.embed_tokens(prompt.flatten())
     positions = torch.arange(context, device=DEVICE).repeat(batch).expand(3, -1).contiguous()
-    ours.model(hidden, positions, cache, cache.step(handles, [context] * batch))
+    ours.model(hidden, positions, cache, cache.append(handles, [context] * batch))
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
     # Each has generated one token, which the step puts in.
-    rows.place([Running(0, handle, prompt[0], params, context, [0]) for handle in handles])
+    rows.place([Sequence(0, handle, prompt[0], params, context, [0]) for handle in handles])
     counters = rows.counters.clone()
 
     def captured():
-        return dataclasses.replace(launched, graphs=StepGraphs(DEVICE))
+        return dataclasses.replace(launched, graphs=CudaGraphs(DEVICE))
 
     def mine(ids, how=launched):
         rows.counters.copy_(counters)
@@ -309,7 +309,7 @@ def bench_decode_step(ours, decoder, measure, batch, context):
         fault = _differs(ours.lm_head(ours.model(hidden, at, cache, step)), their_logits(ids))
         assert not fault, fault
 
-    step = cache.step(handles, [1] * batch)
+    step = cache.append(handles, [1] * batch)
     check_logits(prompt[:, 0])
     with trusting_cuda():
         check_logits(prompt[:, 0])
@@ -334,14 +334,14 @@ def bench_generate(ours, decoder, measure):
     """Prefill of 64 tokens and greedy tokens, each side's own loop."""
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
 
-    def mine(ids, runners=None):
-        run = Generation(
+    def mine(ids, workspaces=None):
+        run = Scheduler(
             ours.model,
             ours.lm_head,
             [Request(ids)],
             [params],
             eos_token_ids=(),
-            runners=runners,
+            workspaces=workspaces,
         )
         return [token.token_id for token in run]
 
@@ -360,8 +360,8 @@ def bench_generate(ours, decoder, measure):
         f"64 + {NEW_TOKENS} tokens",
         make=lambda: {"ids": torch.randint(100, 2000, (64,))},
         providers=our_model(mine, capture=False)
-        | _with_graphs(mine, Runners)
-        | _with_graphs_on_cuda(mine, Runners)
+        | _with_graphs(mine, WorkspacePool)
+        | _with_graphs_on_cuda(mine, WorkspacePool)
         | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=differs,
@@ -385,21 +385,21 @@ def bench_request(ours, tower, projector, decoder, measure, name):
     request = Request(ids, pixel_values=pixels, image_grid_thw=tuple(grids))
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
 
-    def mine(runners=None):
-        run = Generation(
+    def mine(workspaces=None):
+        run = Scheduler(
             ours.model,
             ours.lm_head,
             [request],
             [params],
             eos_token_ids=(),
-            runners=runners,
+            workspaces=workspaces,
         )
         assert len(list(run)) == NEW_TOKENS
         return dataclasses.asdict(run.timings)
 
     runs = {"ours": mine}
     if not why_no_graphs(DEVICE):
-        held, held_on_cuda = Runners(), Runners()
+        held, held_on_cuda = WorkspacePool(), WorkspacePool()
         runs["ours (graph)"] = lambda: mine(held)
         if our_model_on_cuda(mine):
             runs["ours (cuda, graph)"] = trusting_cuda()(lambda: mine(held_on_cuda))

@@ -230,7 +230,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         f"{KEPT_TOKENS * Costs.of(config).cache_bytes / 1e9:.3f} GB, and {GRAPH_BYTES / 1e9:.3f} "
         "GB left for the graphs"
     )
-    print(f"activations   {counts.workspace_bytes / 1e9:.3f} GB at most")
+    print(f"activations   {counts.activation_bytes / 1e9:.3f} GB at most")
     print(f"pixels        {counts.pixel_bytes / 1e9:.3f} GB")
     print(
         f"arithmetic    vision {counts.vision_flops / 1e12:.3f} TFLOP, prefill "

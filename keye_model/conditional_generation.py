@@ -20,8 +20,8 @@ from keye_model.checkpoint.weights import load_model
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.plan import Limits
 from keye_model.engine.sampling import GenerationDefaults
-from keye_model.engine.scheduler import Generation
-from keye_model.engine.workspace import Runners
+from keye_model.engine.scheduler import Scheduler
+from keye_model.engine.workspace import WorkspacePool
 from keye_model.inputs.packing import BatchRow, pack, split_batch
 from keye_model.inputs.request import Request, host_grid
 from keye_model.network.cache import PagedCache
@@ -54,7 +54,7 @@ class KeyeForConditionalGeneration(nn.Module):
         text = config.text_config
         self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         self.generation_config: GenerationDefaults | None = None
-        self.runners = Runners()
+        self.workspaces = WorkspacePool()
         self._directory: Path | None = None
 
     @classmethod
@@ -229,22 +229,22 @@ class KeyeForConditionalGeneration(nn.Module):
         if stop_strings is not None and stop_strings != []:
             tokenizer = self._tokenizer()
             watchers = [Detokenizer(tokenizer, stop_strings) for _ in rows]
-        generation = Generation(
+        scheduler = Scheduler(
             self.model,
             self.lm_head,
             requests,
             params,
             eos_token_ids=defaults.eos_token_ids,
             limits=limits,
-            runners=self.runners,
+            workspaces=self.workspaces,
         )
         answers: list[list[int]] = [[] for _ in rows]
-        for token in generation:
+        for token in scheduler:
             answers[token.request].append(token.token_id)
             if watchers:
                 watchers[token.request].add(token.token_id)
                 if watchers[token.request].stopped:
-                    generation.stop(token.request)
+                    scheduler.stop(token.request)
         longest = max(map(len, answers))
         padded = [ids + [defaults.pad_token_id] * (longest - len(ids)) for ids in answers]
         new = torch.tensor(padded, dtype=torch.int64, device=input_ids.device)

@@ -15,7 +15,7 @@ from keye_kernels import backends, use_backend
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.plan import Limits
-from keye_model.engine.scheduler import Generation
+from keye_model.engine.scheduler import Scheduler
 from keye_model.inputs.request import Request
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
@@ -306,14 +306,14 @@ class _Run:
         merge = keye.model.config.vision_config.spatial_merge_size**2
         self._prompts = [_prompt_usage(request, merge) for request in requests]
         self._processing = time.perf_counter() - started
-        self._generation = Generation(
+        self._scheduler = Scheduler(
             keye.model.model,
             keye.model.lm_head,
             requests,
             params,
             eos_token_ids=defaults.eos_token_ids,
             limits=keye.limits,
-            runners=keye.model.runners if keye.cuda_graphs else None,
+            workspaces=keye.model.workspaces if keye.cuda_graphs else None,
         )
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -322,7 +322,7 @@ class _Run:
         token_ids: list[list[int]] = [[] for _ in self._texts]
         reasons = ["length"] * len(self._texts)
         first = [0.0] * len(self._texts)
-        tokens = iter(self._generation)
+        tokens = iter(self._scheduler)
         while True:
             with _backend(self._backend):  # not across a yield: the caller has a choice too
                 token = next(tokens, None)
@@ -334,7 +334,7 @@ class _Run:
             token_ids[k].append(token.token_id)
             piece = self._texts[k].add(token.token_id)
             if self._texts[k].stopped:
-                self._generation.stop(k)
+                self._scheduler.stop(k)
                 reasons[k] = "stop"
             elif token.finish_reason:
                 reasons[k] = token.finish_reason
@@ -347,14 +347,14 @@ class _Run:
             self.answers.append(self._answer(k, ids, reasons[k], first[k]))
 
     def _answer(self, k: int, token_ids: list[int], reason: str, first: float) -> Answer:
-        stages = self._generation.timings
+        stages = self._scheduler.timings
         timings = Timings(
             self._processing,
             stages.vision,
             stages.prefill,
             stages.decode,
             first,
-            self._generation.cuda_graphs,
+            self._scheduler.cuda_graphs,
         )
         parts = parse_answer(self._texts[k].text)
         usage = Usage(*self._prompts[k], len(token_ids))

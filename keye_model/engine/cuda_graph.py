@@ -1,7 +1,7 @@
-"""Steps as CUDA graphs: captured when they come up again, replayed from then on.
+"""CUDA graphs of steps: a step is captured the second time it runs, and replayed from then on.
 
-A graph holds addresses and numbers: what a step reads anew must lie in buffers that never move, and
-its shapes must come in few sizes.
+A graph stores addresses and numbers. So the inputs of a step must lie in buffers that never move,
+and its shapes must come in few sizes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 
 from keye_kernels import backends
 
-# What a graph adds to the memory that all of a run share is a list of some 250 launches for the
-# tower and 400 for the decoder, on host and device.
+# All graphs of a run share one memory pool. Each adds its list of launches, on host and device:
+# about 250 for the tower, 400 for the decoder.
 _MAX_GRAPHS = 64
 
-# Held free for them where the cache is sized: activations of 2048 patches, logits of up to 256 rows
-# (240 MB if each number of rows comes before the next larger one), a workspace of cuBLAS and the
+# The cache leaves this much memory free for graphs: activations of 2048 patches, logits of up to
+# 256 rows (240 MB if the numbers of rows come up in ascending order), cuBLAS's workspace, and the
 # lists of launches.
 GRAPH_BYTES = 512 << 20
 
-# Their definitions read lengths, slots and parameters back, which a graph cannot.
+# The definitions of these ops read lengths, slots or parameters back to the host; a graph cannot.
 _READ_BACK = ("varlen_attention", "qk_norm_mrope_store", "paged_decode_attention", "sample")
 
 Step = Callable[[], None]
@@ -44,10 +44,10 @@ def why_no_graphs(device: torch.device) -> str:
 
 
 def padded_rows(num_rows: int) -> int:
-    """Rows of the step that serves so many: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
+    """Round ``num_rows`` up to one of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
 
-    Less than half of them is padding, and less than a third above 16. While a step waits for the
-    weights' bytes, up to about 190 rows, more rows take little more time.
+    Less than half of the rows are padding, above 16 less than a third. Up to about 190 rows a step
+    is bound by reading the weights, so padding costs little time.
     """
     power = 1 << (num_rows - 1).bit_length()
     middle = power * 3 // 4
@@ -56,33 +56,33 @@ def padded_rows(num_rows: int) -> int:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all: PyTorch has 32 streams, and gives them out again and again."""
+    """The stream of all captures; PyTorch's pool of 32 streams hands one out many times."""
     return torch.cuda.Stream(device)
 
 
 class CudaRecorder:
-    """Captures steps into a pool of memory of its own."""
+    """Captures steps into its own memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Step) -> torch.cuda.CUDAGraph:
-        """The launches of a step that has run before, not run.
+        """Record the launches of a step, which must have run before, without running them.
 
         Raises:
             RuntimeError: The step cannot be captured.
             torch.OutOfMemoryError: There is no memory for it.
         """
         graph = torch.cuda.CUDAGraph()
-        # Other threads may launch meanwhile, but not wait for the whole device.
+        # Other threads may launch kernels meanwhile; they must not synchronize the device.
         mode = {"capture_error_mode": "thread_local"}
-        # A capture that fails would leave its own stream the current one, but for this.
+        # Restores the current stream if the capture fails.
         current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
         with _capturing, current, _no_garbage_collection():
-            torch.cuda.current_blas_handle()  # this thread's: none can be made in a capture
-            # cuBLAS keeps a workspace for each stream. This one must lie in the graphs' own pool,
-            # and no other pool's graphs may find it.
+            torch.cuda.current_blas_handle()  # creates this thread's; a capture cannot
+            # cuBLAS keeps a workspace per stream. Clearing it before and after the capture puts it
+            # into this pool and hides it from graphs of other pools.
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 with torch.cuda.graph(graph, self._pool, self._stream, **mode):
@@ -101,7 +101,7 @@ class CudaRecorder:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """What it may find, such as another graph, must not be destroyed during a capture."""
+    """Collecting garbage could destroy another graph, which is not allowed during a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -111,10 +111,10 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class StepGraphs:
-    """The captured steps of one run; the least recently used one goes first.
+class CudaGraphs:
+    """The captured steps of one run, at most 64; the least recently used one is dropped.
 
-    They share memory: one is replayed at a time, and none leaves a result there.
+    They share one memory pool: only one is replayed at a time, and no result stays in the pool.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -123,10 +123,10 @@ class StepGraphs:
         self._seen: set[Hashable] = set()
 
     def run(self, key: Hashable, step: Step) -> None:
-        """Run a step; `key` is all that its launches depend on.
+        """Run ``step``, whose launches depend on nothing but ``key``.
 
-        The first time as it is, since its kernels must have been compiled before it can be
-        captured, and many come up only once.
+        The first run of a key launches its kernels: they must be compiled before a capture, and
+        many keys come up only once. The second run captures, later ones replay.
         """
         if key not in self._seen:
             self._seen.add(key)
@@ -134,7 +134,9 @@ class StepGraphs:
             return
         if key not in self._graphs:
             self._graphs[key] = self._recorder.capture(step)
-            if len(self._graphs) > _MAX_GRAPHS:  # only now: the last one would take the pool along
+            if (
+                len(self._graphs) > _MAX_GRAPHS
+            ):  # after the capture: the pool dies with its last graph
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         self._graphs[key].replay()

@@ -1,14 +1,12 @@
-"""Running requests on the device, and the step that gives each of them one more token.
+"""The decode step: buffers on the device with a row per running sequence, and one token for each.
 
-All tensors of a step lie in buffers that never move and whose shapes depend on nothing but a
-number of rows and a capacity, so that a captured step can be replayed. Nothing in a step is read
-back or comes from the host: the device counts by itself. The host writes the rows anew when
-requests come or go, from what it knows of them.
+A captured step can be replayed, because its tensors lie in buffers that never move and their shapes
+depend only on a number of rows and a capacity. A step neither reads from the device nor uploads:
+the device counts tokens itself. The host rewrites the rows when sequences come or go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,32 +15,32 @@ from torch import nn
 
 from keye_kernels import sample
 from keye_model.engine.sampling import SamplingParams
-from keye_model.network.cache import CacheStep, PagedCache
+from keye_model.network.cache import CacheLayout, PagedCache
 from keye_model.network.model import KeyeModel
 from keye_model.network.upload import upload
 
-# Requests that run at once. From about 190 rows on the weights cost more arithmetic than bytes, so
-# that more rows give no more tokens per second.
+# Sequences that run at once. Above about 190 rows a step is bound by arithmetic, not by reading the
+# weights, so more rows give no more tokens per second.
 MAX_ROWS = 256
 
-# Attention divides a sequence by its own length, whatever the capacity, which fixes only into how
-# many pieces. So few capacities do: one for short sequences, which large batches need not divide
-# at all, and steps of 4 from there on.
+# Attention splits each sequence by its own length; the capacity only fixes the number of splits. So
+# few capacities are enough: one for short sequences, which large batches need not split at all, and
+# then each four times the last.
 _MIN_CAPACITY = 2048
 _CAPACITY_FACTOR = 4
 
 
 @dataclass(eq=False)
-class Running:
-    """One running request, as the host knows it.
+class Sequence:
+    """A running request, as the host knows it.
 
     Attributes:
-        request: Its number among the requests.
-        handle: Its sequence in the cache, which owns pages for all its tokens.
+        request: Index of the request.
+        handle: Its handle in the cache, which owns pages for all its tokens.
         prompt: [num_tokens], int64, on the host.
-        params: How its tokens are chosen.
-        next_position: Where its first generated token goes.
-        token_ids: What it has generated; the last one is not in the cache yet.
+        params: How its tokens are sampled.
+        next_position: Position of its first generated token.
+        token_ids: Generated tokens; the last one is not in the cache yet.
     """
 
     request: int
@@ -54,20 +52,21 @@ class Running:
 
 
 class DecodeBatch:
-    """A row of state for each running request, padding after them.
+    """A row of state for each running sequence, then rows of padding.
 
-    Padding has no tokens and no pages: it stores nothing, attends to nothing, stays as it is, and
-    what it chooses is not looked at.
+    A padding row has no tokens and no pages: it stores nothing, attends to nothing and stays as it
+    is; its sampled token is ignored.
 
     Args:
-        cache: Holds what the requests said before.
-        max_position_embeddings: Of the model; no sequence is longer.
-        vocab_size: Of the logits.
+        cache: Keys and values of the sequences.
+        max_position_embeddings: The model's context; no sequence is longer.
+        vocab_size: Width of the logits.
 
     Attributes:
         token_ids: [MAX_ROWS], int64: each row's last token, which is not in the cache yet.
-        counters: [3, MAX_ROWS], int64: tokens in the cache, where the last one goes, its number.
-        penalised: A placed request has a repetition penalty.
+        counters: [3, MAX_ROWS], int64: tokens in the cache, position of the last token, its index
+            among the generated ones.
+        penalised: A placed sequence has a repetition penalty.
     """
 
     def __init__(self, cache: PagedCache, max_position_embeddings: int, vocab_size: int) -> None:
@@ -75,7 +74,7 @@ class DecodeBatch:
         self.cache = cache
         self._vocab_size = vocab_size
         self._ints = torch.zeros(7, MAX_ROWS, dtype=torch.int64, device=device)
-        # A step adds `active`, 1 or 0 for padding, to each of the three counters.
+        # A step adds `active` to each of the three counters: 1, or 0 for padding.
         self.counters, self._active = self._ints[:3], self._ints[3]
         self._stored, self._positions, self._step = self.counters
         self.token_ids, self._top_k, self._seed = self._ints[4:]
@@ -89,15 +88,15 @@ class DecodeBatch:
         self._cu_seqlens_q = torch.arange(MAX_ROWS + 1, dtype=torch.int32, device=device)
         self.penalised = False
 
-    def place(self, running: Sequence[Running]) -> None:
-        """Write one row for each of these requests, and make padding of all others."""
+    def place(self, running: list[Sequence]) -> None:
+        """Write a row for each of these sequences, and turn all other rows into padding."""
         ints = np.zeros(self._ints.shape, np.int64)
         floats = np.ones(self._floats.shape, np.float32)
         table = np.full(self._block_table.shape, -1, np.int32)
         for i, one in enumerate(running):
             p, new = one.params, len(one.token_ids)
             stored, last = self.cache.num_tokens(one.handle), one.token_ids[-1] if new else 0
-            # The token that a step puts in is the last one generated, number new - 1.
+            # A step stores the last generated token, which has index new - 1.
             ints[:, i] = stored, one.next_position + new - 1, new, 1, last, p.top_k, p.seed
             floats[:, i] = p.temperature, p.top_p, p.repetition_penalty
             pages = self.cache.pages(one.handle)
@@ -110,7 +109,7 @@ class DecodeBatch:
         if self.penalised:
             self._place_seen(running)
 
-    def _place_seen(self, running: Sequence[Running]) -> None:
+    def _place_seen(self, running: list[Sequence]) -> None:
         device = self.cache.device
         if self._seen is None:
             shape = (MAX_ROWS, self._vocab_size)
@@ -121,9 +120,10 @@ class DecodeBatch:
         self._seen[upload(rows, device), upload(torch.cat(said), device)] = True
 
     def capacity(self, longest: int) -> int:
-        """Tokens, at least `longest`, that a step lets a sequence have.
+        """Most tokens of a sequence in a step, at least ``longest``.
 
-        Whole pages of the model's context, whatever the size of the cache: results depend on it.
+        Whole pages, bounded by the model's context and not by the size of the cache: results
+        depend on the capacity.
         """
         capacity = _MIN_CAPACITY
         while capacity < longest:
@@ -140,21 +140,21 @@ class DecodeBatch:
         capacity: int,
         penalised: bool,
     ) -> None:
-        """Store each row's last token, and choose its next one.
+        """Store each row's last token, and sample its next one.
 
         Args:
-            model, lm_head: What all steps of these requests run.
-            num_rows: The first rows take part; the others are left alone.
+            model, lm_head: The same for all steps of these sequences.
+            num_rows: Rows that take part, from the first; the others are left alone.
             capacity: From `capacity`, for the longest sequence with its new token.
-            penalised: Whether a request has a repetition penalty.
+            penalised: Whether a sequence has a repetition penalty.
         """
         rows, page_size = slice(num_rows), self.cache.page_size
         stored = self._stored[rows]
         table = self._block_table[rows, : capacity // page_size]
         page = table.gather(1, (stored // page_size)[:, None])[:, 0]
         slots = torch.add(stored % page_size, page, alpha=page_size)
-        step = CacheStep(
-            slot_mapping=slots.clamp_(min=-1),  # padding, whose page is -1, would come out lower
+        step = CacheLayout(
+            slot_mapping=slots.clamp_(min=-1),  # padding has page -1, so its slots are below -1
             block_table=table,
             cu_seqlens_q=self._cu_seqlens_q[: num_rows + 1],
             cache_seqlens=torch.add(stored, self._active[rows], out=self._cache_seqlens[rows]),
@@ -162,7 +162,7 @@ class DecodeBatch:
             max_seqlen_k=capacity,
             is_decode=True,
         )
-        # Padding of a broken model may have chosen -1; no request gets here that has.
+        # A padding row may have sampled -1 from broken logits; for a sequence that is an error.
         token_ids = self.token_ids[rows].clamp(min=0)
         if penalised:
             self._seen[rows].scatter_(1, token_ids[:, None], True)
@@ -172,7 +172,7 @@ class DecodeBatch:
         self.counters[:, rows] += self._active[rows]
 
     def sample(self, logits: torch.Tensor, penalised: bool) -> None:
-        """Choose a token for each of the first rows; logits: [num_rows, vocab_size]."""
+        """Sample a token for each of the first rows; logits: [num_rows, vocab_size]."""
         rows = slice(logits.shape[0])
         sample(
             logits,
@@ -187,5 +187,5 @@ class DecodeBatch:
         )
 
     def tokens(self, num_rows: int) -> list[int]:
-        """What the first rows chose last, -1 where there was nothing to choose; waits for it."""
+        """The last tokens of the first rows, -1 where no logit was finite; waits for the device."""
         return self.token_ids[:num_rows].tolist()

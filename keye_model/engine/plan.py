@@ -51,7 +51,7 @@ def cache_pages(num_tokens: Sequence[int]) -> int:
     return sum(pages[-MAX_ROWS:])
 
 
-def workspace_bytes(
+def activation_bytes(
     config: KeyeConfig, requests: Sequence[Request], limits: Limits, itemsize: int
 ) -> int:
     """Bytes of the widest activations of one pass: tower or decoder, whichever needs more."""
@@ -129,7 +129,7 @@ class Plan:
     decode_step_bytes: int
     weight_bytes: int
     cache_bytes: int  # whole pages
-    workspace_bytes: int
+    activation_bytes: int
     pixel_bytes: int
 
     def floor_seconds(self, matmul_flops: float, copy_bytes: float) -> dict[str, float]:
@@ -185,7 +185,7 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
         decode_step_bytes=costs.decode_bytes + costs.cache_bytes * cached,
         weight_bytes=costs.weight_bytes,
         cache_bytes=costs.cache_bytes * cache_pages(totals) * PAGE_SIZE,
-        workspace_bytes=workspace_bytes(config, requests, limits, itemsize) + waiting * itemsize,
+        activation_bytes=activation_bytes(config, requests, limits, itemsize) + waiting * itemsize,
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )
 

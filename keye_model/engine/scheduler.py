@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
-from keye_model.engine.decode_batch import MAX_ROWS, Running
-from keye_model.engine.plan import Limits, cache_pages, workspace_bytes
+from keye_model.engine.decode_batch import MAX_ROWS, Sequence
+from keye_model.engine.plan import Limits, activation_bytes, cache_pages
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.workspace import Runner, Runners
+from keye_model.engine.workspace import Workspace, WorkspacePool
 from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PAGE_SIZE
@@ -46,22 +46,22 @@ class Timings:
     decode: float = 0.0
 
 
-class Generation:
-    """One run over several requests; iterate to get their tokens as they are made.
+class Scheduler:
+    """One run over several requests; iterate to get their tokens as they are generated.
 
     Args:
-        model: The decoder and tower.
-        lm_head: hidden_size to vocab_size.
-        requests: Prompts; the k-th token stream belongs to the k-th request.
-        params: One for each request.
+        model: Tower, projector and decoder.
+        lm_head: Maps hidden_size to vocab_size.
+        requests: Prompts.
+        params: Sampling parameters of each request.
         eos_token_ids: A request ends after any of these.
         limits: Bounds of memory.
-        runners: The model's: its steps are captured where that is possible, and kept for its next
-            run. None: they are launched one by one.
+        workspaces: The model's pool: steps are captured where that is possible, and the graphs kept
+            for the next run. None: steps are launched one by one.
 
     Attributes:
-        timings: Of the run so far.
-        cuda_graphs: Whether its steps are captured; known with the first token.
+        timings: Seconds of the run so far.
+        cuda_graphs: Whether steps are captured; known with the first token.
 
     Raises:
         ValueError: There is no request, a prompt is longer than the context, or one request needs
@@ -72,12 +72,12 @@ class Generation:
         self,
         model: KeyeModel,
         lm_head: nn.Module,
-        requests: Sequence[Request],
-        params: Sequence[SamplingParams],
+        requests: Collection[Request],
+        params: Collection[SamplingParams],
         *,
         eos_token_ids: Collection[int],
         limits: Limits | None = None,
-        runners: Runners | None = None,
+        workspaces: WorkspacePool | None = None,
     ) -> None:
         if not requests:
             raise ValueError("requests must hold at least one prompt, got none")
@@ -88,11 +88,11 @@ class Generation:
         self._eos = frozenset(eos_token_ids)
         self._limits = limits or Limits()
         self._device = lm_head.weight.device
-        self._runners = runners
-        self._runner: Runner | None = None
+        self._workspaces = workspaces
+        self._workspace: Workspace | None = None
         self._waiting = deque(range(len(requests)))
-        self._running: list[Running] = []
-        self._placed: list[Running] | None = None  # rows of the decode batch
+        self._running: list[Sequence] = []
+        self._placed: list[Sequence] | None = None  # rows of the decode batch
         self._stopped: set[int] = set()
         self._max_new_tokens = [self._room(index) for index in self._waiting]
         pairs = zip(requests, self._max_new_tokens, strict=True)
@@ -112,31 +112,31 @@ class Generation:
             tokens = self._advance()
             answered = answered or bool(tokens)
             yield from tokens
-        if self._runners is not None and answered:  # its last token was read: nothing is queued
-            self._runners.keep(self._runner)
-        self._runner = None
+        if self._workspaces is not None and answered:  # the last token was read: no work is queued
+            self._workspaces.keep(self._workspace)
+        self._workspace = None
 
     def stop(self, request: int) -> None:
-        """End a request from outside (a stop string, a closed connection): no more tokens of it."""
+        """End a request early (a stop string, a closed connection): it gives no more tokens."""
         self._stopped.add(request)
 
     @torch.inference_mode()
     def _advance(self) -> list[Token]:
-        if self._runner is None:
+        if self._workspace is None:
             needed = self._model, self._lm_head, self._num_pages
-            if self._runners is None:
-                self._runner = Runner.new(*needed)
+            if self._workspaces is None:
+                self._workspace = Workspace.new(*needed)
             else:
-                self._runner = self._runners.take(*needed, self._max_pages())
-            self.cuda_graphs = self._runner.graphs is not None
+                self._workspace = self._workspaces.take(*needed, self._max_pages())
+            self.cuda_graphs = self._workspace.graphs is not None
         self._release(self._stopped)
         admitted = self._admit()
         if admitted:
             return self._prefill(admitted)
         return self._decode() if self._running else []
 
-    def _admit(self) -> list[Running]:
-        cache, admitted = self._runner.cache, []
+    def _admit(self) -> list[Sequence]:
+        cache, admitted = self._workspace.cache, []
         while self._waiting and len(self._running) + len(admitted) < MAX_ROWS:
             index = self._waiting[0]
             tokens = self._tokens[index] - 1  # the last generated token is never stored
@@ -144,23 +144,25 @@ class Generation:
                 if cache.pages_needed(tokens) > cache.num_free_pages:
                     break
                 request, params = self._requests[index], self._params[index]
-                state = Running(index, cache.add(tokens), request.input_ids, params)
+                state = Sequence(index, cache.add(tokens), request.input_ids, params)
                 admitted.append(state)
             self._waiting.popleft()
         return admitted
 
-    def _prefill(self, admitted: list[Running]) -> list[Token]:
-        cache, batch = self._runner.cache, self._runner.batch
+    def _prefill(self, admitted: list[Sequence]) -> list[Token]:
+        cache, batch = self._workspace.cache, self._workspace.batch
         requests = [self._requests[state.request] for state in admitted]
         packed = pack(requests, self._model.config)
         started = self._mark()
-        hidden = self._model.embed(packed, self._limits.max_patches_per_call, self._runner.encode)
+        hidden = self._model.embed(
+            packed, self._limits.max_patches_per_call, self._workspace.encode
+        )
         positions = upload(packed.positions, self._device)
         embedded = self._mark()
         last = []
         for start, pieces in _chunks(packed.seqlens, self._limits.max_prefill_tokens):
             lengths = [length for _, length, _ in pieces]
-            step = cache.step([admitted[k].handle for k, _, _ in pieces], lengths)
+            step = cache.append([admitted[k].handle for k, _, _ in pieces], lengths)
             chunk = slice(start, start + sum(lengths))
             out = self._model(hidden[chunk], positions[:, chunk], cache, step)
             ends = zip(pieces, itertools.accumulate(lengths), strict=True)
@@ -180,20 +182,20 @@ class Generation:
 
     def _decode(self) -> list[Token]:
         started = time.perf_counter()
-        running, runner = self._running, self._runner
+        running, workspace = self._running, self._workspace
         if self._placed != running:
-            runner.batch.place(running)
+            workspace.batch.place(running)
             self._placed = running
-        longest = runner.cache.advance([state.handle for state in running])
-        runner.step(self._model, self._lm_head, len(running), longest)
+        longest = workspace.cache.advance([state.handle for state in running])
+        workspace.step(self._model, self._lm_head, len(running), longest)
         tokens = self._collect(running)
         self.timings.decode += time.perf_counter() - started
         return tokens
 
-    def _collect(self, states: list[Running]) -> list[Token]:
-        """The tokens just chosen for the placed requests; those that ended are released."""
+    def _collect(self, states: list[Sequence]) -> list[Token]:
+        """Read the tokens just sampled for the placed sequences; release those that ended."""
         tokens = []
-        chosen = self._runner.batch.tokens(len(states))
+        chosen = self._workspace.batch.tokens(len(states))
         for state, token_id in zip(states, chosen, strict=True):
             if token_id < 0:
                 raise RuntimeError(
@@ -211,10 +213,10 @@ class Generation:
         return tokens
 
     def _release(self, ended: Collection[int]) -> None:
-        """Give back what the requests in ``ended`` hold, those of them that are running."""
+        """Free the pages of running requests that are in ``ended``."""
         for state in self._running:
             if state.request in ended:
-                self._runner.cache.free(state.handle)
+                self._workspace.cache.free(state.handle)
         self._running = [state for state in self._running if state.request not in ended]
 
     def _room(self, index: int) -> int:
@@ -235,21 +237,21 @@ class Generation:
         if self._device.type != "cuda":
             return 2**31
         free, _ = torch.cuda.mem_get_info(self._device)
-        # Blocks that PyTorch keeps for reuse count as taken there.
+        # mem_get_info counts blocks that PyTorch keeps for reuse as taken.
         free += torch.cuda.memory_reserved(self._device)
         free -= torch.cuda.memory_allocated(self._device)
-        free += self._runners.idle_bytes if self._runners is not None else 0
+        free += self._workspaces.idle_bytes if self._workspaces is not None else 0
         text, itemsize = self._model.config.text_config, self._lm_head.weight.dtype.itemsize
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         # Each prompt token also has its embedding while its request is prefilled.
         token = (cached + text.hidden_size) * itemsize
-        workspace = workspace_bytes(self._model.config, self._requests, self._limits, itemsize)
-        if self._runners is not None and not why_no_graphs(self._device):
+        workspace = activation_bytes(self._model.config, self._requests, self._limits, itemsize)
+        if self._workspaces is not None and not why_no_graphs(self._device):
             workspace += GRAPH_BYTES
         return max(int(0.9 * free) - workspace, 0) // (token * PAGE_SIZE)
 
     def _mark(self) -> float | torch.cuda.Event:
-        """A stage's edge: in the GPU's queue if there is one, so that nothing waits for it."""
+        """Mark the edge of a stage: on a GPU by an event in its queue, so that nothing waits."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,8 +1,8 @@
 """The tower's layers for few patches, on buffers that never move.
 
-Rows and segments are padded to few numbers, so that a captured pass can be replayed for images of
-other sizes. Padding is a segment of its own: it changes no bit of the patches, but for what a GEMM
-of another number of rows does. That number is the same whether a pass is captured or launched.
+Rows and segments are padded to few sizes, so a captured pass can be replayed for images of other
+sizes. The padding is an attention segment of its own, so it changes no patch; only a GEMM may round
+differently for another number of rows. Captured and launched passes have the same number of rows.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from functools import partial
 import numpy as np
 import torch
 
-from keye_model.engine.cuda_graph import StepGraphs, padded_rows
+from keye_model.engine.cuda_graph import CudaGraphs, padded_rows
 from keye_model.inputs.request import Grid
 from keye_model.network.upload import upload
 from keye_model.network.vision import KeyeVisionModel, VisionLayout, segments_of
 
-# More are launched as they are: their arithmetic, 2 ms and more on an H200, can hide the launches.
+# Larger calls are launched: their arithmetic, 2 ms or more on an H200, can hide the launches.
 MAX_PATCHES = 2048
 _MIN_PATCHES = 64
-_MAX_SEGMENTS = 64  # with the padding
+_MAX_SEGMENTS = 64  # the padding's included
 
 
 class VisionBatch:
-    """Patches of small images, padding after them.
+    """Buffers for the patches of small images, with padding after them.
 
     Args:
-        visual: The tower of the calls to come: its width, dtype and device.
-        graphs: Passes are captured there. None: they are launched, with the same padding.
+        visual: Gives the width, dtype and device of the buffers.
+        graphs: Captures and replays the passes. None: they are launched, with the same padding.
     """
 
-    def __init__(self, visual: KeyeVisionModel, graphs: StepGraphs | None = None) -> None:
+    def __init__(self, visual: KeyeVisionModel, graphs: CudaGraphs | None = None) -> None:
         weight = visual.post_layernorm.weight
         like = {"dtype": weight.dtype, "device": weight.device}
         self._x, self._residual = torch.zeros(2, MAX_PATCHES, weight.shape[0], **like)
@@ -42,9 +42,9 @@ class VisionBatch:
     def run(
         self, visual: KeyeVisionModel, pixel_values: torch.Tensor, grid: Grid
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`visual.encode(pixel_values, grid)`; the next call overwrites what it gives.
+        """Compute ``visual.encode(pixel_values, grid)``; the next call overwrites the result.
 
-        More patches or segments than there is room for are passed on as they are.
+        More patches or segments than the buffers hold go to ``visual.encode`` itself.
         """
         num_patches = sum(t * h * w for t, h, w in grid)
         num_segments = len(grid) if visual.joint_video_attention else sum(t for t, _, _ in grid)
@@ -71,7 +71,7 @@ class VisionBatch:
 
     def _step(self, visual: KeyeVisionModel, num_rows: int, num_segments: int) -> None:
         rows = slice(num_rows)
-        # No schedule: the number of its tiles depends on the lengths.
+        # No schedule: its number of tiles depends on the lengths, so it cannot be captured.
         layout = VisionLayout(
             self._positions[rows], self._cu_seqlens[: num_segments + 1], num_rows, None
         )

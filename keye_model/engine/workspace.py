@@ -1,7 +1,7 @@
-"""What a run works with: the cache, the buffers of its steps, and the steps captured from these.
+"""What a run works with: the cache, the buffers of its steps, and the graphs captured on them.
 
-A captured step holds addresses: of the weights, the cache's pages and the buffers. So a `Runner` is
-all of them together, and a model keeps an idle one from run to run.
+A graph stores the addresses of the weights, the cache's pages and the buffers. So a `Workspace`
+holds all of these together, and a model keeps one idle workspace between runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from torch import nn
 
 from keye_kernels import backends
-from keye_model.engine.cuda_graph import StepGraphs, padded_rows, why_no_graphs
+from keye_model.engine.cuda_graph import CudaGraphs, padded_rows, why_no_graphs
 from keye_model.engine.decode_batch import DecodeBatch
 from keye_model.engine.vision_batch import VisionBatch
 from keye_model.network.cache import PAGE_SIZE, PagedCache
@@ -22,27 +22,29 @@ from keye_model.network.features import Encode
 from keye_model.network.model import KeyeModel
 from keye_model.network.vision import KeyeVisionModel
 
-# Tokens in the cache of a kept runner: 1.2 GB at the 8B model's widths. A run that needs more gets
-# a runner of its own, whose graphs go with it: such a run is long enough to capture some.
+# Tokens in the cache of the kept workspace: 1.2 GB at the 8B model's widths. A run that needs more
+# gets its own workspace and drops it with its graphs; it is long enough to capture new ones.
 KEPT_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Runner:
+class Workspace:
     """Cache, buffers and captured steps of one run.
 
     Attributes:
-        vision: Buffers for small images; None on a CPU, where padding is only work.
-        graphs: None: steps are launched one by one. On a GPU they have the same padding, so that
-            their results are the same to the last bit.
-        identity: What captured steps depend on beside these: weights and kernels. PyTorch's
-            settings for matrix products are taken to stay as they are.
+        cache: Keys and values of the run's sequences.
+        batch: Buffers of the decode step.
+        vision: Buffers for small images; None on a CPU, where padding only costs time.
+        graphs: Captured steps. None: steps are launched one by one, on a GPU with the same padding,
+            so both give the same bits.
+        identity: The weights and kernels that the graphs were captured with. PyTorch's settings for
+            matrix products are not part of it: they must not change.
     """
 
     cache: PagedCache
     batch: DecodeBatch
     vision: VisionBatch | None
-    graphs: StepGraphs | None
+    graphs: CudaGraphs | None
     identity: tuple
 
     @classmethod
@@ -51,10 +53,10 @@ class Runner:
         model: KeyeModel,
         lm_head: nn.Module,
         num_pages: int,
-        graphs: StepGraphs | None = None,
+        graphs: CudaGraphs | None = None,
         identity: tuple = (),
-    ) -> Runner:
-        """One with an empty cache."""
+    ) -> Workspace:
+        """A workspace with an empty cache."""
         weight, text = lm_head.weight, model.config.text_config
         cache = PagedCache(text, num_pages, dtype=weight.dtype, device=weight.device)
         batch = DecodeBatch(cache, text.max_position_embeddings, weight.shape[0])
@@ -68,7 +70,11 @@ class Runner:
         return KeyeVisionModel.encode if self.vision is None else self.vision.run
 
     def step(self, model: KeyeModel, lm_head: nn.Module, num_rows: int, longest: int) -> None:
-        """One token more for the first rows; `longest`: tokens of the longest, with the new one."""
+        """Generate one token for each of the first ``num_rows`` sequences.
+
+        Args:
+            longest: Tokens of the longest sequence, the new one included.
+        """
         if self.vision is not None:  # on a GPU, with and without graphs
             num_rows = padded_rows(num_rows)
         capacity, penalised = self.batch.capacity(longest), self.batch.penalised
@@ -80,30 +86,32 @@ class Runner:
             self.graphs.run(("decode", *options.values()), step)
 
 
-class Runners:
-    """Gives a model's runs what they work with, and keeps one between them for its graphs.
+class WorkspacePool:
+    """Hands a model's runs their workspaces, and keeps one idle between runs for its graphs.
 
-    Runs of several threads may share it: who finds no idle runner makes one.
+    Several threads may share it: a run that finds no idle workspace makes one.
     """
 
     def __init__(self) -> None:
-        self._idle: deque[Runner] = deque(maxlen=1)  # pop and append are atomic
+        self._idle: deque[Workspace] = deque(maxlen=1)  # pop and append are atomic
 
     def __reduce__(self) -> tuple:
-        return Runners, ()  # a copy of the model captures its own
+        return WorkspacePool, ()  # a copy of the model captures its own graphs
 
     @property
     def idle_bytes(self) -> int:
-        """Of the cache that waits for the next run, which a run that needs more gives up."""
-        return sum(runner.cache.num_bytes for runner in list(self._idle))
+        """Bytes of the idle cache, freed when a run needs more."""
+        return sum(workspace.cache.num_bytes for workspace in list(self._idle))
 
-    def take(self, model: KeyeModel, lm_head: nn.Module, num_pages: int, max_pages: int) -> Runner:
-        """A runner for one run, whose cache is empty; with graphs where steps can be captured.
+    def take(
+        self, model: KeyeModel, lm_head: nn.Module, num_pages: int, max_pages: int
+    ) -> Workspace:
+        """Take a workspace with an empty cache; it has graphs where steps can be captured.
 
         Args:
-            model, lm_head: Whose steps it will run.
-            num_pages: That the run needs.
-            max_pages: That there may be.
+            model, lm_head: Of the run's steps.
+            num_pages: Pages that the run needs.
+            max_pages: Pages that the cache may have.
         """
         device = lm_head.weight.device
         capture = not why_no_graphs(device)
@@ -114,19 +122,19 @@ class Runners:
                 return idle
             del idle  # its memory is needed
         if not capture:
-            return Runner.new(model, lm_head, num_pages)
+            return Workspace.new(model, lm_head, num_pages)
         num_pages = max(num_pages, min(KEPT_TOKENS // PAGE_SIZE, max_pages))
-        return Runner.new(model, lm_head, num_pages, StepGraphs(device), identity)
+        return Workspace.new(model, lm_head, num_pages, CudaGraphs(device), identity)
 
-    def _pop(self) -> Runner | None:
+    def _pop(self) -> Workspace | None:
         with suppress(IndexError):
             return self._idle.pop()
         return None
 
-    def keep(self, runner: Runner) -> None:
-        """Take back a runner whose cache is empty again."""
-        if runner.graphs is not None and runner.cache.num_pages <= KEPT_TOKENS // PAGE_SIZE:
-            self._idle.append(runner)
+    def keep(self, workspace: Workspace) -> None:
+        """Keep a workspace, whose cache is empty again, for the next run."""
+        if workspace.graphs is not None and workspace.cache.num_pages <= KEPT_TOKENS // PAGE_SIZE:
+            self._idle.append(workspace)
 
 
 def _identity(model: KeyeModel, lm_head: nn.Module) -> tuple:

@@ -1,7 +1,7 @@
-"""The paged key/value cache: fixed pages on the device, their bookkeeping on the host.
+"""The paged key/value cache: pages on the device, bookkeeping on the host.
 
-A sequence owns whole pages, in any order; its block table lists them. Nothing is ever moved or
-cleared: a row that no sequence has written is never read.
+A sequence owns whole pages, in any order; its block table lists them. Pages are never moved or
+cleared; a row that its sequence has not written is never read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
-class CacheStep:
+class CacheLayout:
     """Where one forward pass over new tokens reads and writes the cache.
 
     Attributes:
@@ -29,7 +29,7 @@ class CacheStep:
             page are 0 and not read.
         cu_seqlens_q: [batch_size + 1], int32: where each sequence's new tokens start.
         cache_seqlens: [batch_size], int32: tokens of each sequence, the new ones included.
-        max_seqlen_q, max_seqlen_k: Most new tokens, and most tokens, of a sequence, or more.
+        max_seqlen_q, max_seqlen_k: Upper bounds of the new tokens and of all tokens of a sequence.
         is_decode: Every sequence adds exactly one token.
     """
 
@@ -101,15 +101,15 @@ class PagedCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-    ) -> tuple[PagedCache, CacheStep]:
-        """A cache that all layers share, for one pass over whole sequences, and its step.
+    ) -> tuple[PagedCache, CacheLayout]:
+        """A cache that all layers share, for one pass over whole sequences, and its layout.
 
         Each layer writes all its keys and values before it reads them, so what the layer before
         it left there is never seen.
         """
         num_pages = sum(-(-length // PAGE_SIZE) for length in seqlens)
         cache = cls(config, num_pages, dtype=dtype, device=device, num_layers=1)
-        return cache, cache.step([cache.add() for _ in seqlens], seqlens)
+        return cache, cache.append([cache.add() for _ in seqlens], seqlens)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, [num_pages, page_size, num_kv_heads, head_dim] each."""
@@ -157,7 +157,7 @@ class PagedCache:
         self._free += self._sequence(handle).pages[::-1].tolist()
         del self._sequences[handle]
 
-    def step(self, handles: Sequence[int], new_tokens: Sequence[int]) -> CacheStep:
+    def append(self, handles: Sequence[int], new_tokens: Sequence[int]) -> CacheLayout:
         """Make room for new tokens and say where they go.
 
         Args:
@@ -217,7 +217,7 @@ class PagedCache:
                 taken = [self._free.pop() for _ in range(pages)]
                 sequence.pages = np.append(sequence.pages, np.array(taken, np.int32))
 
-    def _describe(self, sequences: list[_Sequence], new_tokens: np.ndarray) -> CacheStep:
+    def _describe(self, sequences: list[_Sequence], new_tokens: np.ndarray) -> CacheLayout:
         lengths = np.array([s.num_tokens for s in sequences], np.int64)
         table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int32)
         for row, sequence in zip(table, sequences, strict=True):
@@ -230,7 +230,7 @@ class PagedCache:
         slots = page * self.page_size + index % self.page_size
 
         cu_seqlens_q, cache_seqlens, block_table = self._upload(cu_seqlens_q, lengths, table)
-        return CacheStep(
+        return CacheLayout(
             slot_mapping=upload(torch.from_numpy(slots), self.device),
             block_table=block_table,
             cu_seqlens_q=cu_seqlens_q,

@@ -14,7 +14,7 @@ from torch import nn
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs import packing
 from keye_model.inputs.request import PackedInputs, host_grid
-from keye_model.network.cache import CacheStep, PagedCache
+from keye_model.network.cache import CacheLayout, PagedCache
 from keye_model.network.features import MAX_PATCHES_PER_CALL, Encode, vision_features
 from keye_model.network.projector import KeyeProjector
 from keye_model.network.text import KeyeTextModel
@@ -43,10 +43,10 @@ class KeyeModel(nn.Module):
         return self.language_model.embed_tokens.weight.dtype
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+        self, hidden: torch.Tensor, positions: torch.Tensor, cache: PagedCache, layout: CacheLayout
     ) -> torch.Tensor:
         """Decode packed embeddings, [num_tokens, hidden_size] in and out; see `KeyeTextModel`."""
-        return self.language_model(hidden, positions, cache, step)
+        return self.language_model(hidden, positions, cache, layout)
 
     def embed(
         self,

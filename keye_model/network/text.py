@@ -17,7 +17,7 @@ from keye_kernels import (
     rms_norm,
 )
 from keye_model.checkpoint.config import KeyeTextConfig
-from keye_model.network.cache import CacheStep, PagedCache
+from keye_model.network.cache import CacheLayout, PagedCache
 
 
 class KeyeTextModel(nn.Module):
@@ -33,7 +33,7 @@ class KeyeTextModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+        self, hidden: torch.Tensor, positions: torch.Tensor, cache: PagedCache, layout: CacheLayout
     ) -> torch.Tensor:
         """Run new tokens through the decoder; their keys and values stay in `cache`.
 
@@ -42,13 +42,13 @@ class KeyeTextModel(nn.Module):
                 overwritten.
             positions: [3, num_tokens], int64, on the device of `hidden`: (t, h, w).
             cache: Holds what the sequences said before.
-            step: From `cache.step`, for exactly these tokens.
+            layout: From `cache.append`, for exactly these tokens.
 
         Returns:
             [num_tokens, hidden_size], after the final norm.
         """
         for layer in self.layers:
-            hidden = layer(hidden, positions, cache, step)
+            hidden = layer(hidden, positions, cache, layout)
         return rms_norm(hidden, self.norm.weight, self.norm.eps)
 
 
@@ -63,10 +63,10 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+        self, x: torch.Tensor, positions: torch.Tensor, cache: PagedCache, layout: CacheLayout
     ) -> torch.Tensor:
         """x: the residual stream, [num_tokens, hidden_size], which is overwritten and returned."""
-        x = self.self_attn(x, self.input_layernorm, positions, cache, step)
+        x = self.self_attn(x, self.input_layernorm, positions, cache, layout)
         return self.mlp(x, self.post_attention_layernorm)
 
 
@@ -89,15 +89,15 @@ class Attention(nn.Module):
         norm: RMSNorm,
         positions: torch.Tensor,
         cache: PagedCache,
-        step: CacheStep,
+        layout: CacheLayout,
     ) -> torch.Tensor:
         """Add the attention of norm(x) to x, [num_tokens, hidden_size]."""
         qkv = linear(x, self.qkv_proj.weight, norm_weight=norm.weight, eps=norm.eps)
-        heads = self.attend(qkv, positions, cache, step)
+        heads = self.attend(qkv, positions, cache, layout)
         return linear(heads, self.o_proj.weight, residual=x, out=x)
 
     def attend(
-        self, qkv: torch.Tensor, positions: torch.Tensor, cache: PagedCache, step: CacheStep
+        self, qkv: torch.Tensor, positions: torch.Tensor, cache: PagedCache, layout: CacheLayout
     ) -> torch.Tensor:
         """What lies between the projections: [num_tokens, num_heads * head_dim]."""
         config = self.config
@@ -109,32 +109,32 @@ class Attention(nn.Module):
             positions,
             k_cache,
             v_cache,
-            step.slot_mapping,
+            layout.slot_mapping,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             mrope_section=config.mrope_section,
             theta=config.rope_theta,
             eps=config.rms_norm_eps,
         )
-        if step.is_decode:
+        if layout.is_decode:
             x = paged_decode_attention(
                 q,
                 k_cache,
                 v_cache,
-                step.block_table,
-                step.cache_seqlens,
-                max_seqlen_k=step.max_seqlen_k,
+                layout.block_table,
+                layout.cache_seqlens,
+                max_seqlen_k=layout.max_seqlen_k,
             )
         else:
             x = paged_prefill_attention(
                 q,
                 k_cache,
                 v_cache,
-                step.block_table,
-                step.cu_seqlens_q,
-                step.cache_seqlens,
-                step.max_seqlen_q,
-                step.max_seqlen_k,
+                layout.block_table,
+                layout.cu_seqlens_q,
+                layout.cache_seqlens,
+                layout.max_seqlen_q,
+                layout.max_seqlen_k,
             )
         return x.flatten(1)
 

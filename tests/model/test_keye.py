@@ -131,7 +131,7 @@ def test_stream_can_be_closed(keye, conversations):
 
 def test_stream_frees_its_cache_after_an_error(keye, conversations, monkeypatch):
     stream = keye.stream(conversations[3], max_new_tokens=5, seed=0)
-    generation = weakref.ref(stream._run._generation)
+    generation = weakref.ref(stream._run._scheduler)
 
     def fail(*_):
         raise RuntimeError("out of memory")

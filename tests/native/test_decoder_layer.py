@@ -21,11 +21,11 @@ def decode(layer, config, backend, dtype):
     for pages in (cache.k, cache.v):
         pages.copy_(torch.randn(pages.shape).bfloat16())
     handles = [cache.add() for _ in range(3)]
-    cache.step(handles, [70, 3, 20])
+    cache.append(handles, [70, 3, 20])
     x = torch.randn(3, config.hidden_size).bfloat16().to(dtype)
     positions = torch.tensor([[70, 3, 20]]).expand(3, -1).contiguous()
     with use_backend(backend), torch.no_grad():
-        return layer.to(dtype).decode(x, positions, cache, cache.step(handles, [1, 1, 1]))
+        return layer.to(dtype).decode(x, positions, cache, cache.append(handles, [1, 1, 1]))
 
 
 @pytest.mark.parametrize("num_sms", [132], indirect=True)

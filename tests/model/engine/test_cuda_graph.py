@@ -17,7 +17,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captu
 @needs_no_gpu
 def test_the_least_recently_used_graph_goes(recorder, monkeypatch):
     monkeypatch.setattr(cuda_graph, "_MAX_GRAPHS", 2)
-    graphs, steps = cuda_graph.StepGraphs(torch.device("cpu")), []
+    graphs, steps = cuda_graph.CudaGraphs(torch.device("cpu")), []
     turns = (
         ("a", ""),
         ("ab", "a"),

@@ -8,8 +8,8 @@ import torch
 from keye_kernels import _backends, _device
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.conditional_generation import KeyeForConditionalGeneration
-from keye_model.engine.cuda_graph import StepGraphs, why_no_graphs
-from keye_model.engine.decode_batch import MAX_ROWS, DecodeBatch, Running
+from keye_model.engine.cuda_graph import CudaGraphs, why_no_graphs
+from keye_model.engine.decode_batch import MAX_ROWS, DecodeBatch, Sequence
 from keye_model.engine.sampling import SamplingParams
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PagedCache
@@ -49,10 +49,10 @@ def placed(model, requests, params):
     running = []
     for k, (request, one) in enumerate(zip(requests, params, strict=True)):
         ids, num_tokens = request.input_ids, request.input_ids.numel()
-        running.append(Running(k, cache.add(num_tokens + 4), ids, one, num_tokens, [7 + k]))
+        running.append(Sequence(k, cache.add(num_tokens + 4), ids, one, num_tokens, [7 + k]))
         hidden = model.model.language_model.embed_tokens(ids.to(device))
         positions = torch.arange(num_tokens, device=device).expand(3, -1)
-        model.model(hidden, positions, cache, cache.step([running[-1].handle], [num_tokens]))
+        model.model(hidden, positions, cache, cache.append([running[-1].handle], [num_tokens]))
     batch.place(running)
     return batch
 
@@ -170,7 +170,7 @@ def test_a_graph_is_the_launches_it_holds(model):
         pytest.skip(f"steps cannot be captured: {why}")
     params = mixed_params(penalised=True)
     launched, captured = placed(model, WORDS, params), placed(model, WORDS, params)
-    graphs = StepGraphs(model.device)
+    graphs = CudaGraphs(model.device)
     options = {"num_rows": 8, "capacity": 512, "penalised": True}
     for _ in range(4):
         launched.step(model.model, model.lm_head, **options)

@@ -17,7 +17,7 @@ from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig, KeyeTextConf
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine.plan import Costs, plan
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.scheduler import Generation
+from keye_model.engine.scheduler import Scheduler
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PagedCache
 from keye_model.network.features import vision_features
@@ -85,12 +85,12 @@ def test_plan_image_of_1280_tokens():
     assert counts.prefill_flops == pytest.approx(18.7e12, rel=1e-2)
     assert counts.floor_seconds(790e12, 4.3e12)["vision"] == pytest.approx(9.60e-3, rel=1e-3)
     widest = max(5120 * (7 * 1152 + 2 * 4304), 1310 * (7 * 4096 + 3 * 12288))
-    assert counts.workspace_bytes == 2 * widest + 5 * 151936
+    assert counts.activation_bytes == 2 * widest + 5 * 151936
 
 
 def test_plan_counts_the_embeddings_of_what_waits():
     one_pass, long = (
-        plan(config(), [request(count)], 1).workspace_bytes for count in (8192, 40000)
+        plan(config(), [request(count)], 1).activation_bytes for count in (8192, 40000)
     )
     assert long - one_pass == (40000 - 8192) * 4096 * 2
 
@@ -175,19 +175,19 @@ def test_workspace_bounds_the_tower(variant, grid, two_layers):
         for features in vision_features(model.visual, model.mlp_AR, pixels, (grid,)):
             assert features.shape[1] == 4096
     one = Request(torch.zeros(1, dtype=torch.int64), pixels, (grid,))
-    planned = plan(config(variant), [one], 1).workspace_bytes
+    planned = plan(config(variant), [one], 1).activation_bytes
     assert peak.bytes <= planned <= SPARE * peak.bytes
 
 
 def test_workspace_bounds_the_decoder(two_layers):
     model, count = two_layers(PREVIEW), 4100
     cache = PagedCache(model.config.text_config, 65, dtype=torch.bfloat16, device="meta")
-    step = cache.step([cache.add(count)], [count])
+    step = cache.append([cache.add(count)], [count])
     ids, positions = torch.empty(4, count, dtype=torch.int64, device="meta").split((1, 3))
     peak = Peak([*cache.layer(0), *model.parameters()])
     with peak:
         model(model.language_model.embed_tokens(ids[0]), positions, cache, step)
-    planned = plan(config(), [request(count)], 1).workspace_bytes
+    planned = plan(config(), [request(count)], 1).activation_bytes
     assert peak.bytes <= planned <= SPARE * peak.bytes
 
 
@@ -205,8 +205,8 @@ def test_plan_matches_what_is_allocated(checkpoints, name, prompts, max_new_toke
     requests = [request(count) for count in prompts]
     counts = plan(model.model.config, requests, max_new_tokens)
     params = [SamplingParams(max_new_tokens)] * len(requests)
-    run = Generation(model.model, model.lm_head, requests, params, eos_token_ids=())
-    caches = [run._runner.cache for _ in run]
+    run = Scheduler(model.model, model.lm_head, requests, params, eos_token_ids=())
+    caches = [run._workspace.cache for _ in run]
     assert counts.cache_bytes == caches[0].num_bytes
     assert counts.weight_bytes == sum(weight.nbytes for weight in model.parameters())
     assert len(caches) == sum(min(max_new_tokens, 1024 - count) for count in prompts)

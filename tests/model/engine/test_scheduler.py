@@ -11,7 +11,7 @@ from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine import scheduler as generation_module
 from keye_model.engine.plan import Limits
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.scheduler import Generation
+from keye_model.engine.scheduler import Scheduler
 from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 
@@ -58,11 +58,11 @@ def requests(model):
 def run(model, requests, params=GREEDY, eos=(), limits=None):
     """Token ids and finish reason of each request."""
     params = params if isinstance(params, list) else [params] * len(requests)
-    generation = Generation(
+    scheduler = Scheduler(
         model.model, model.lm_head, requests, params, eos_token_ids=eos, limits=limits
     )
     ids, reasons = [[] for _ in requests], [None] * len(requests)
-    for token in generation:
+    for token in scheduler:
         assert reasons[token.request] is None, "a token came after the last one"
         ids[token.request].append(token.token_id)
         reasons[token.request] = token.finish_reason
@@ -115,10 +115,10 @@ def test_limits_do_not_change_tokens(model, requests, limits):
 
 
 def test_all_pages_come_back(model, requests):
-    generation = Generation(
+    scheduler = Scheduler(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
     )
-    caches = [generation._runner.cache for _ in generation]
+    caches = [scheduler._workspace.cache for _ in scheduler]
     assert len(caches) == 6 * len(requests)
     assert caches[0].num_pages == sum(-(-(r.input_ids.numel() + 5) // 64) for r in requests)
     assert caches[-1].num_free_pages == caches[-1].num_pages
@@ -127,13 +127,13 @@ def test_all_pages_come_back(model, requests):
 def test_so_many_requests_run_at_once(model, requests, monkeypatch):
     whole = run(model, requests)
     monkeypatch.setattr(generation_module, "MAX_ROWS", 2)
-    generation = Generation(
+    scheduler = Scheduler(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
     )
     ids = [[] for _ in requests]
-    for token in generation:
+    for token in scheduler:
         ids[token.request].append(token.token_id)
-        assert len(generation._running) <= 2
+        assert len(scheduler._running) <= 2
     assert ids == whole[0]
 
 
@@ -160,19 +160,19 @@ def test_either_stop_id_ends_a_request(model, requests):
 
 
 def test_stop_from_outside(model, requests):
-    generation = Generation(
+    scheduler = Scheduler(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
     )
     counts = [0] * len(requests)
-    for token in generation:
+    for token in scheduler:
         counts[token.request] += 1
         if token.request == 1:
-            generation.stop(1)
+            scheduler.stop(1)
     assert counts == [6, 1, 6, 6, 6]
 
 
 def test_stop_before_admission(model, requests):
-    generation = Generation(
+    scheduler = Scheduler(
         model.model,
         model.lm_head,
         requests[:2],
@@ -180,8 +180,8 @@ def test_stop_before_admission(model, requests):
         eos_token_ids=(),
         limits=Limits(max_cache_tokens=64),
     )
-    generation.stop(1)
-    assert {token.request for token in generation} == {0}
+    scheduler.stop(1)
+    assert {token.request for token in scheduler} == {0}
 
 
 def test_different_lengths_leave_the_batch_one_by_one(model, requests):
@@ -224,8 +224,8 @@ def test_a_generated_placeholder_is_an_ordinary_token(model, requests):
     )
     torch.nn.init.zeros_(head.weight)
     head.bias.data[config.image_token_id] = 1.0
-    generation = Generation(model.model, head, requests[2:3], [GREEDY], eos_token_ids=())
-    assert [token.token_id for token in generation] == [config.image_token_id] * 6
+    scheduler = Scheduler(model.model, head, requests[2:3], [GREEDY], eos_token_ids=())
+    assert [token.token_id for token in scheduler] == [config.image_token_id] * 6
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
@@ -237,9 +237,9 @@ def test_broken_logits_are_not_answered(model, requests, penalty):
     )
     head.bias.data[:] = float("nan")
     params = dataclasses.replace(GREEDY, repetition_penalty=penalty)
-    generation = Generation(model.model, head, requests[:1], [params], eos_token_ids=())
+    scheduler = Scheduler(model.model, head, requests[:1], [params], eos_token_ids=())
     with pytest.raises(RuntimeError, match="logits of request 0 must hold a finite value"):
-        list(generation)
+        list(scheduler)
 
 
 def test_the_context_ends_an_answer(model):
@@ -277,18 +277,18 @@ def test_no_requests(model):
 
 
 def test_timings_are_filled(model, requests):
-    generation = Generation(
+    scheduler = Scheduler(
         model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
     )
-    list(generation)
-    timings = generation.timings
+    list(scheduler)
+    timings = scheduler.timings
     assert min(timings.vision, timings.prefill, timings.decode) > 0
 
 
 def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
     """Counts PyTorch's idle blocks as free, and leaves room for the activations."""
-    generation = Generation(model.model, model.lm_head, requests, [GREEDY] * 5, eos_token_ids=())
-    generation._device = torch.device("cuda")
+    scheduler = Scheduler(model.model, model.lm_head, requests, [GREEDY] * 5, eos_token_ids=())
+    scheduler._device = torch.device("cuda")
     free, reserved, allocated = 10 << 20, 7 << 20, 3 << 20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
@@ -297,11 +297,11 @@ def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
     patches = 2 * 24 + 2 * 32
     widest = max(patches * (7 * 144 + 2 * 288), tokens * (7 * 128 + 3 * 256)) * 4 + 5 * 576 * 5
     token = (2 * 2 * 128 + 128) * 4
-    pages = generation._max_pages()
+    pages = scheduler._max_pages()
     assert pages == (int(0.9 * (14 << 20)) - widest) // (token * 64)
-    generation._runners = SimpleNamespace(idle_bytes=800 << 20)
+    scheduler._workspaces = SimpleNamespace(idle_bytes=800 << 20)
     widest += 512 << 20  # for graphs
-    assert generation._max_pages() == (int(0.9 * (814 << 20)) - widest) // (token * 64)
-    generation._runners = None
+    assert scheduler._max_pages() == (int(0.9 * (814 << 20)) - widest) // (token * 64)
+    scheduler._workspaces = None
     free = reserved = allocated = 0
-    assert generation._max_pages() == 0
+    assert scheduler._max_pages() == 0

@@ -6,7 +6,7 @@ import torch
 from keye_kernels import use_backend
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.engine import vision_batch
-from keye_model.engine.cuda_graph import StepGraphs
+from keye_model.engine.cuda_graph import CudaGraphs
 from keye_model.engine.vision_batch import MAX_PATCHES, VisionBatch
 from keye_model.inputs.request import host_grid
 from keye_model.network.vision import KeyeVisionModel
@@ -58,7 +58,7 @@ def test_a_video_is_segmented_as_always(variant):
 def compare_captured(model, sizes):
     """Bit by bit: run, captured, replayed for other sizes."""
     tower, device = model.visual, model.device
-    graphs = StepGraphs(device)
+    graphs = CudaGraphs(device)
     launched, captured = VisionBatch(tower), VisionBatch(tower, graphs)
     for grids in sizes.values():
         for grid in grids:

@@ -22,9 +22,9 @@ from keye_model.engine.cuda_graph import why_no_graphs
 from keye_model.engine.decode_batch import DecodeBatch
 from keye_model.engine.plan import Limits
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.scheduler import Generation
+from keye_model.engine.scheduler import Scheduler
 from keye_model.engine.vision_batch import VisionBatch
-from keye_model.engine.workspace import Runner, Runners
+from keye_model.engine.workspace import Workspace, WorkspacePool
 from keye_model.inputs.request import Request
 
 ON_GPU = torch.cuda.is_available()
@@ -54,23 +54,23 @@ def requests(model):
     ]
 
 
-def run(model, requests, params, runners=None, *, eos=(), limits=None, stop=()):
+def run(model, requests, params, workspaces=None, *, eos=(), limits=None, stop=()):
     """Tokens of each request; `stop`: (request, after so many tokens)."""
-    generation = Generation(
+    scheduler = Scheduler(
         model.model,
         model.lm_head,
         requests,
         params,
         eos_token_ids=eos,
         limits=limits,
-        runners=runners,
+        workspaces=workspaces,
     )
     ids = [[] for _ in requests]
-    for token in generation:
+    for token in scheduler:
         ids[token.request].append(token.token_id)
         if (token.request, len(ids[token.request])) in stop:
-            generation.stop(token.request)
-    assert generation.cuda_graphs == (runners is not None)
+            scheduler.stop(token.request)
+    assert scheduler.cuda_graphs == (workspaces is not None)
     return ids
 
 
@@ -107,13 +107,13 @@ CASES = {
 def test_captured_steps_equal_launched_ones(model, requests, recorder, case):
     params, options = CASES[case]
     want = run(model, requests, params, **options)
-    runners = Runners()
-    assert run(model, requests, params, runners, **options) == want
+    workspaces = WorkspacePool()
+    assert run(model, requests, params, workspaces, **options) == want
     # Another run replays what the first has captured, and captures what came up once in it.
-    assert run(model, requests, params, runners, **options) == want
+    assert run(model, requests, params, workspaces, **options) == want
     if recorder.captures:
         captures = recorder.captures
-        assert run(model, requests, params, runners, **options) == want
+        assert run(model, requests, params, workspaces, **options) == want
         assert recorder.captures == captures
 
 
@@ -123,47 +123,47 @@ def test_stop_ids_end_captured_requests(model, requests):
     eos = (run(model, requests, params)[2][2],)
     want = run(model, requests, params, eos=eos)
     assert min(map(len, want)) < 6
-    assert run(model, requests, params, Runners(), eos=eos) == want
+    assert run(model, requests, params, WorkspacePool(), eos=eos) == want
 
 
-def captured(runners):
-    """Keys of the idle runner's steps, and whether each is captured."""
-    (runner,) = runners._idle
-    return {key: key in runner.graphs._graphs for key in runner.graphs._seen}
+def captured(workspaces):
+    """Keys of the idle workspace's steps, and whether each is captured."""
+    (workspace,) = workspaces._idle
+    return {key: key in workspace.graphs._graphs for key in workspace.graphs._seen}
 
 
 @uses_recorder
 def test_a_step_is_captured_when_it_comes_again(model, requests):
-    runners, found = Runners(), {}
-    run(model, requests[:1], greedy(2), runners)  # one token by prefill, one by a step
-    assert captured(runners) == (found := {("decode", 1, 2048, False): False})
-    run(model, requests[:1], greedy(4), runners)
-    assert captured(runners) == (found := {key: True for key in found})
-    run(model, requests[3:], greedy(3, 3), runners)
-    assert captured(runners) == (found := found | {("decode", 2, 2048, False): True})
+    workspaces, found = WorkspacePool(), {}
+    run(model, requests[:1], greedy(2), workspaces)  # one token by prefill, one by a step
+    assert captured(workspaces) == (found := {("decode", 1, 2048, False): False})
+    run(model, requests[:1], greedy(4), workspaces)
+    assert captured(workspaces) == (found := {key: True for key in found})
+    run(model, requests[3:], greedy(3, 3), workspaces)
+    assert captured(workspaces) == (found := found | {("decode", 2, 2048, False): True})
     words = [requests[k] for k in (0, 1, 3, 4)]
-    run(model, words[:3], greedy(4, 4, 4), runners)
-    assert captured(runners) == (found := found | {("decode", 4, 2048, False): True})
-    run(model, words, greedy(4, 4, 4, 4), runners)
-    assert captured(runners) == found
+    run(model, words[:3], greedy(4, 4, 4), workspaces)
+    assert captured(workspaces) == (found := found | {("decode", 4, 2048, False): True})
+    run(model, words, greedy(4, 4, 4, 4), workspaces)
+    assert captured(workspaces) == found
 
 
 @uses_recorder
 def test_small_images_are_captured_too(model, requests):
-    runners = Runners()
+    workspaces = WorkspacePool()
     want = run(model, requests[2:3], greedy(1))
     for again in (False, True, True):
-        assert run(model, requests[2:3], greedy(1), runners) == want
-        assert captured(runners) == {("vision", 64, 2): again}
+        assert run(model, requests[2:3], greedy(1), workspaces) == want
+        assert captured(workspaces) == {("vision", 64, 2): again}
 
 
 def test_few_graphs_are_kept(model, requests, recorder, monkeypatch):
     monkeypatch.setattr(cuda_graph, "_MAX_GRAPHS", 2)
-    params, runners = greedy(9, 2, 5, 7, 3), Runners()
+    params, workspaces = greedy(9, 2, 5, 7, 3), WorkspacePool()
     want = run(model, requests, params)
     for _ in range(4):
-        assert run(model, requests, params, runners) == want  # the tower, then 8 rows, 4, 2, 1
-        assert 0 < sum(captured(runners).values()) <= 2
+        assert run(model, requests, params, workspaces) == want  # the tower, then 8 rows, 4, 2, 1
+        assert 0 < sum(captured(workspaces).values()) <= 2
     assert ON_GPU or recorder.captures > 5
 
 
@@ -171,14 +171,14 @@ def test_few_graphs_are_kept(model, requests, recorder, monkeypatch):
 def test_longer_sequences_have_graphs_of_their_own(model, monkeypatch):
     monkeypatch.setattr(decode_batch, "_MIN_CAPACITY", 64)
     prompts = [Request(torch.arange(60) % 50), Request(torch.arange(10))]
-    params, runners = greedy(9, 9), Runners()
+    params, workspaces = greedy(9, 9), WorkspacePool()
     want = run(model, prompts, params)
-    assert run(model, prompts, params, runners) == want
-    assert captured(runners) == {("decode", 2, size, False): True for size in (64, 256)}
+    assert run(model, prompts, params, workspaces) == want
+    assert captured(workspaces) == {("decode", 2, size, False): True for size in (64, 256)}
 
 
 def test_on_a_gpu_launched_steps_have_the_padding_of_captured_ones(model, monkeypatch):
-    made, rows = Runner.new(model.model, model.lm_head, 1), []
+    made, rows = Workspace.new(model.model, model.lm_head, 1), []
     assert (made.vision is not None) == ON_GPU
     monkeypatch.setattr(DecodeBatch, "step", lambda *_, num_rows, **__: rows.append(num_rows))
     for vision in (None, VisionBatch(model.model.visual)):
@@ -186,21 +186,21 @@ def test_on_a_gpu_launched_steps_have_the_padding_of_captured_ones(model, monkey
     assert rows == [3, 4]
 
 
-def take(runners, model, num_pages=1, max_pages=2**31):
-    return runners.take(model.model, model.lm_head, num_pages, max_pages)
+def take(workspaces, model, num_pages=1, max_pages=2**31):
+    return workspaces.take(model.model, model.lm_head, num_pages, max_pages)
 
 
 @uses_recorder
 def test_a_runner_is_kept_for_the_next_run(model):
-    runners = Runners()
-    assert runners.idle_bytes == 0
-    first = take(runners, model)
+    workspaces = WorkspacePool()
+    assert workspaces.idle_bytes == 0
+    first = take(workspaces, model)
     assert first.cache.num_pages == 128, "8192 tokens"
-    runners.keep(first)
-    assert runners.idle_bytes == first.cache.k.nbytes + first.cache.v.nbytes
-    assert take(runners, model) is first
-    assert runners.idle_bytes == 0
-    assert take(runners, model) is not first, "it is in use"
+    workspaces.keep(first)
+    assert workspaces.idle_bytes == first.cache.k.nbytes + first.cache.v.nbytes
+    assert take(workspaces, model) is first
+    assert workspaces.idle_bytes == 0
+    assert take(workspaces, model) is not first, "it is in use"
 
 
 @uses_recorder
@@ -209,23 +209,25 @@ def test_a_runner_is_kept_for_the_next_run(model):
     [(128, 128, 128), (129, 1000, 129), (5, 100, 100), (100, 100, 100)],
     ids=["it fits", "too small", "too large", "too large, all used"],
 )
-def test_pages_of_a_runner(model, num_pages, max_pages, pages):
-    runners = Runners()
-    runners.keep(idle := take(runners, model))
-    runner = take(runners, model, num_pages, max_pages)
-    assert runner.cache.num_pages == pages
-    assert (runner is idle) == (pages == 128)
-    runners.keep(runner)
-    assert bool(runners._idle) == (pages <= 128), "a large one is not kept"
+def test_pages_of_a_workspace(model, num_pages, max_pages, pages):
+    workspaces = WorkspacePool()
+    workspaces.keep(idle := take(workspaces, model))
+    workspace = take(workspaces, model, num_pages, max_pages)
+    assert workspace.cache.num_pages == pages
+    assert (workspace is idle) == (pages == 128)
+    workspaces.keep(workspace)
+    assert bool(workspaces._idle) == (pages <= 128), "a large one is not kept"
 
 
 @uses_recorder
 def test_two_runs_at_once(model, requests):
-    params, runners = greedy(8), Runners()
+    params, workspaces = greedy(8), WorkspacePool()
     prompts = [requests[:1], requests[2:3]]
     want = [[run(model, prompt, params)] for prompt in prompts]
     runs = [
-        Generation(model.model, model.lm_head, prompt, params, eos_token_ids=(), runners=runners)
+        Scheduler(
+            model.model, model.lm_head, prompt, params, eos_token_ids=(), workspaces=workspaces
+        )
         for prompt in prompts * 2
     ]
     for pair in (runs[:2], runs[2:]):
@@ -238,18 +240,18 @@ def test_two_runs_at_once(model, requests):
 
 @uses_recorder
 def test_moved_weights_are_captured_again(model, requests):
-    model, params, runners = copy.deepcopy(model), greedy(5), Runners()
-    want = run(model, requests[:1], params, runners)
-    (first,) = runners._idle
-    assert run(model, requests[:1], params, runners) == want
-    assert list(runners._idle) == [first]
+    model, params, workspaces = copy.deepcopy(model), greedy(5), WorkspacePool()
+    want = run(model, requests[:1], params, workspaces)
+    (first,) = workspaces._idle
+    assert run(model, requests[:1], params, workspaces) == want
+    assert list(workspaces._idle) == [first]
     model.lm_head.weight.data = -model.lm_head.weight.data
-    changed = run(model, requests[:1], params, runners)
+    changed = run(model, requests[:1], params, workspaces)
     assert changed == run(model, requests[:1], params) != want
-    (second,) = runners._idle
+    (second,) = workspaces._idle
     model.half()
-    assert run(model, requests[:1], params, runners) == run(model, requests[:1], params)
-    (third,) = runners._idle
+    assert run(model, requests[:1], params, workspaces) == run(model, requests[:1], params)
+    (third,) = workspaces._idle
     assert first is not second is not third
     assert third.cache.k.dtype == torch.float16
 
@@ -257,38 +259,38 @@ def test_moved_weights_are_captured_again(model, requests):
 @needs_no_gpu
 @uses_recorder
 def test_another_backend_is_captured_again(model):
-    runners = Runners()
-    runners.keep(first := take(runners, model))
+    workspaces = WorkspacePool()
+    workspaces.keep(first := take(workspaces, model))
     with use_backend("reference"):
-        assert take(runners, model) is first, "a CPU has no other"
-    runners.keep(first)
+        assert take(workspaces, model) is first, "a CPU has no other"
+    workspaces.keep(first)
     with use_backend("triton"):
-        assert take(runners, model) is not first
+        assert take(workspaces, model) is not first
 
 
 @uses_recorder
 def test_threads_share_what_is_kept(model, requests):
     """Each on a stream of its own, where there are streams."""
-    runners, prompts = Runners(), [requests[:1], requests[2:3]]
+    workspaces, prompts = WorkspacePool(), [requests[:1], requests[2:3]]
     want = [run(model, prompt, greedy(6)) for prompt in prompts]
 
     def work(prompt):
         with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext():
-            return [run(model, prompt, greedy(6), runners) for _ in range(5)]
+            return [run(model, prompt, greedy(6), workspaces) for _ in range(5)]
 
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(work, prompts))
     assert found == [[one] * 5 for one in want]
-    assert sum(captured(runners).values()) > 0
+    assert sum(captured(workspaces).values()) > 0
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: memory that a graph writes to")
 @uses_recorder
 def test_graphs_survive_what_others_do_with_memory(model, requests):
-    params, runners = greedy(6, 6, 6, 6, 6), Runners()
+    params, workspaces = greedy(6, 6, 6, 6, 6), WorkspacePool()
     want = run(model, requests, params)
     for _ in range(3):
-        assert run(model, requests, params, runners) == want
+        assert run(model, requests, params, workspaces) == want
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         torch.full((free // 8,), torch.nan, device="cuda")  # half of it
@@ -296,37 +298,37 @@ def test_graphs_survive_what_others_do_with_memory(model, requests):
 
 @uses_recorder
 def test_a_run_that_was_stopped_before_it_began_keeps_nothing(model, requests):
-    runners = Runners()
-    generation = Generation(
-        model.model, model.lm_head, requests[:1], greedy(5), eos_token_ids=(), runners=runners
+    workspaces = WorkspacePool()
+    scheduler = Scheduler(
+        model.model, model.lm_head, requests[:1], greedy(5), eos_token_ids=(), workspaces=workspaces
     )
-    generation.stop(0)
-    assert list(generation) == []
-    assert not runners._idle
+    scheduler.stop(0)
+    assert list(scheduler) == []
+    assert not workspaces._idle
 
 
 @uses_recorder
 def test_an_abandoned_run_leaves_nothing(model, requests):
-    runners = Runners()
-    generation = Generation(
-        model.model, model.lm_head, requests[:1], greedy(5), eos_token_ids=(), runners=runners
+    workspaces = WorkspacePool()
+    scheduler = Scheduler(
+        model.model, model.lm_head, requests[:1], greedy(5), eos_token_ids=(), workspaces=workspaces
     )
-    next(iter(generation))
-    del generation
-    assert not runners._idle
+    next(iter(scheduler))
+    del scheduler
+    assert not workspaces._idle
 
 
 @uses_recorder
 def test_a_copied_model_captures_its_own(model, requests):
     own = copy.copy(model)
-    own.runners = Runners()
-    run(own, requests[:1], greedy(3), own.runners)
-    assert own.runners._idle
+    own.workspaces = WorkspacePool()
+    run(own, requests[:1], greedy(3), own.workspaces)
+    assert own.workspaces._idle
     for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
-        assert not copied.runners._idle
+        assert not copied.workspaces._idle
         want = run(model, requests[:1], greedy(3))
-        assert run(copied, requests[:1], greedy(3), copied.runners) == want
-        assert any(captured(copied.runners).values())
+        assert run(copied, requests[:1], greedy(3), copied.workspaces) == want
+        assert any(captured(copied.workspaces).values())
 
 
 @pytest.mark.parametrize("stop_strings", [None, "e"])
@@ -338,27 +340,27 @@ def test_answers_say_whether_graphs_were_used(checkpoints, stop_strings):
     options = {"max_new_tokens": 12, "seed": 5, "temperature": 1.5, "stop_strings": stop_strings}
     want = launching.generate(chats, **options)
     assert not any(answer.timings.cuda_graphs for answer in want)
-    assert not keye.model.runners._idle
+    assert not keye.model.workspaces._idle
     for _ in range(2):
         answers = keye.generate(chats, **options)
         assert all(answer.timings.cuda_graphs for answer in answers)
         assert [a.token_ids for a in answers] == [a.token_ids for a in want]
         assert [a.text for a in answers] == [a.text for a in want]
-    (runner,) = keye.model.runners._idle
+    (workspace,) = keye.model.workspaces._idle
     ids = torch.arange(5, 10)[None]
     found = keye.model.generate(ids, max_new_tokens=4, do_sample=False)
-    assert list(keye.model.runners._idle) == [runner]
+    assert list(keye.model.workspaces._idle) == [workspace]
     assert found[0, 5:].tolist() == run(keye.model, [Request(ids[0])], greedy(4))[0]
 
 
 def test_without_a_gpu_nothing_is_captured(model, requests):
     if ON_GPU:
         pytest.skip("there is one")
-    runners = Runners()
-    generation = Generation(
-        model.model, model.lm_head, requests[:1], greedy(2), eos_token_ids=(), runners=runners
+    workspaces = WorkspacePool()
+    scheduler = Scheduler(
+        model.model, model.lm_head, requests[:1], greedy(2), eos_token_ids=(), workspaces=workspaces
     )
-    assert len(list(generation)) == 2
-    assert not generation.cuda_graphs
-    assert runners.idle_bytes == 0
+    assert len(list(scheduler)) == 2
+    assert not scheduler.cuda_graphs
+    assert workspaces.idle_bytes == 0
     assert why_no_graphs(torch.device("cpu")) == "needs a GPU"

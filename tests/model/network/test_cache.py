@@ -33,7 +33,7 @@ def test_shapes():
 def test_step_metadata():
     cache = make()
     first, second = cache.add(), cache.add()
-    step = cache.step([first, second], [17, 2])
+    step = cache.append([first, second], [17, 2])
     assert step.block_table.tolist() == [[0, 1], [2, 0]]
     assert step.slot_mapping.tolist() == [*range(17), 32, 33]
     assert step.cu_seqlens_q.tolist() == [0, 17, 19]
@@ -46,13 +46,13 @@ def test_step_metadata():
         assert tensor.is_contiguous()
 
     # In another order, one across a page edge and one inside a page.
-    step = cache.step([second, first], [15, 1])
+    step = cache.append([second, first], [15, 1])
     assert step.block_table.tolist() == [[2, 3], [0, 1]]
     assert step.slot_mapping.tolist() == [*range(34, 49), 17]
     assert step.cache_seqlens.tolist() == [17, 18]
     assert not step.is_decode
 
-    step = cache.step([first, second], [1, 1])
+    step = cache.append([first, second], [1, 1])
     assert step.is_decode
     assert step.slot_mapping.tolist() == [18, 49]
     assert (cache.num_tokens(first), cache.num_tokens(second)) == (19, 18)
@@ -68,15 +68,15 @@ def test_pages_grow_and_come_back():
     cache = make(4)
     first, second = cache.add(), cache.add()
     assert [cache.pages_needed(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
-    cache.step([first], [16])
+    cache.append([first], [16])
     assert cache.num_free_pages == 3
-    cache.step([first, second], [1, 20])
+    cache.append([first, second], [1, 20])
     assert cache.num_free_pages == 0
     cache.free(first)
     assert cache.num_free_pages == 2
     third = cache.add()
     assert third not in (first, second)
-    step = cache.step([third, second], [32, 12])
+    step = cache.append([third, second], [32, 12])
     table = step.block_table.tolist()
     assert sorted(table[0] + table[1]) == [0, 1, 2, 3]
     cache.free(second)
@@ -89,7 +89,7 @@ def test_pages_for_all_tokens_from_the_start():
     handle = cache.add(33)
     assert cache.num_free_pages == 1
     assert (cache.pages(handle).tolist(), cache.pages(handle).dtype) == ([0, 1, 2], np.int32)
-    step = cache.step([handle], [16])
+    step = cache.append([handle], [16])
     assert (step.max_seqlen_k, step.block_table.tolist()) == (16, [[0, 1, 2]])
     other = cache.add(1)
     with pytest.raises(RuntimeError, match="must have 1 free pages of 16 tokens for 5 new tokens"):
@@ -103,7 +103,7 @@ def test_pages_for_all_tokens_from_the_start():
 def test_advance_counts_what_the_device_stores():
     cache = make(4)
     first, second = cache.add(32), cache.add(16)
-    cache.step([first, second], [3, 15])
+    cache.append([first, second], [3, 15])
     assert cache.advance([first, second]) == 16
     assert [cache.num_tokens(h) for h in (first, second)] == [4, 16]
     assert cache.advance([first]) == 5
@@ -111,7 +111,7 @@ def test_advance_counts_what_the_device_stores():
     with pytest.raises(RuntimeError, match=message):
         cache.advance([first, second])
     assert [cache.num_tokens(h) for h in (first, second)] == [5, 16]
-    assert cache.step([first], [1]).slot_mapping.tolist() == [5]
+    assert cache.append([first], [1]).slot_mapping.tolist() == [5]
 
 
 def test_num_bytes():
@@ -121,13 +121,13 @@ def test_num_bytes():
 def test_out_of_pages_changes_nothing():
     cache = make(3)
     first, second = cache.add(), cache.add()
-    cache.step([first], [16])
+    cache.append([first], [16])
     before = state(cache)
     message = "must have 3 free pages of 16 tokens for 18 new tokens, got 2 free of 3"
     with pytest.raises(RuntimeError, match=message):
-        cache.step([first, second], [1, 17])
+        cache.append([first, second], [1, 17])
     assert state(cache) == before
-    assert cache.step([first, second], [1, 16]).block_table.tolist() == [[0, 1], [2, 0]]
+    assert cache.append([first, second], [1, 16]).block_table.tolist() == [[0, 1], [2, 0]]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_step_errors(handles, new_tokens, message):
     assert [cache.add(), cache.add()] == [0, 1]
     before = state(cache)
     with pytest.raises(ValueError, match=message):
-        cache.step(handles, new_tokens)
+        cache.append(handles, new_tokens)
     assert state(cache) == before
 
 
@@ -155,7 +155,7 @@ def test_freed_handles_are_gone():
     handle = cache.add()
     cache.free(handle)
     uses = (cache.free, cache.num_tokens, cache.pages)
-    for use in (*uses, lambda h: cache.step([h], [1]), lambda h: cache.advance([h])):
+    for use in (*uses, lambda h: cache.append([h], [1]), lambda h: cache.advance([h])):
         with pytest.raises(ValueError, match=f"a sequence in the cache, got {handle}"):
             use(handle)
 

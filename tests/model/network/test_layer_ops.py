@@ -63,11 +63,11 @@ def decoder_step(model, new_tokens, dtype=torch.float32):
     text = model.config.text_config
     cache = PagedCache(text, 2, dtype=dtype, device=model.device)
     handle = cache.add()
-    cache.step([handle], [3])
+    cache.append([handle], [3])
     for pages in (cache.k, cache.v):
         pages.zero_()
     positions = torch.arange(new_tokens, device=model.device).expand(3, -1).contiguous()
-    return positions, cache, cache.step([handle], [new_tokens])
+    return positions, cache, cache.append([handle], [new_tokens])
 
 
 @pytest.mark.parametrize(

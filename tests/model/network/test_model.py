@@ -76,13 +76,13 @@ def prefill_then_decode(model: tiny.TinyKeye, request: Request, token: int) -> t
             model.model.embed(packed),
             packed.positions.to(model.model.device),
             cache,
-            cache.step([handle], packed.seqlens),
+            cache.append([handle], packed.seqlens),
         )
         hidden = model.model.language_model.embed_tokens(
             torch.tensor([token], device=model.model.device)
         )
         position = torch.full((3, 1), packed.next_positions[0], device=model.model.device)
-        step = cache.step([handle], [1])
+        step = cache.append([handle], [1])
         assert step.is_decode
         return model.lm_head(model.model(hidden, position, cache, step))[0]
 
@@ -205,7 +205,7 @@ def test_chunked_prefill_equals_one_prefill(variant, chunk):
         hidden = model.model.embed(packed)
         positions = packed.positions.to(hidden.device)
         parts = [
-            model.model(h, p, cache, cache.step([handle], [h.shape[0]]))
+            model.model(h, p, cache, cache.append([handle], [h.shape[0]]))
             for h, p in zip(hidden.split(chunk), positions.split(chunk, dim=1), strict=True)
         ]
         logits = model.lm_head(torch.cat(parts))
@@ -220,13 +220,13 @@ def test_decode_of_a_batch_equals_full_recompute():
     handles = [cache.add() for _ in requests]
     new_ids = torch.tensor([[10, 11, 12], [98, 99, 1], [97, 6, 7]])  # [requests, steps]
     with torch.inference_mode():
-        step = cache.step(handles, packed.seqlens)
+        step = cache.append(handles, packed.seqlens)
         positions = packed.positions.to(model.model.device)
         model.model(model.model.embed(packed), positions, cache, step)
         for i in range(3):
             hidden = model.model.language_model.embed_tokens(new_ids[:, i].to(positions.device))
             positions = torch.tensor([[n + i for n in packed.next_positions]] * 3)
-            step = cache.step(handles, [1, 1, 1])
+            step = cache.append(handles, [1, 1, 1])
             hidden = model.model(hidden, positions.to(hidden.device), cache, step)
         decoded = model.lm_head(hidden)
     for request, ids, logits in zip(requests, new_ids, decoded, strict=True):
@@ -249,7 +249,7 @@ def test_unused_cache_rows_and_table_entries_are_never_read():
 
     handles = [cache.add(), cache.add()]
     with torch.inference_mode():
-        step = poisoned(cache.step(handles, packed.seqlens))
+        step = poisoned(cache.append(handles, packed.seqlens))
         assert (step.block_table == 2**31 - 1).any()
         positions = packed.positions.to(model.model.device)
         hidden = model.model(model.model.embed(packed), positions, cache, step)
@@ -258,7 +258,7 @@ def test_unused_cache_rows_and_table_entries_are_never_read():
             torch.tensor([10, 98], device=positions.device)
         )
         positions = torch.tensor([packed.next_positions] * 3, device=positions.device)
-        step = poisoned(cache.step(handles, [1, 1]))
+        step = poisoned(cache.append(handles, [1, 1]))
         decoded = model.lm_head(model.model(hidden, positions, cache, step))
     torch.testing.assert_close(prompt, model.logits(tiny.g1(), tiny.g3()), atol=5e-5, rtol=0)
     close(decoded[0], G1_NEXT)
@@ -271,12 +271,12 @@ def test_unpinned_pages_leave_results_alone():
     cache = model.cache(num_pages=8)
     first, second, third = (cache.add() for _ in range(3))
     for handle in (first, second, third):
-        cache.step([handle], [20])
+        cache.append([handle], [20])
     cache.free(third)
     cache.free(first)
     packed = pack([tiny.g1()], model.config)
     handle = cache.add()
-    step = cache.step([handle], packed.seqlens)
+    step = cache.append([handle], packed.seqlens)
     assert step.block_table.flatten().diff().ne(1).any()
     with torch.inference_mode():
         positions = packed.positions.to(model.model.device)
