@@ -134,9 +134,8 @@ class CudaGraphs:
             return
         if key not in self._graphs:
             self._graphs[key] = self._recorder.capture(step)
-            if (
-                len(self._graphs) > _MAX_GRAPHS
-            ):  # after the capture: the pool dies with its last graph
+            # Only after the capture: the memory pool is freed with its last graph.
+            if len(self._graphs) > _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         self._graphs[key].replay()

@@ -62,9 +62,10 @@ def activation_bytes(
     longest = max((length for _, length in segments), default=0)
     patches = min(patches, max(limits.max_patches_per_call, longest))
     tokens = min(sum(r.input_ids.numel() for r in requests), limits.max_prefill_tokens)
-    # Input, residual, norm, qkv (3) and attention, beside the widest part of the MLP.
+    # Tower: input, residual, norm, qkv (3) and attention, beside the widest part of the MLP.
+    # Decoder: residual stream, norm and one more, beside gate, up and their product.
     tower = patches * (7 * vision.hidden_size + 2 * vision.intermediate_size)
-    decoder = tokens * (7 * text.hidden_size + 3 * text.intermediate_size)
+    decoder = tokens * (3 * text.hidden_size + 3 * text.intermediate_size)
     # Logits twice, as fp32 too, and the tokens seen.
     logits = len(requests) * text.vocab_size
     return max(tower, decoder, logits) * itemsize + logits * (4 + 1)

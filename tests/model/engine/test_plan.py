@@ -156,9 +156,9 @@ def two_layers(monkeypatch):
         yield make
 
 
-# The plan counts 7 hidden widths beside those of the MLP, of which 5 live at once: the branch and
-# the residual stream, as they came and as the norm before the MLP leaves them, and the layers' own
-# input. Of the tower's 16672 elements per patch that is 14368, of the decoder's 65536 57344.
+# Of the tower's 7 hidden widths beside those of the MLP 5 live at once: the branch and the residual
+# stream, as they came and as the norm before the MLP leaves them, and the layers' own input. That is
+# 14368 of 16672 elements per patch. Of the decoder's 3 live 2: 45056 of 49152 elements per token.
 SPARE = 1.2
 
 

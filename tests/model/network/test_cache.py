@@ -59,7 +59,7 @@ def test_step_metadata():
 
 
 def test_a_prompt_of_one_token_is_a_decode_step():
-    step = (cache := make()).step([cache.add()], [1])
+    step = (cache := make()).append([cache.add()], [1])
     assert step.is_decode
     assert step.cache_seqlens.tolist() == [1]
 
