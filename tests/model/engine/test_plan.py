@@ -84,7 +84,7 @@ def test_plan_image_of_1280_tokens():
     assert counts.vision_flops == pytest.approx(7.580e12, rel=1e-3)
     assert counts.prefill_flops == pytest.approx(18.7e12, rel=1e-2)
     assert counts.floor_seconds(790e12, 4.3e12)["vision"] == pytest.approx(9.60e-3, rel=1e-3)
-    widest = max(5120 * (7 * 1152 + 2 * 4304), 1310 * (7 * 4096 + 3 * 12288))
+    widest = max(5120 * (7 * 1152 + 2 * 4304), 1310 * (3 * 4096 + 3 * 12288))
     assert counts.activation_bytes == 2 * widest + 5 * 151936
 
 
@@ -157,8 +157,8 @@ def two_layers(monkeypatch):
 
 
 # Of the tower's 7 hidden widths beside those of the MLP 5 live at once: the branch and the residual
-# stream, as they came and as the norm before the MLP leaves them, and the layers' own input. That is
-# 14368 of 16672 elements per patch. Of the decoder's 3 live 2: 45056 of 49152 elements per token.
+# stream, as they came and as the norm before the MLP leaves them, and the layers' own input: 14368
+# of 16672 elements per patch. Of the decoder's 3 live 2: 45056 of 49152 elements per token.
 SPARE = 1.2
 
 
