@@ -25,7 +25,7 @@ def decode(layer, config, backend, dtype):
     x = torch.randn(3, config.hidden_size).bfloat16().to(dtype)
     positions = torch.tensor([[70, 3, 20]]).expand(3, -1).contiguous()
     with use_backend(backend), torch.no_grad():
-        return layer.to(dtype).decode(x, positions, cache, cache.append(handles, [1, 1, 1]))
+        return layer.to(dtype)(x, positions, cache, cache.append(handles, [1, 1, 1]))
 
 
 @pytest.mark.parametrize("num_sms", [132], indirect=True)
