@@ -178,7 +178,7 @@ class MLP(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose few rows of a decode step go to ``linear_decode`` where that is faster."""
+    """nn.Linear whose few rows of a decode step go to the CUDA kernel of ``linear_decode``."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if _served_by_linear_decode(x):
@@ -187,14 +187,10 @@ class Linear(nn.Linear):
 
 
 def _served_by_linear_decode(x: torch.Tensor) -> bool:
-    """Whether these are few rows and ``linear_decode`` is fast: its definition is on a CPU only."""
-    if x.shape[0] > _FEW_ROWS:
+    """Whether these are few rows for the CUDA kernel; its definition is slower than nn.Linear."""
+    if x.shape[0] > _FEW_ROWS or x.device.type != "cuda":
         return False
-    device = x.device.type
-    if device not in ("cpu", "cuda"):
-        return False
-    fast = "cuda" if device == "cuda" else "reference"
-    return backends(device)["linear_decode"].backend == fast
+    return backends("cuda")["linear_decode"].backend == "cuda"
 
 
 class RMSNorm(nn.Module):

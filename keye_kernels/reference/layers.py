@@ -85,18 +85,6 @@ def gelu(
     return out
 
 
-def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear; in bf16 on a CPU as weight x^T, which streams the matrix 1.1 to 1.5x faster."""
-    if x.is_cuda or x.dtype != torch.bfloat16:
-        return F.linear(x, weight, bias)
-    if x.shape[0] == 1:
-        row = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
-        return row[None]
-    if bias is None:
-        return torch.mm(weight, x.T).T
-    return torch.addmm(bias[:, None], weight, x.T).T
-
-
 def linear_decode(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -111,7 +99,7 @@ def linear_decode(
     """rms_norm, linear, then silu_mul or the residual, each rounded."""
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
-    y = _few_rows(x, weight, bias)
+    y = F.linear(x, weight, bias)
     if swiglu:
         y = silu_mul(y)
     elif residual is not None:
