@@ -124,6 +124,26 @@ def test_all_pages_come_back(model, requests):
     assert caches[-1].num_free_pages == caches[-1].num_pages
 
 
+def test_pages_that_do_not_come_back_end_the_run(model, requests):
+    """Two requests in turn, each with the whole cache; the first keeps what it had."""
+    generation = Generation(
+        model.model,
+        model.lm_head,
+        requests[:2],
+        [GREEDY] * 2,
+        eos_token_ids=(),
+        limits=Limits(max_cache_tokens=64),
+    )
+    tokens = iter(generation)
+    assert next(tokens).request == 0
+    generation._runner.cache.free = lambda _: None
+    with pytest.raises(
+        RuntimeError,
+        match="the cache must have 1 free pages for request 1 when nothing runs, got 0 of 1",
+    ):
+        list(tokens)
+
+
 def test_so_many_requests_run_at_once(model, requests, monkeypatch):
     whole = run(model, requests)
     monkeypatch.setattr(generation_module, "MAX_ROWS", 2)

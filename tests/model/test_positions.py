@@ -134,6 +134,15 @@ def test_temporal_positions_follow_the_frame_rate(fps, expected):
     assert positions[0] == expected
 
 
+def test_temporal_positions_multiply_from_left_to_right():
+    """In fp32 5 x 0.04 x 5 is below 1, but 5 x 5 x 0.04 is 1, and 25 x (0.04 x 5) is below 5."""
+    vision = dataclasses.replace(PREVIEW_CONFIG.vision_config, tokens_per_second=5)
+    config = dataclasses.replace(PREVIEW_CONFIG, vision_config=vision)
+    (times, _, _), next_position = place([V] * 36, (), ((36, 2, 2),), (1 / 25,), config)
+    assert [times[frame] for frame in (4, 5, 10, 25, 35)] == [0, 0, 1, 5, 7]
+    assert next_position == 8
+
+
 def walk(ids, images, videos, seconds, config):
     """The published rule, token by token in Python integers and NumPy fp32 scalars."""
     preview = config.variant == PREVIEW
