@@ -221,6 +221,21 @@ def test_slow_tokens_is_the_first_past_the_budget(num_slow, num_fast):
     assert _slow_tokens(num_slow, num_fast, 37632, 602112, budget) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "counts", "expected"),
+    [
+        ((672, 896), (1, 0), (672, 896)),  # 768 tokens
+        ((10201, 10000), (1, 0), (756, 756)),  # sqrt(768 x 1.0201) is 27.99
+        # 65 tokens and 1364 times 48 are 65537, the first sum past 65536.
+        ((140, 364), (1, 1364), (140, 364)),  # 65 tokens
+        ((168, 308), (1, 1364), (140, 280)),  # 66
+    ],
+    ids=str,
+)
+def test_frame_sizes_at_their_bounds(size, counts, expected):
+    assert frame_sizes(*size, *counts)[:2] == expected
+
+
 def _helper_size(height, width, low, high):
     """The helpers' resize rule as published, whose first test wins when the bounds cross."""
     tall, wide = (max(28, 28 * round(side / 28)) for side in (height, width))

@@ -160,6 +160,23 @@ def test_preview_frame_size_of_720p(count, size, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("size", "count", "expected"),
+    [
+        ((224, 448), 16, (224, 448)),  # 128 tokens
+        ((71, 80), 16, (308, 364)),  # sqrt(128 x 80 / 71) is 12.01, sqrt(127 x 80 / 71) is 11.96
+        ((672, 896), 16, (672, 896)),  # 768 tokens
+        ((10201, 10000), 16, (756, 756)),  # sqrt(768 x 1.0201) is 27.99, sqrt(769 x 1.0201) 28.01
+        ((560, 896), 360, (560, 896)),  # 640 tokens, twice the share of 115 200
+        ((504, 1008), 360, (476, 980)),  # 648
+    ],
+    ids=str,
+)
+def test_preview_frame_size_at_its_bounds(size, count, expected, monkeypatch):
+    monkeypatch.delenv("VIDEO_MAX_PIXELS", raising=False)
+    assert preview_frame_size(*size, count, {}) == expected
+
+
+@pytest.mark.parametrize(
     ("options", "size"),
     [
         ({"max_pixels": 200 * TOKEN}, (280, 504)),
