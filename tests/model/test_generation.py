@@ -144,6 +144,18 @@ def test_pages_that_do_not_come_back_end_the_run(model, requests):
         list(tokens)
 
 
+def test_the_last_token_takes_no_room_in_the_cache(model):
+    """59 words and 6 new tokens fill one page of 64 to its last row; 60 words need a second."""
+    limits = Limits(max_cache_tokens=64)
+    ids, _ = run(model, [Request(torch.arange(59) + 5)] * 2, limits=limits)
+    assert [len(row) for row in ids] == [6, 6]
+    longer = [Request(torch.arange(60) + 5)]
+    assert [len(row) for row in run(model, longer, limits=Limits(max_cache_tokens=128))[0]] == [6]
+    message = r"request 0 must fit .* needs 128 tokens, got room for 64"
+    with pytest.raises(ValueError, match=message):
+        run(model, longer, limits=limits)
+
+
 def test_so_many_requests_run_at_once(model, requests, monkeypatch):
     whole = run(model, requests)
     monkeypatch.setattr(generation_module, "MAX_ROWS", 2)
