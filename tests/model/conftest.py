@@ -11,7 +11,10 @@ from tests.model.tape import Recorder
 
 # A slow machine is no failure, and the same examples on every run are no surprise.
 settings.register_profile(
-    "keye", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "keye",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("keye")
 

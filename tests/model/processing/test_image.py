@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -117,7 +117,6 @@ def test_size_processor_refuses_to_lose_a_side():
     assert helper_size(28, 2800, min_pixels=1, max_pixels=784) == (28, 280)  # clamped instead
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9000), st.integers(1, 9000), st.sampled_from(["1.0", "1.5"]))
 def test_size_bounds_and_multiples(height, width, version):
     if max(height, width) > 200 * min(height, width):
