@@ -1,4 +1,4 @@
-"""The one definition of "close enough": measured against what plain PyTorch loses itself."""
+"""What "close enough" means, against what plain PyTorch loses itself, and what "the same" means."""
 
 import torch
 
@@ -7,6 +7,19 @@ def _errors(got: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, float
     """Absolute error per element, and the root mean square of it. Both tensors fp64."""
     error = torch.where(got == exact, 0.0, (got - exact).abs())  # equal infinities differ by 0
     return error, error.square().mean().sqrt().item()
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor, backend: str) -> None:
+    """Require equal bits of two calls that differ in shapes, strides or addresses.
+
+    Kernels promise that. The reference promises it within rounding only: the order of sums in a
+    matrix product of PyTorch, and which elements take its vectorised path, follow all three of
+    them, in ways of each CPU's own.
+    """
+    if backend == "reference":
+        torch.testing.assert_close(got, want, equal_nan=True)
+    else:
+        assert torch.equal(got, want)
 
 
 def assert_close(

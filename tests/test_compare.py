@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_same
 
 EXACT = torch.tensor([[1.0, -2.0], [float("inf"), 0.5]], dtype=torch.float64)
 
@@ -32,3 +32,16 @@ def test_other_dtype_or_shape_fails():
         assert_close(EXACT.half(), EXACT.float(), EXACT)
     with pytest.raises(AssertionError, match="Size"):
         assert_close(EXACT.float()[:1], EXACT.float(), EXACT)
+
+
+def test_the_same_is_bits_of_a_kernel_and_within_rounding_of_the_reference():
+    want = EXACT.float()
+    near, far = want.clone(), want.clone()
+    near[1, 1] += 2**-24
+    far[1, 1] += 2**-10
+    assert_same(want.clone(), want, "triton")
+    assert_same(near, want, "reference")
+    with pytest.raises(AssertionError):
+        assert_same(near, want, "triton")
+    with pytest.raises(AssertionError, match="Mismatched elements: 1 / 4"):
+        assert_same(far, want, "reference")

@@ -195,6 +195,16 @@ def test_dot(dtype):
     assert torch.equal(out, x.float() @ y.float())
 
 
+def test_dot_sums_in_an_order_that_depends_on_no_shape():
+    """In BLAS it depends on the shape and the CPU, in different ways on different machines."""
+    x, y, out = torch.randn(32, 32), torch.randn(32, 32), torch.empty(32, 32)
+    _dot_kernel[(1,)](x, y, out, BLOCK=32)
+    expected = torch.zeros(32, 32)
+    for k in range(32):
+        expected += x[:, k, None] * y[k]
+    assert torch.equal(out, expected)
+
+
 def test_bf16_reductions():
     x = torch.randint(-30, 30, (16, 16)).bfloat16()  # sums below 256 are exact
     sums, largest, running = torch.empty(16).bfloat16(), torch.empty(16).bfloat16(), x.clone()

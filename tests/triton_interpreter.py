@@ -92,15 +92,28 @@ def _repair_casts() -> None:
     InterpreterBuilder.get_bf16 = lambda self, value: _narrow(self.get_fp32(value))
 
 
+def _ordered_dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[m, k] times [k, n] in fp32, summed from the first k to the last.
+
+    BLAS orders its sums by the shape and by the CPU, so that a row of a small tile and the same row
+    of a large one would differ in their last bit, as they do not on a GPU.
+    """
+    total = np.zeros((a.shape[0], b.shape[1]), np.float32)
+    term = np.empty_like(total)
+    for k in range(a.shape[1]):
+        np.multiply(a[:, k, None], b[k], out=term, dtype=np.float32)
+        total += term
+    return total
+
+
 def _repair_dot() -> None:
     original = InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, d, *precision):
         a, b = _widen(a), _widen(b)
-        if d.data.dtype == np.float32 and a.data.dtype == b.data.dtype == np.float16:
-            # The same products and sums, through BLAS, which knows no fp16.
-            a, b = (TensorHandle(x.data.astype(np.float32), tl.float32) for x in (a, b))
-        return original(self, a, b, d, *precision)
+        if d.data.dtype != np.float32 or any(x.data.dtype.itemsize == 1 for x in (a, b)):
+            return original(self, a, b, d, *precision)  # integers, fp16 sums, fp8
+        return TensorHandle(_ordered_dot(a.data, b.data) + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
 

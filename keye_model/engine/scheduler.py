@@ -133,7 +133,16 @@ class Scheduler:
         admitted = self._admit()
         if admitted:
             return self._prefill(admitted)
-        return self._decode() if self._running else []
+        if self._running:
+            return self._decode()
+        if self._waiting:  # room for each was checked, so pages were lost
+            cache, index = self._workspace.cache, self._waiting[0]
+            needed = cache.pages_needed(self._tokens[index] - 1)
+            raise RuntimeError(
+                f"the cache must have {needed} free pages for request {index} when nothing runs, "
+                f"got {cache.num_free_pages} of {cache.num_pages}"
+            )
+        return []
 
     def _admit(self) -> list[Sequence]:
         cache, admitted = self._workspace.cache, []

@@ -1,12 +1,13 @@
 """One small op through the whole harness, and what happens to a provider that is wrong."""
 
 import gzip
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import timing
 from benchmarks.cases import Case
 from benchmarks.measure import Measure, difference
 from benchmarks.providers import (
@@ -21,7 +22,7 @@ from benchmarks.providers import (
     trusting_cuda,
 )
 from benchmarks.report import Report
-from benchmarks.timing import ON_GPU, Ceilings, race
+from benchmarks.timing import ON_GPU, Ceilings, Timing, race
 from keye_kernels import _backends, backends, reference, silu_mul
 
 CEILINGS = Ceilings(copy_bandwidth=1e9, matmul_rate=1e12)
@@ -123,28 +124,28 @@ def test_differences():
     assert difference(x * 1.005, x) == ""
 
 
-def test_providers_take_turns():
-    calls = []
+@pytest.mark.skipif(ON_GPU, reason="a GPU tells the time by its events")
+def test_providers_take_turns(monkeypatch):
+    calls, now = [], 0.0
 
-    def provider(name, pause):
+    def provider(name, duration):
         def run(x):
+            nonlocal now
             calls.append(name)
-            time.sleep(pause)
+            now += duration
             return x
 
         return run
 
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
     timings = race(
         {"slow": provider("slow", 0.004), "fast": provider("fast", 0.002)},
         lambda: {"x": torch.ones(1)},
-        seconds=0.05,
-        launched=("slow", "fast"),
+        seconds=0.057,  # a quarter of it before, as warm-up
     )
-    if not ON_GPU:  # there a turn holds as many calls as there are sets of inputs
-        tail = calls[-10:]
-        assert tail == ["slow", "fast"] * 5
-    assert timings["slow"].median > timings["fast"].median >= 0.002
-    assert timings["slow"].turns >= 5
+    assert calls == ["slow", "slow", "fast", "fast"] + ["slow", "fast"] * (3 + 10)
+    assert timings["slow"] == Timing(pytest.approx(0.004), pytest.approx(0, abs=1e-9), 10)
+    assert timings["fast"] == Timing(pytest.approx(0.002), pytest.approx(0, abs=1e-9), 10)
 
 
 def test_limit_is_the_longer_of_both():

@@ -3,7 +3,7 @@
 import importlib.util
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 
 import pytest
@@ -210,26 +210,20 @@ def test_use_backend_holds_as_a_function_and_nests(device):
 @pytest.mark.usefixtures("registry")
 def test_threads_choose_for_themselves():
     """Overlapping blocks of two threads leave neither the other's choice nor a stale one."""
-    inside, leave = threading.Event(), threading.Event()
-    seen = []
+    with ThreadPoolExecutor(max_workers=1) as pool:
 
-    def other():
-        seen.append(_backends.requested())
-        with kk.use_backend("cuda"):
-            inside.set()
-            leave.wait(10)
-            seen.append(_backends.requested())
-        seen.append(_backends.requested())
+        def there(function, *args):
+            return pool.submit(function, *args).result()
 
-    with kk.use_backend("reference"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert inside.wait(10)
-        assert _backends.requested() == "reference"
-    leave.set()
-    thread.join()
-    assert seen == ["auto", "cuda", "auto"]
-    assert _backends.requested() == "auto"
+        with kk.use_backend("reference"):
+            assert there(_backends.requested) == "auto"
+            choice = there(kk.use_backend, "cuda")
+            assert there(_backends.requested) == "cuda"
+            assert _backends.requested() == "reference"
+        assert _backends.requested() == "auto"
+        assert there(_backends.requested) == "cuda"
+        there(choice.__exit__)
+        assert there(_backends.requested) == "auto"
 
 
 def test_unknown_names_are_refused():

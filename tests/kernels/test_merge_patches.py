@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import keye_kernels as kk
 from keye_kernels.merge_patches import _launch_config, _segments
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_same
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -76,7 +76,7 @@ def test_real_hidden_size(norm_first, dtype, device):
 
 
 @by_order
-def test_many_images(norm_first, device):
+def test_many_images(norm_first, device, backend):
     grid = [(1, 2, 2), (1, 2, 4)] * 9  # 18 runs of one width: two launches
     x, weight, bias = make(grid, 2, norm_first, torch.float32, device)
     got = kk.merge_patches(x, weight, bias, EPS, grid, norm_first=norm_first)
@@ -84,7 +84,7 @@ def test_many_images(norm_first, device):
     doubles = (tensor.double() for tensor in (x, weight, bias))
     assert_close(got, plain, one_by_one(*doubles, grid, 2, norm_first))
     last = kk.merge_patches(x[-8:], weight, bias, EPS, grid[-1:], norm_first=norm_first)
-    assert torch.equal(got[-2:], last)
+    assert_same(got[-2:], last, backend)
 
 
 def two_ops(x, weight, bias, residual, patch_norm, grid, merge, norm_first):
@@ -172,7 +172,7 @@ def test_launch_configuration():
 
 @by_order
 @pytest.mark.parametrize("start", [8, 7], ids=["aligned", "unaligned"])
-def test_strided_rows_out_and_tensor_grid(norm_first, start, device):
+def test_strided_rows_out_and_tensor_grid(norm_first, start, device, backend):
     grid = [(1, 2, 4), (2, 2, 2)]
     x, weight, bias = make(grid, 2, norm_first, torch.bfloat16, device)
     residual = torch.randn_like(x)
@@ -190,13 +190,13 @@ def test_strided_rows_out_and_tensor_grid(norm_first, start, device):
         residual=strided_residual, norm_first=norm_first, out=out,
     )  # fmt: skip
     assert got is out
-    assert torch.equal(out, expected)
+    assert_same(out, expected, backend)
     assert (target[:, : 2 * start] == 7).all()
     assert (target[:, 2 * start + 96 :] == 7).all()
 
 
 @by_order
-def test_offsets_past_2_to_the_31(norm_first, device, monkeypatch):
+def test_offsets_past_2_to_the_31(norm_first, device, backend, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     grid = [(1, 2, 8)]
     x, weight, bias = make(grid, 2, norm_first, torch.bfloat16, device)
@@ -207,7 +207,7 @@ def test_offsets_past_2_to_the_31(norm_first, device, monkeypatch):
     far_out = memory[128:].as_strided((4, 96), (2**31 // 3 + 1, 1))
     far.copy_(x)
     kk.merge_patches(far, weight, bias, EPS, grid, residual=far, norm_first=norm_first, out=far_out)
-    assert torch.equal(far_out, near)
+    assert_same(far_out, near, backend)
 
 
 def test_no_patches(device):

@@ -8,7 +8,7 @@ import torch
 import keye_kernels as kk
 from keye_kernels.paged_decode_attention import Tiles, _launch_config
 from tests import triton_interpreter
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_same
 from tests.kernels.paged import HUGE, Cache, check_shared_contents, check_shared_errors, naive
 from tests.memory import far_apart
 
@@ -96,7 +96,7 @@ def test_pieces_agree(num_splits, dtype, tiles, backend, device):
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_neighbours_do_not_matter(num_splits, tiles, device):
+def test_neighbours_do_not_matter(num_splits, tiles, device, backend):
     tiles(num_splits)
     cache = Cache([17, 0, 60], 16, 1, 32, torch.bfloat16, device)
     q = queries(3, 3, 32, torch.bfloat16, device)
@@ -104,7 +104,7 @@ def test_neighbours_do_not_matter(num_splits, tiles, device):
     tables, lengths = cache.table, cache.lengths
     for row in range(3):
         cache.table, cache.lengths = tables[row : row + 1], lengths[row : row + 1]
-        assert torch.equal(decode(q[row : row + 1], cache)[0], together[row])
+        assert_same(decode(q[row : row + 1], cache)[0], together[row], backend)
 
 
 def replayed(call, device):
@@ -156,7 +156,7 @@ def test_a_length_out_of_range_reads_nothing_out_of_range(backend, device):
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_offsets_past_2_to_the_31(num_splits, tiles, device):
+def test_offsets_past_2_to_the_31(num_splits, tiles, device, backend):
     """Pages, rows in a page, queries and results, each further apart than int32 can say."""
     tiles(num_splits)
     shape = (3, 16, 1, 16)
@@ -171,11 +171,11 @@ def test_offsets_past_2_to_the_31(num_splits, tiles, device):
     arguments = (q, k_cache, v_cache, table, lengths)
     kk.paged_decode_attention(*arguments, max_seqlen_k=48, out=out)
     near = [x.contiguous() for x in arguments]  # the same numbers, so the same bits
-    assert torch.equal(out, kk.paged_decode_attention(*near, max_seqlen_k=48))
+    assert_same(out, kk.paged_decode_attention(*near, max_seqlen_k=48), backend)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_heads_past_2_to_the_31(num_splits, tiles, device):
+def test_heads_past_2_to_the_31(num_splits, tiles, device, backend):
     tiles(num_splits)
     q, out = (far_apart((3, 2, 16), torch.bfloat16, device).transpose(0, 1) for _ in range(2))
     caches = [far_apart((3, 3, 16, 16), torch.bfloat16, device) for _ in "kv"]
@@ -187,7 +187,7 @@ def test_heads_past_2_to_the_31(num_splits, tiles, device):
     arguments = (q, *caches, table, lengths)
     kk.paged_decode_attention(*arguments, max_seqlen_k=48, out=out)
     near = [x.contiguous() for x in arguments]
-    assert torch.equal(out, kk.paged_decode_attention(*near, max_seqlen_k=48))
+    assert_same(out, kk.paged_decode_attention(*near, max_seqlen_k=48), backend)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
@@ -241,16 +241,16 @@ def test_equals_prefill_of_one_token(device):
     torch.testing.assert_close(decode(q, cache), prefilled, rtol=1e-5, atol=1e-6)
 
 
-def test_shared_pages(device):
+def test_shared_pages(device, backend):
     """Two sequences with one prefix may name the same pages."""
     cache = Cache([16, 16], 16, 1, 16, torch.float32, device)
     cache.table[1] = cache.table[0]
     q = torch.randn(1, 2, 16, device=device).expand(2, 2, 16).contiguous()
     got = decode(q, cache)
-    assert torch.equal(got[0], got[1])
+    assert_same(got[0], got[1], backend)
 
 
-def test_strides_scale_and_out(device):
+def test_strides_scale_and_out(device, backend):
     cache = Cache([20, 9], 16, 2, 32, torch.bfloat16, device)
     q = torch.randn(2, 6, 32, device=device).bfloat16()
     expected = decode(q[:, 1:5].contiguous(), cache, softmax_scale=0.3)
@@ -259,7 +259,7 @@ def test_strides_scale_and_out(device):
     target = torch.full((2, 6, 32), 7.0, device=device).bfloat16()
     out = target[:, 1:5]
     assert decode(q[:, 1:5], cache, softmax_scale=0.3, out=out) is out
-    assert torch.equal(out, expected)
+    assert_same(out, expected, backend)
     assert (target[:, [0, 5]] == 7).all()
 
 

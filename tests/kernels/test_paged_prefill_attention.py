@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_same
 from tests.kernels.paged import Cache, check_shared_contents, check_shared_errors, naive
 from tests.memory import far_apart
 
@@ -81,7 +81,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device, backend):
     assert torch.equal(prefill(q[70:], [5], cache), together[70:])
 
 
-def check_far_apart(caches, table, lengths):
+def check_far_apart(caches, table, lengths, backend):
     """Against the same numbers side by side: one new query of each sequence."""
     device, batch_size, head_dim = table.device, len(lengths), caches[0].shape[3]
     q = torch.randn(batch_size, 1, head_dim, device=device).half()
@@ -96,33 +96,33 @@ def check_far_apart(caches, table, lengths):
     got = attend(*caches, table)
     expected = attend(*(cache.contiguous() for cache in caches), table.contiguous())
     assert expected.isfinite().all()
-    assert torch.equal(got, expected)
+    assert_same(got, expected, backend)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_pages_past_2_to_the_31_elements(page_size, device):
+def test_pages_past_2_to_the_31_elements(page_size, device, backend):
     """Page 2 of a cache starts there, and so does the table of sequence 2."""
     caches = [far_apart((3, page_size, 1, 8), torch.float16, device).normal_() for _ in "kv"]
     table = far_apart((3, 2), torch.int32, device)
     table.copy_(torch.tensor([[0, 2], [1, 1], [2, 0]]))
-    check_far_apart(caches, table, [20, 1, 20])
+    check_far_apart(caches, table, [20, 1, 20], backend)
 
 
 # Offsets are counted in elements, or in units of 8 where that divides all strides.
 @pytest.mark.parametrize("padding", [0, 1], ids=["in units of 8", "in elements"])
 # The pages of a tile are looked up one by one, or it lies within a page.
 @pytest.mark.parametrize(("page_size", "row"), [(16, 15), (128, 64)], ids=["page 16", "page 128"])
-def test_rows_of_a_page_past_2_to_the_31_elements(page_size, row, padding, device):
+def test_rows_of_a_page_past_2_to_the_31_elements(page_size, row, padding, device, backend):
     shape = (page_size, 3, 1, 16 + padding)
     caches = [far_apart(shape, torch.float16, device, row=row)[..., :16] for _ in "kv"]
     caches = [cache.transpose(0, 1) for cache in caches]
     for cache in caches:
         cache.normal_()
     table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
-    check_far_apart(caches, table, [page_size + 9])
+    check_far_apart(caches, table, [page_size + 9], backend)
 
 
-def test_strides_scale_and_out(device):
+def test_strides_scale_and_out(device, backend):
     cache = Cache([20, 9], 16, 2, 32, torch.bfloat16, device)
     q = torch.randn(5, 6, 32, device=device).bfloat16()
     expected = prefill(q[:, 1:5].contiguous(), [3, 2], cache, softmax_scale=0.3)
@@ -131,7 +131,7 @@ def test_strides_scale_and_out(device):
     target = torch.full((5, 6, 32), 7.0, device=device).bfloat16()
     out = target[:, 1:5]
     assert prefill(q[:, 1:5], [3, 2], cache, softmax_scale=0.3, out=out) is out
-    assert torch.equal(out, expected)
+    assert_same(out, expected, backend)
     assert (target[:, [0, 5]] == 7).all()
 
 

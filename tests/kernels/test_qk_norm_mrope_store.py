@@ -6,7 +6,7 @@ import torch
 import keye_kernels as kk
 from keye_kernels.qk_norm_mrope_store import Tiles, _launch_config
 from tests import triton_interpreter
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_same
 from tests.kernels.rotation import angles_3d, axes, half_rotation, rotated
 from tests.memory import far_apart
 
@@ -141,7 +141,7 @@ def test_store_skips_negative_slots(device):
     assert torch.equal(nothing, caches)
 
 
-def test_store_strided_inputs_and_out(device):
+def test_store_strided_inputs_and_out(device, backend):
     qkv, weights, positions, caches, slots = make_store(4, torch.bfloat16, device)
     expected_caches = caches.clone()
     expected = store(qkv, weights, positions, expected_caches, slots)
@@ -158,8 +158,8 @@ def test_store_strided_inputs_and_out(device):
         slots,
         out=target[:, 1:-1],
     )
-    assert torch.equal(got, expected)
-    assert torch.equal(together.transpose(0, 1), expected_caches)
+    assert_same(got, expected, backend)
+    assert_same(together.transpose(0, 1), expected_caches, backend)
     assert (target[:, 0] == 7).all()
     assert (target[:, -1] == 7).all()
 
@@ -235,7 +235,7 @@ def test_store_moves_every_byte_once(device, backend):
 
 
 @few_and_many
-def test_store_offsets_past_2_to_the_31(device):
+def test_store_offsets_past_2_to_the_31(device, backend):
     _, weights, positions, _, _ = make_store(3, torch.bfloat16, device)
     qkv = far_apart((3, (HEADS + 2 * KV_HEADS) * 16), torch.bfloat16, device)
     qkv.copy_(torch.randn(qkv.shape))
@@ -245,20 +245,20 @@ def test_store_offsets_past_2_to_the_31(device):
     expected = store(qkv.clone(), weights, positions, near, slots)
     out = far_apart((3, HEADS, 16), torch.bfloat16, device)
     store(qkv, weights, positions, far, slots, out=out)
-    assert torch.equal(out, expected)
+    assert_same(out, expected, backend)
     for got, want in zip(far, near, strict=True):
-        assert torch.equal(got.flatten(0, 1)[slots], want.flatten(0, 1)[slots])
+        assert_same(got.flatten(0, 1)[slots], want.flatten(0, 1)[slots], backend)
 
 
-def test_store_tokens_do_not_depend_on_their_neighbours(device):
+def test_store_tokens_do_not_depend_on_their_neighbours(device, backend):
     qkv, weights, positions, caches, slots = make_store(6, torch.bfloat16, device)
     one, other = caches.clone(), caches.clone()
     alone = store(qkv[2:5], weights, positions[:, 2:5], one, slots[2:5])
     qkv[:2], qkv[5] = float("nan"), float("nan")
     together = store(qkv, weights, positions, other, slots)
-    assert torch.equal(together[2:5], alone)
+    assert_same(together[2:5], alone, backend)
     for got, want in zip(other, one, strict=True):
-        assert torch.equal(got.flatten(0, 1)[slots[2:5]], want.flatten(0, 1)[slots[2:5]])
+        assert_same(got.flatten(0, 1)[slots[2:5]], want.flatten(0, 1)[slots[2:5]], backend)
 
 
 def test_launch_config():

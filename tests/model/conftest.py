@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
@@ -10,7 +10,12 @@ from keye_model.engine import cuda_graph, workspace
 from tests.model.tape import Recorder
 
 # A slow machine is no failure, and the same examples on every run are no surprise.
-settings.register_profile("keye", deadline=None, derandomize=True)
+settings.register_profile(
+    "keye",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("keye")
 
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -261,9 +261,7 @@ CONTENT = st.lists(
 TURNS = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), CONTENT), max_size=3)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25)
 @given(turns=TURNS.filter(lambda turns: turns and turns[-1][0] != "assistant"))
 def test_placeholders_features_and_positions_agree(keye, turns):
     """Any order of text, images, videos and turns packs: ids, grids, patches, positions."""

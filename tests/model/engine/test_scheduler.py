@@ -124,6 +124,38 @@ def test_all_pages_come_back(model, requests):
     assert caches[-1].num_free_pages == caches[-1].num_pages
 
 
+def test_pages_that_do_not_come_back_end_the_run(model, requests):
+    """Two requests in turn, each with the whole cache; the first keeps what it had."""
+    scheduler = Scheduler(
+        model.model,
+        model.lm_head,
+        requests[:2],
+        [GREEDY] * 2,
+        eos_token_ids=(),
+        limits=Limits(max_cache_tokens=64),
+    )
+    tokens = iter(scheduler)
+    assert next(tokens).request == 0
+    scheduler._workspace.cache.free = lambda _: None
+    with pytest.raises(
+        RuntimeError,
+        match="the cache must have 1 free pages for request 1 when nothing runs, got 0 of 1",
+    ):
+        list(tokens)
+
+
+def test_the_last_token_takes_no_room_in_the_cache(model):
+    """59 words and 6 new tokens fill one page of 64 to its last row; 60 words need a second."""
+    limits = Limits(max_cache_tokens=64)
+    ids, _ = run(model, [Request(torch.arange(59) + 5)] * 2, limits=limits)
+    assert [len(row) for row in ids] == [6, 6]
+    longer = [Request(torch.arange(60) + 5)]
+    assert [len(row) for row in run(model, longer, limits=Limits(max_cache_tokens=128))[0]] == [6]
+    message = r"request 0 must fit .* needs 128 tokens, got room for 64"
+    with pytest.raises(ValueError, match=message):
+        run(model, longer, limits=limits)
+
+
 def test_so_many_requests_run_at_once(model, requests, monkeypatch):
     whole = run(model, requests)
     monkeypatch.setattr(generation_module, "MAX_ROWS", 2)

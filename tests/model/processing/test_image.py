@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -87,6 +87,31 @@ def test_size_ties_round_to_even(pixels, expected):
     assert helper_size(pixels, pixels, min_pixels=1, max_pixels=10**6)[0] == expected
 
 
+@pytest.mark.parametrize(
+    ("original", "version", "expected"),
+    [
+        ((56, 56), "1.0", (56, 56)),  # 4 tokens
+        ((30, 31), "1.0", (56, 84)),  # sqrt(4 x 31 / 30) is 2.03
+        ((3584, 3584), "1.0", (3584, 3584)),  # 16384 tokens
+        ((101566, 100000), "1.0", (3584, 3556)),  # sqrt(16384 x 1.01566) is 128.998
+        ((4480, 3584), "1.5", (4480, 3584)),  # 20480 tokens
+        ((101248, 100000), "1.5", (4004, 3976)),  # sqrt(20480 x 1.01248) is 143.998
+    ],
+    ids=str,
+)
+def test_size_at_the_default_bounds(original, version, expected):
+    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS[version]}
+    assert helper_size(*original, **bounds) == expected
+
+
+@pytest.mark.parametrize("rule", [helper_size, processor_size])
+def test_size_of_as_many_tokens_as_there_may_be(rule):
+    bounds = {"min_pixels": 1, "max_pixels": 10**9}
+    assert rule(7168, 14336, **bounds) == (7168, 14336)  # 131072 tokens
+    with pytest.raises(ValueError, match=r"at most 131072 tokens .* got 131328"):
+        rule(7168, 14364, **bounds)
+
+
 @pytest.mark.parametrize("rule", [helper_size, processor_size])
 @pytest.mark.parametrize("size", [(27, 5401), (5401, 27)])
 def test_size_ratio(rule, size):
@@ -117,7 +142,6 @@ def test_size_processor_refuses_to_lose_a_side():
     assert helper_size(28, 2800, min_pixels=1, max_pixels=784) == (28, 280)  # clamped instead
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9000), st.integers(1, 9000), st.sampled_from(["1.0", "1.5"]))
 def test_size_bounds_and_multiples(height, width, version):
     if max(height, width) > 200 * min(height, width):

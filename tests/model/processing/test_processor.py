@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -287,9 +287,7 @@ def _as_item(entry, same_size):
     return {"type": "video", "video": film_of(*entry)}
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40)
 @given(conversation=_MESSAGES)
 def test_any_conversation(with_films, line, conversation):
     """Placeholders, features, grids and positions agree, whatever the messages hold."""

@@ -9,6 +9,7 @@ import torch
 
 from keye_model.processing.slow_fast import (
     FrameSizes,
+    _shrink,
     _slow_tokens,
     classify_frames,
     frame_similarity,
@@ -120,21 +121,30 @@ def test_frame_similarity_equals_loops():
     assert found == float(np.float32(expected))
 
 
+def test_patches_are_alike_above_a_cosine_of_07():
+    """White is (0, 0, 255) in HSV, green (h, 255, 255): 0.70014 at h = 51, 0.69987 at 52."""
+    white = look_at(_flat(255, 255, 255))
+    for red, hue, share in ((73, 51, 1.0), (72, 52, 0.0)):
+        green = (red, 255, 0)
+        assert _opencv_hsv(*green) == (hue, 255, 255)
+        assert frame_similarity(white, look_at(_flat(*green))) == share
+
+
 def test_classify_frames_compares_with_the_last_slow_frame():
     """A slow drift is fast step by step until it has gone too far from where it began."""
-    white, grey = (255, 255, 255), (0, 0, 255)  # their cosine is 0.69: not alike
-    frames = [_patches([grey] * done + [white] * (49 - done)) for done in (0, 3, 4, 5, 8, 10, 49)]
+    white, blue = (255, 255, 255), (0, 0, 255)  # their cosine is 0.67: not alike
+    frames = [_patches([blue] * done + [white] * (49 - done)) for done in (0, 3, 4, 5, 8, 10, 49)]
     # Different patches from the reference: 0, 3, 4, 5 of 49 (slow), then 3, 5 (slow), all (slow).
     assert classify_frames(frames) == [False, True, True, False, True, False, False]
 
 
 def test_classify_frames_limit_is_fp32():
     """9 of 10 patches alike is 0.89999998 in fp32, less than 0.9: slow, as published."""
-    red, blue = (255, 0, 0), (0, 0, 255)
-    frames = [_patches([red] * 10), _patches([red] * 9 + [(0, 0, 0)])]
+    red, black = (255, 0, 0), (0, 0, 0)
+    frames = [_patches([red] * 10), _patches([red] * 9 + [black])]
     assert frame_similarity(look_at(frames[0]), look_at(frames[1])) == float(np.float32(0.9))
     assert classify_frames(frames) == [False, False]
-    frames = [_patches([red] * 20), _patches([red] * 19 + [blue])]
+    frames = [_patches([red] * 41), _patches([red] * 37 + [black] * 4)]  # 0.902
     assert classify_frames(frames) == [False, True]
 
 
@@ -150,6 +160,22 @@ def test_classify_frames_shrinks_first():
     stripes = torch.zeros(3, 600, 1000, dtype=torch.uint8)
     stripes[:, ::2] = 200
     assert classify_frames([stripes, stripes.roll(1, dims=1)]) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((448, 448), (448, 448)),  # 256 tokens
+        ((448, 476), (420, 448)),
+        ((1128, 1000), (448, 420)),  # sqrt(256 x 1.128) is 16.99, sqrt(257 x 1.128) is 17.03
+        ((168, 224), (168, 224)),  # 48 tokens
+        ((140, 140), (196, 196)),
+        ((132, 171), (196, 224)),  # sqrt(48 x 171 / 132) is 7.89, sqrt(50 x 171 / 132) is 8.05
+    ],
+    ids=str,
+)
+def test_frames_are_compared_at_48_to_256_tokens(size, expected):
+    assert _shrink(torch.zeros(3, *size, dtype=torch.uint8)).shape == (3, *expected)
 
 
 def test_classify_frames_threshold():
@@ -193,6 +219,21 @@ def test_slow_tokens_is_the_first_past_the_budget(num_slow, num_fast):
         768,
     )
     assert _slow_tokens(num_slow, num_fast, 37632, 602112, budget) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "counts", "expected"),
+    [
+        ((672, 896), (1, 0), (672, 896)),  # 768 tokens
+        ((10201, 10000), (1, 0), (756, 756)),  # sqrt(768 x 1.0201) is 27.99
+        # 65 tokens and 1364 times 48 are 65537, the first sum past 65536.
+        ((140, 364), (1, 1364), (140, 364)),  # 65 tokens
+        ((168, 308), (1, 1364), (140, 280)),  # 66
+    ],
+    ids=str,
+)
+def test_frame_sizes_at_their_bounds(size, counts, expected):
+    assert frame_sizes(*size, *counts)[:2] == expected
 
 
 def _helper_size(height, width, low, high):
@@ -247,6 +288,10 @@ def test_frame_sizes_that_could_only_exhaust_the_memory():
         frame_sizes(720, 1280, 1, 0, min_pixels=10**12)
     with pytest.raises(ValueError, match="a video must have at most 1048576 tokens"):
         frame_sizes(720, 1280, 600, 0, min_pixels=2_000_000)
+    # 48 tokens each, as long as the budget is less: 48 x 21845 = 1048560.
+    frame_sizes(168, 224, 1845, 20000)
+    with pytest.raises(ValueError, match=r"a video must .* got 1048608: lower min_pixels"):
+        frame_sizes(168, 224, 1845, 20001)
 
 
 def test_frame_sizes_extreme_ratio():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye_model.processing.video_sampling import (
+    check_video_tokens,
     clip_range,
     frame_count,
     frame_indices,
@@ -71,6 +72,7 @@ def test_frame_count_1_5(total, rate, fps, most, pixels):
         (10, 30.0, {}, "1.5", 1),  # published: none
         (3, 0.7, {"fps": 0.7}, "1.5", 2),  # 3 / 0.7 * 0.7 is less than 3 in double
         (100, 30.0, {"nframes": 7}, "1.5", 7),
+        (9000, 30.0, {"nframes": 4096}, "1.5", 4096),
     ],
 )
 def test_frame_count_known(total, rate, options, version, count):
@@ -86,7 +88,7 @@ def test_frame_count_known(total, rate, options, version, count):
         (10, {"nframes": 12}, "1.5", "nframes must be from 1 to 10 in a clip of 10 frames, got 12"),
         (10, {"max_frames": 1}, "1.0", "max_frames must be at least 2, got 1$"),
         (9000, {"nframes": 5000}, "1.0", "give at most 4096 frames, got 5000: lower nframes, fps"),
-        (9000, {"nframes": 5000}, "1.5", "give at most 4096 frames, got 5000: lower nframes, fps"),
+        (9000, {"nframes": 4097}, "1.5", "give at most 4096 frames, got 4097: lower nframes, fps"),
         (9000, {"min_frames": 5000, "max_frames": 6000}, "1.0", "4096 frames, got 5000: .*max_fr"),
     ],
 )
@@ -160,6 +162,23 @@ def test_preview_frame_size_of_720p(count, size, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("size", "count", "expected"),
+    [
+        ((224, 448), 16, (224, 448)),  # 128 tokens
+        ((71, 80), 16, (308, 364)),  # sqrt(128 x 80 / 71) is 12.01, sqrt(127 x 80 / 71) is 11.96
+        ((672, 896), 16, (672, 896)),  # 768 tokens
+        ((10201, 10000), 16, (756, 756)),  # sqrt(768 x 1.0201) is 27.99, sqrt(769 x 1.0201) 28.01
+        ((560, 896), 360, (560, 896)),  # 640 tokens, twice the share of 115 200
+        ((504, 1008), 360, (476, 980)),  # 648
+    ],
+    ids=str,
+)
+def test_preview_frame_size_at_its_bounds(size, count, expected, monkeypatch):
+    monkeypatch.delenv("VIDEO_MAX_PIXELS", raising=False)
+    assert preview_frame_size(*size, count, {}) == expected
+
+
+@pytest.mark.parametrize(
     ("options", "size"),
     [
         ({"max_pixels": 200 * TOKEN}, (280, 504)),
@@ -173,6 +192,12 @@ def test_preview_frame_size_of_720p(count, size, monkeypatch):
 )
 def test_preview_frame_size_options(options, size):
     assert preview_frame_size(720, 1280, 16, options) == size
+
+
+def test_tokens_of_a_video_that_there_may_be():
+    check_video_tokens(1048576)
+    with pytest.raises(ValueError, match=r"at most 1048576 tokens .*, got 1048577: lower min_"):
+        check_video_tokens(1048577)
 
 
 def test_preview_frame_size_environment(monkeypatch):
