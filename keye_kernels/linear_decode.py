@@ -3,7 +3,7 @@
 import torch
 
 from keye_kernels import reference
-from keye_kernels._checks import FLOAT_DTYPES, check_finite, check_tensor
+from keye_kernels._checks import FLOAT_DTYPES, check_eps, check_tensor
 from keye_kernels._ops import define_op
 
 MAX_ROWS = 16  # rows of one MMA; more of them are what ordinary GEMMs are good at
@@ -67,7 +67,7 @@ def linear_decode(
         )
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, (in_features,), x.dtype, x.device)
-        check_finite("eps", eps)
+        eps = check_eps("eps", eps)
     if swiglu:
         if width % 2:
             raise ValueError(f"weight must have an even number of rows for swiglu, got {width}")

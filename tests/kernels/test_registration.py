@@ -128,6 +128,16 @@ def paged_prefill_attention(device):
     return [randn(device, 6, 2, 16), *caches, table, int32(device, 0, 2, 6), lengths, 4, 18], {}
 
 
+def paged_prefill_attention_lse(device):
+    args, keywords = paged_prefill_attention(device)
+    return args, keywords | {"return_lse": True}
+
+
+def paged_decode_attention_lse(device):
+    args, keywords = paged_decode_attention(device)
+    return args, keywords | {"return_lse": True, "softmax_scale": 0.3}
+
+
 def paged_decode_attention(device):
     caches, table, lengths = paged(device)
     return [randn(device, 2, 2, 16), *caches, table, lengths], {"max_seqlen_k": 18}
@@ -163,7 +173,9 @@ CASES = {
         merge_patches,
         merge_patches_residual,
         paged_prefill_attention,
+        paged_prefill_attention_lse,
         paged_decode_attention,
+        paged_decode_attention_lse,
         sample,
     )
 }
