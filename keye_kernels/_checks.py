@@ -28,20 +28,25 @@ def _matches(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
 def check_tensor(
     name: str,
     tensor: torch.Tensor,
-    shape: Sequence[int | None],
+    shape: Sequence[int | None] | None,
     dtype: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
     *,
     contiguous: bool = False,
 ) -> None:
-    """Check kind, shape (None: any size), dtype, device, layout, and that no gradient is wanted.
+    """Check kind, shape, dtype, device, layout, and that no gradient is wanted.
+
+    A size of None is any; a shape of None is any with a last dim.
 
     The layout asked for is a contiguous last dim; with ``contiguous`` the whole tensor.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     sizes = tensor.shape
-    if sizes != shape and not _matches(sizes, shape):
+    if shape is None:
+        if len(sizes) == 0:
+            raise ValueError(f"{name} must have at least 1 dim, got shape ()")
+    elif sizes != shape and not _matches(sizes, shape):
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         wanted += "," if len(shape) == 1 else ""
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
