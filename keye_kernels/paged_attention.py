@@ -130,6 +130,8 @@ def paged_prefill_attention(
     )
     batch_size = block_table.shape[0]
     check_tensor("cu_seqlens_q", cu_seqlens_q, (batch_size + 1,), torch.int32, q.device)
+    if batch_size == 0 and q.shape[0] > 0:
+        raise ValueError(f"q must have no tokens where there is no sequence, got {q.shape[0]}")
     max_seqlen_q = min(check_length("max_seqlen_q", max_seqlen_q), q.shape[0])
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

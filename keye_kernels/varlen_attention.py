@@ -98,6 +98,8 @@ def _lengths(name: str, seqlens: Sequence[int]) -> np.ndarray:
         raise ValueError(f"{name} must be a sequence of ints, got {seqlens!r}")
     if lengths.min(initial=0) < 0:
         raise ValueError(f"{name} must hold no negative length, got {lengths.min()}")
+    if lengths.sum(dtype=np.float64) >= 2**31:  # cu_seqlens are int32
+        raise ValueError(f"{name} must add up to less than 2^31, got {sum(lengths.tolist())}")
     return lengths.astype(np.int64)
 
 
@@ -188,6 +190,8 @@ def varlen_attention(
         scale = check_finite("softmax_scale", softmax_scale, above=0.0)
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q must have at least 1 element, got 0")
+    if cu_seqlens_q.shape[0] == 1 and num_tokens > 0:
+        raise ValueError(f"q must have no tokens where there is no sequence, got {num_tokens}")
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
