@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,20 +28,25 @@ def _matches(sizes: Sequence[int], shape: Sequence[int | None]) -> bool:
 def check_tensor(
     name: str,
     tensor: torch.Tensor,
-    shape: Sequence[int | None],
+    shape: Sequence[int | None] | None,
     dtype: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
     *,
     contiguous: bool = False,
 ) -> None:
-    """Check kind, shape (None: any size), dtype, device, layout, and that no gradient is wanted.
+    """Check kind, shape, dtype, device, layout, and that no gradient is wanted.
+
+    A size of None is any; a shape of None is any with a last dim.
 
     The layout asked for is a contiguous last dim; with ``contiguous`` the whole tensor.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     sizes = tensor.shape
-    if sizes != shape and not _matches(sizes, shape):
+    if shape is None:
+        if len(sizes) == 0:
+            raise ValueError(f"{name} must have at least 1 dim, got shape ()")
+    elif sizes != shape and not _matches(sizes, shape):
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         wanted += "," if len(shape) == 1 else ""
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
@@ -68,17 +74,51 @@ def check_divides(name: str, value: int, divisor: int) -> None:
         raise ValueError(f"{name} must be a positive multiple of {divisor}, got {value}")
 
 
-def check_length(name: str, value: int) -> None:
-    """Check that ``value`` is a count known on the host."""
-    if not isinstance(value, (int, torch.SymInt)) or value < 0:
-        raise ValueError(f"{name} must be a non-negative int, got {value!r}")
+def check_length(name: str, value: int, *, least: int = 0) -> int:
+    """Check that ``value`` is a count known on the host, at least 0 or 1; returns a Python int."""
+    is_int = isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
+    if not is_int or value < least:
+        rule = "a positive" if least else "a non-negative"
+        raise ValueError(f"{name} must be {rule} int, got {_shown(value)}")
+    return int(value) if isinstance(value, np.integer) else value
 
 
-def check_finite(name: str, value: float, *, low: float = -math.inf) -> None:
-    """Check that ``value`` is a finite number above ``low``."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or not value > low:
-        above = "" if low == -math.inf else f" above {low:g}"
-        raise ValueError(f"{name} must be a finite number{above}, got {value!r}")
+def check_finite(name: str, value: float, *, above: float | None = None) -> float:
+    """Check that ``value`` is a finite number, greater than ``above``; returns it as a float."""
+    rule = "a finite number" if above is None else f"a finite number above {above:g}"
+    if above is None:
+        above = -math.inf
+    number = _as_float(value)
+    if number is None or not above < number < math.inf:
+        raise ValueError(f"{name} must be {rule}, got {_shown(value)}")
+    return number
+
+
+def check_eps(name: str, value: float) -> float:
+    """Check that ``value`` is a finite number of at least 0; returns it as a float."""
+    number = _as_float(value)
+    if number is None or not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {_shown(value)}")
+    return number
+
+
+def _as_float(value: object) -> float | None:
+    """A real number of Python or NumPy as a float, inf where it is too large; else None."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer, np.floating)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: object) -> str:
+    """``repr``, but for a tensor, whose values may be on a device."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"a tensor of shape {tuple(value.shape)}"
 
 
 def flatten_grid(grid_thw: Grid, num_tokens: int, *, merge_size: int = 1) -> list[int]:

@@ -140,6 +140,7 @@ def _paged_decode_attention_refuses(
     softmax_scale: float,  # noqa: ARG001
     max_seqlen_k: int,  # noqa: ARG001
     out: torch.Tensor,
+    lse: torch.Tensor | None,  # noqa: ARG001
 ) -> str | None:
     return (
         check_dtype(q)
@@ -157,6 +158,7 @@ def _paged_decode_attention_cuda(
     softmax_scale: float,
     max_seqlen_k: int,
     out: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     batch_size, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
@@ -173,9 +175,10 @@ def _paged_decode_attention_cuda(
     scratch = (0 if x is None else x.data_ptr() for x in (partial_out, partial_lse, counts))
     _ext.extension().paged_decode_attention(
         _ext.DTYPES[q.dtype], head_dim, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        block_table.data_ptr(), cache_seqlens.data_ptr(), out.data_ptr(), *scratch,
+        block_table.data_ptr(), cache_seqlens.data_ptr(), out.data_ptr(),
+        0 if lse is None else lse.data_ptr(), *scratch,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        block_table.stride(0), out.stride(0), out.stride(1),
+        block_table.stride(0), out.stride(0), out.stride(1), 0 if lse is None else lse.stride(0),
         batch_size, num_kv_heads, group, page_size, max_seqlen_k, splits,
         softmax_scale * _LOG2_E, overlaps(q), stream,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from keye_kernels import _backends, reference
 from keye_kernels._checks import FLOAT_DTYPES, check_divides, check_tensor
+from keye_kernels._matrices import matrices
 from keye_kernels._ops import define_op
 
 _silu_mul_op = define_op(
@@ -78,23 +79,27 @@ def _grid(num_tokens: int, width: int, rows: int, block: int) -> tuple[int]:
 
 
 def _silu_mul_triton(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    num_tokens, width = out.shape
-    rows, block, num_warps = _launch_config(num_tokens, width, rows=1)
-    _silu_mul_kernel[_grid(num_tokens, width, rows, block)](
-        gate_up, out, gate_up.stride(0), out.stride(0), num_tokens, width,
-        ROWS=rows, BLOCK=block, num_warps=num_warps,
-    )  # fmt: skip
+    views = matrices(gate_up, out)
+    for gate_up, out in views:
+        num_tokens, width = out.shape
+        rows, block, num_warps = _launch_config(num_tokens, width, rows=1)
+        _silu_mul_kernel[_grid(num_tokens, width, rows, block)](
+            gate_up, out, gate_up.stride(0), out.stride(0), num_tokens, width,
+            ROWS=rows, BLOCK=block, num_warps=num_warps,
+        )  # fmt: skip
 
 
 def _gelu_triton(
     x: torch.Tensor, approximate: str, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    num_tokens, width = x.shape
-    rows, block, num_warps = _launch_config(num_tokens, width, rows=4)  # that share their bias
-    _gelu_kernel[_grid(num_tokens, width, rows, block)](
-        x, bias, out, x.stride(0), out.stride(0), num_tokens, width,
-        TANH=approximate == "tanh", ROWS=rows, BLOCK=block, num_warps=num_warps,
-    )  # fmt: skip
+    views = matrices(x, out)
+    for x, out in views:
+        num_tokens, width = x.shape
+        rows, block, num_warps = _launch_config(num_tokens, width, rows=4)  # that share their bias
+        _gelu_kernel[_grid(num_tokens, width, rows, block)](
+            x, bias, out, x.stride(0), out.stride(0), num_tokens, width,
+            TANH=approximate == "tanh", ROWS=rows, BLOCK=block, num_warps=num_warps,
+        )  # fmt: skip
 
 
 _backends.register("silu_mul", "triton", _silu_mul_triton)
@@ -105,12 +110,12 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
     """Multiply ``silu(gate)`` by ``up``.
 
     Args:
-        gate_up: [num_tokens, 2 * intermediate_size], fp32 / fp16 / bf16, gate in the first half of
-            the last dim. Rows may be strided.
-        out: [num_tokens, intermediate_size], dtype of ``gate_up``. May be the gate half itself.
+        gate_up: [..., 2 * intermediate_size], fp32 / fp16 / bf16, gate in the first half of the
+            last dim, any number of dims before it. Strides as in ``rms_norm``.
+        out: [..., intermediate_size], dtype of ``gate_up``. May be the gate half itself.
 
     Returns:
-        [num_tokens, intermediate_size], dtype of ``gate_up``. silu in fp32, rounded before the
+        [..., intermediate_size], dtype of ``gate_up``. silu in fp32, rounded before the
         product and after it.
 
     Raises:
@@ -118,14 +123,16 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
 
     Source: Qwen3MLP in transformers.
     """
-    check_tensor("gate_up", gate_up, (None, None), FLOAT_DTYPES)
-    num_tokens, width = gate_up.shape
-    check_divides("the last dim of gate_up", width, 2)
+    check_tensor("gate_up", gate_up, None, FLOAT_DTYPES)
+    *leading, width = gate_up.shape
+    if width > 0:
+        check_divides("the last dim of gate_up", width, 2)
+    shape = (*leading, width // 2)
     if out is None:
-        out = gate_up.new_empty(num_tokens, width // 2)
+        out = gate_up.new_empty(shape)
     else:
-        check_tensor("out", out, (num_tokens, width // 2), gate_up.dtype, gate_up.device)
-    if num_tokens > 0:
+        check_tensor("out", out, shape, gate_up.dtype, gate_up.device)
+    if out.numel() > 0:
         _silu_mul_op(gate_up, out)
     return out
 
@@ -140,8 +147,8 @@ def gelu(
     """Apply GELU to ``x``, or to ``x + bias``.
 
     Args:
-        x: [num_tokens, hidden_size], fp32 / fp16 / bf16, usually a GEMM's output before its bias.
-            Rows may be strided.
+        x: [..., hidden_size], fp32 / fp16 / bf16, usually a GEMM's output before its bias, any
+            number of dims before the last. Strides as in ``rms_norm``.
         approximate: "tanh" (vision tower) or "none" (exact, by erf; projector).
         bias: [hidden_size], dtype of ``x``.
         out: Like ``x``. May be ``x`` itself.
@@ -158,13 +165,13 @@ def gelu(
     """
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}")
-    check_tensor("x", x, (None, None), FLOAT_DTYPES)
+    check_tensor("x", x, None, FLOAT_DTYPES)
     if bias is not None:
-        check_tensor("bias", bias, x.shape[1:], x.dtype, x.device)
+        check_tensor("bias", bias, x.shape[-1:], x.dtype, x.device)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     else:
         check_tensor("out", out, x.shape, x.dtype, x.device)
-    if x.shape[0] > 0:
+    if x.numel() > 0:
         _gelu_op(x, approximate, bias, out)
     return out

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from keye_kernels import _backends, reference
-from keye_kernels._checks import FLOAT_DTYPES, check_finite, check_tensor
+from keye_kernels._checks import FLOAT_DTYPES, check_eps, check_tensor
 from keye_kernels._ops import define_op
 from keye_kernels.activation import silu_mul
 from keye_kernels.norm import rms_norm
@@ -70,7 +70,7 @@ def linear(
         )
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, (in_features,), x.dtype, x.device)
-        check_finite("eps", eps)
+        eps = check_eps("eps", eps)
     if swiglu:
         if width % 2:
             raise ValueError(f"weight must have an even number of rows for swiglu, got {width}")

@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 
 from keye_kernels import _backends, reference
-from keye_kernels._checks import FLOAT_DTYPES, Grid, check_tensor, flatten_grid, grid_rows
+from keye_kernels._checks import (
+    FLOAT_DTYPES,
+    Grid,
+    check_eps,
+    check_length,
+    check_tensor,
+    flatten_grid,
+    grid_rows,
+)
 from keye_kernels._ops import define_op
 from keye_kernels._rows import (
     add_rows,
@@ -210,8 +218,10 @@ def merge_patches(
 
     Source: Projector in modeling_keye.py of Keye-VL-8B-Preview; the transformers Keye-VL-1.5 port.
     """
+    merge_size = check_length("merge_size", merge_size)
     if merge_size < 1:
         raise ValueError(f"merge_size must be positive, got {merge_size}")
+    eps = check_eps("eps", eps)
     check_tensor("x", x, (None, None), FLOAT_DTYPES)
     num_patches, hidden_size = x.shape
     square = merge_size * merge_size
@@ -229,6 +239,7 @@ def merge_patches(
         patch_weight, patch_bias, patch_eps = patch_norm
         check_tensor("patch_norm[0]", patch_weight, (hidden_size,), x.dtype, x.device)
         check_tensor("patch_norm[1]", patch_bias, (hidden_size,), x.dtype, x.device)
+        patch_eps = check_eps("patch_norm[2]", patch_eps)
     grid = flatten_grid(grid_thw, num_patches, merge_size=merge_size)
     shape = (num_patches // square, square * hidden_size)
     if out is None:

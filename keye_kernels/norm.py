@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from keye_kernels import _backends, reference
-from keye_kernels._checks import FLOAT_DTYPES, check_tensor
+from keye_kernels._checks import FLOAT_DTYPES, check_eps, check_tensor
+from keye_kernels._matrices import matrices
 from keye_kernels._ops import define_op
 from keye_kernels._rows import (
     add_rows,
@@ -129,15 +130,17 @@ def _launch(
     out: torch.Tensor,
     residual_out: torch.Tensor | None,
 ) -> None:
-    num_tokens, width = x.shape
-    tiles = row_tiles(width, x.dtype)
-    kernel[(triton.cdiv(num_tokens, tiles.rows),)](
-        x, *vectors, residual, out, residual_out,
-        x.stride(0), 0 if residual is None else residual.stride(0),
-        out.stride(0), 0 if residual_out is None else residual_out.stride(0), num_tokens, eps,
-        HAS_RESIDUAL=residual is not None, WIDTH=width, ROWS=tiles.rows, CHUNK=tiles.chunk,
-        num_warps=tiles.num_warps,
-    )  # fmt: skip
+    tiles = row_tiles(x.shape[-1], x.dtype)
+    views = matrices(x, residual, out, residual_out)
+    for x, residual, out, residual_out in views:
+        num_tokens, width = x.shape
+        kernel[(triton.cdiv(num_tokens, tiles.rows),)](
+            x, *vectors, residual, out, residual_out,
+            x.stride(0), 0 if residual is None else residual.stride(0),
+            out.stride(0), 0 if residual_out is None else residual_out.stride(0), num_tokens, eps,
+            HAS_RESIDUAL=residual is not None, WIDTH=width, ROWS=tiles.rows, CHUNK=tiles.chunk,
+            num_warps=tiles.num_warps,
+        )  # fmt: skip
 
 
 def _rms_norm_triton(
@@ -202,7 +205,9 @@ def rms_norm(
     """Scale each row of ``x`` to unit root mean square, then by ``weight``.
 
     Args:
-        x: [num_tokens, hidden_size], fp32 / fp16 / bf16. Rows may be strided.
+        x: [..., hidden_size], fp32 / fp16 / bf16, any number of dims before the last. Any strides
+            with a contiguous last dim; leading dims that are not evenly apart take a launch for
+            each index of the shorter ones.
         weight: [hidden_size], dtype of ``x``.
         eps: Added to the mean square, not to its root.
         residual: Like ``x``; when given, the norm is that of ``x + residual``, the sum rounded to
@@ -219,10 +224,11 @@ def rms_norm(
 
     Source: Qwen3RMSNorm in transformers, which the text decoder of Keye-VL uses.
     """
-    check_tensor("x", x, (None, None), FLOAT_DTYPES)
-    check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
+    check_tensor("x", x, None, FLOAT_DTYPES)
+    check_tensor("weight", weight, x.shape[-1:], x.dtype, x.device)
+    eps = check_eps("eps", eps)
     y, residual_out = _destinations(x, residual, out)
-    if x.shape[0] > 0:
+    if x.numel() > 0:
         _rms_norm_op(x, weight, eps, residual, y, residual_out)
     return _result(residual, y, residual_out)
 
@@ -239,7 +245,9 @@ def layer_norm(
     """Shift each row of ``x`` to mean 0, scale it to variance 1, then apply weight and bias.
 
     Args:
-        x: [num_tokens, hidden_size], fp32 / fp16 / bf16. Rows may be strided.
+        x: [..., hidden_size], fp32 / fp16 / bf16, any number of dims before the last. Any strides
+            with a contiguous last dim; leading dims that are not evenly apart take a launch for
+            each index of the shorter ones.
         weight, bias: [hidden_size], dtype of ``x``.
         eps: Added to the (biased) variance.
         residual: Like ``x``; when given, the norm is that of ``x + residual``, the sum rounded to
@@ -256,10 +264,11 @@ def layer_norm(
 
     Source: torch.nn.LayerNorm in the vision tower, modeling_keye.py of Keye-VL-8B-Preview.
     """
-    check_tensor("x", x, (None, None), FLOAT_DTYPES)
-    check_tensor("weight", weight, x.shape[1:], x.dtype, x.device)
-    check_tensor("bias", bias, x.shape[1:], x.dtype, x.device)
+    check_tensor("x", x, None, FLOAT_DTYPES)
+    check_tensor("weight", weight, x.shape[-1:], x.dtype, x.device)
+    eps = check_eps("eps", eps)
+    check_tensor("bias", bias, x.shape[-1:], x.dtype, x.device)
     y, residual_out = _destinations(x, residual, out)
-    if x.shape[0] > 0:
+    if x.numel() > 0:
         _layer_norm_op(x, weight, bias, eps, residual, y, residual_out)
     return _result(residual, y, residual_out)

@@ -18,8 +18,8 @@ from keye_kernels._ops import define_op
 _paged_prefill_attention_op = define_op(
     "paged_prefill_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
     "Tensor cu_seqlens_q, Tensor cache_seqlens, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float softmax_scale, Tensor(a!) out) -> ()",
-    reference=reference.paged_prefill_attention,
+    "float softmax_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    reference=reference.attention.paged_prefill_attention_into,
 )
 
 
@@ -32,8 +32,8 @@ def check_paged(
     max_seqlen_k: int,
     softmax_scale: float | None,
     out: torch.Tensor | None,
-) -> float:
-    """Check what prefill and decode both take; returns the scale."""
+) -> tuple[float, int]:
+    """Check what prefill and decode both take; returns the scale and the longest length."""
     check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
     _, num_heads, head_dim = q.shape
     check_tensor("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
@@ -45,17 +45,14 @@ def check_paged(
     check_tensor("block_table", block_table, (None, None), torch.int32, q.device)
     batch_size, max_pages = block_table.shape
     check_tensor("cache_seqlens", cache_seqlens, (batch_size,), torch.int32, q.device)
-    check_length("max_seqlen_k", max_seqlen_k)
-    if max_seqlen_k > max_pages * page_size:
-        raise ValueError(
-            f"max_seqlen_k must be at most the {max_pages * page_size} tokens that block_table can "
-            f"name, got {max_seqlen_k}"
-        )
+    # More tokens than the table can name, or than fit into cache_seqlens, are none to read.
+    longest = min(check_length("max_seqlen_k", max_seqlen_k), max_pages * page_size, 2**31 - 1)
     if out is not None:
         check_tensor("out", out, q.shape, q.dtype, q.device)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    check_finite("softmax_scale", scale, low=0.0)
-    return scale
+    scale = head_dim**-0.5
+    if softmax_scale is not None:
+        scale = check_finite("softmax_scale", softmax_scale, above=0.0)
+    return scale, longest
 
 
 def _paged_prefill_attention_triton(
@@ -69,12 +66,13 @@ def _paged_prefill_attention_triton(
     max_seqlen_k: int,  # noqa: ARG001
     softmax_scale: float,
     out: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     # The heads of a group are programs of their own, side by side, and not rows of one program: few
     # tokens make few programs, and packing would make them fewer still.
     attend(
         q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, softmax_scale, True, out,
-        block_table=block_table,
+        lse=lse, block_table=block_table,
     )  # fmt: skip
 
 
@@ -92,8 +90,9 @@ def paged_prefill_attention(
     max_seqlen_k: int,
     *,
     softmax_scale: float | None = None,
+    return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend causally from the last tokens of each sequence to all of it, read from the cache.
 
     The keys and values of the new tokens are in the cache already. So one call serves a whole
@@ -111,25 +110,32 @@ def paged_prefill_attention(
             num_tokens.
         cache_seqlens: [batch_size] int32, tokens in the cache, the new ones included; at least the
             number of queries.
-        max_seqlen_q, max_seqlen_k: Longest in queries and in cached tokens, or more.
+        max_seqlen_q, max_seqlen_k: Longest in queries and in cached tokens, or more, also more
+            than there are queries or than block_table can name.
         softmax_scale: Factor on q k^T, above 0, default head_dim ** -0.5.
+        return_lse: Also return the log-sum-exp of the scaled scores.
         out: Like ``q``.
 
     Returns:
-        [num_tokens, num_heads, head_dim], dtype of ``q``, contiguous. Scores and softmax in fp32.
+        out [num_tokens, num_heads, head_dim], dtype of ``q``, contiguous; with ``return_lse`` the
+        pair (out, lse), lse [num_heads, num_tokens] fp32, natural logarithm. Scores and softmax in
+        fp32.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the
             contents of cu_seqlens_q, cache_seqlens or the part of block_table in use do.
     """
-    scale = check_paged(
+    scale, max_seqlen_k = check_paged(
         q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, softmax_scale, out
     )
     batch_size = block_table.shape[0]
     check_tensor("cu_seqlens_q", cu_seqlens_q, (batch_size + 1,), torch.int32, q.device)
-    check_length("max_seqlen_q", max_seqlen_q)
+    if batch_size == 0 and q.shape[0] > 0:
+        raise ValueError(f"q must have no tokens where there is no sequence, got {q.shape[0]}")
+    max_seqlen_q = min(check_length("max_seqlen_q", max_seqlen_q), q.shape[0])
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
     if q.shape[0] > 0:
         _paged_prefill_attention_op(
             q,
@@ -142,5 +148,6 @@ def paged_prefill_attention(
             max_seqlen_k,
             scale,
             out,
+            lse,
         )
-    return out
+    return out if lse is None else (out, lse)

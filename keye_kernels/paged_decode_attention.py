@@ -22,11 +22,13 @@ from keye_kernels.paged_attention import check_paged
 
 _paged_decode_attention_op = define_op(
     "paged_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-    "Tensor cache_seqlens, float softmax_scale, SymInt max_seqlen_k, Tensor(a!) out) -> ()",
-    reference=reference.paged_decode_attention,
+    "Tensor cache_seqlens, float softmax_scale, SymInt max_seqlen_k, Tensor(a!) out, "
+    "Tensor(b!)? lse) -> ()",
+    reference=reference.attention.paged_decode_attention_into,
 )
 
 _LOG2_E = 1.4426950408889634
+_LN_2 = tl.constexpr(0.6931471805599453)
 _ROUND = 32  # pieces that the second launch adds up at once
 # Entries of the block table are asked for four tiles ahead, so that keys and values can be asked
 # for two tiles ahead. With 3 or 4 stages Triton makes room for one tile of them, and where a page
@@ -92,10 +94,10 @@ def _page_and_row(table_ptr, start, end, PAGE_SIZE: tl.constexpr, KEYS: tl.const
     return page.to(tl.int64), row.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["stride_table", "max_seqlen_k"])
+@triton.jit(do_not_specialize=["stride_table", "stride_lse", "max_seqlen_k"])
 def _paged_decode_attention_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, seqlens_ptr, out_ptr, sums_ptr, stats_ptr,
-    stride_q, stride_k_page, stride_v_page, stride_table, stride_out,
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, seqlens_ptr, out_ptr, lse_ptr, sums_ptr, stats_ptr,
+    stride_q, stride_k_page, stride_v_page, stride_table, stride_out, stride_lse,
     num_kv_heads, max_seqlen_k, scale,
     # Known to the compiler, or it would not see that heads of 72 elements start at 16 bytes.
     stride_q_head: tl.constexpr, stride_k_row: tl.constexpr, stride_k_head: tl.constexpr,
@@ -152,16 +154,19 @@ def _paged_decode_attention_kernel(
             tl.store(stats_ptr + 2 * rows, peak, in_group < GROUP)
             tl.store(stats_ptr + 2 * rows + 1, total, in_group < GROUP)
     else:
+        if lse_ptr is not None:
+            lse_ptrs = lse_ptr + head * stride_lse + row
+            tl.store(lse_ptrs, (peak + tl.log2(total)) * _LN_2, in_group < GROUP)
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
         out_ptrs = out_ptr + row * stride_out + head[:, None] * stride_out_head + cols[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask_head & mask_cols)
 
 
-@triton.jit(do_not_specialize=["num_splits", "max_seqlen_k"])
+@triton.jit(do_not_specialize=["stride_lse", "num_splits", "max_seqlen_k"])
 def _paged_decode_combine_kernel(
-    sums_ptr, stats_ptr, seqlens_ptr, out_ptr, stride_out, stride_out_head, num_heads, num_splits,
-    max_seqlen_k, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    ROUND: tl.constexpr,
+    sums_ptr, stats_ptr, seqlens_ptr, out_ptr, lse_ptr, stride_out, stride_out_head, stride_lse,
+    num_heads, num_splits, max_seqlen_k,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row, head = pid // num_heads, pid % num_heads
@@ -183,6 +188,8 @@ def _paged_decode_combine_kernel(
         acc = acc * shrink + tl.sum(sums * grow[:, None], axis=0)
         total = total * shrink + tl.sum(totals * grow)
         peak = above
+    if lse_ptr is not None:
+        tl.store(lse_ptr + head * stride_lse + row, (peak + tl.log2(total)) * _LN_2)
     acc = acc / tl.where(total == 0, 1.0, total)
     out_ptrs = out_ptr + row * stride_out + head * stride_out_head + cols
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), cols < HEAD_DIM)
@@ -197,6 +204,7 @@ def _paged_decode_attention_triton(
     softmax_scale: float,
     max_seqlen_k: int,
     out: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     batch_size, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
@@ -206,6 +214,7 @@ def _paged_decode_attention_triton(
         batch_size, group, num_kv_heads, block, q.itemsize, max_seqlen_k, num_sms
     )
     split = tiles.num_splits > 1
+    stride_lse = 0 if lse is None else lse.stride(0)
     sums = stats = None
     if split:
         rows = (batch_size, num_heads, tiles.num_splits)
@@ -213,18 +222,18 @@ def _paged_decode_attention_triton(
         stats = torch.empty((*rows, 2), dtype=torch.float32, device=q.device)
     programs = batch_size * num_kv_heads * triton.cdiv(group, tiles.heads)
     _paged_decode_attention_kernel[(programs, tiles.num_splits)](
-        q, k_cache, v_cache, block_table, cache_seqlens, out, sums, stats,
+        q, k_cache, v_cache, block_table, cache_seqlens, out, lse, sums, stats,
         q.stride(0), k_cache.stride(0), v_cache.stride(0), block_table.stride(0), out.stride(0),
-        num_kv_heads, max_seqlen_k, softmax_scale * _LOG2_E,
+        stride_lse, num_kv_heads, max_seqlen_k, softmax_scale * _LOG2_E,
         q.stride(1), *k_cache.stride()[1:3], *v_cache.stride()[1:3], out.stride(1),
         GROUP=group, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=block, HEADS=tiles.heads,
         KEYS=tiles.keys, NUM_STAGES=_STAGES, SPLIT=split, num_warps=4,
     )  # fmt: skip
     if split:
         _paged_decode_combine_kernel[(batch_size * num_heads,)](
-            sums, stats, cache_seqlens, out, out.stride(0), out.stride(1), num_heads,
-            tiles.num_splits, max_seqlen_k, HEAD_DIM=head_dim, BLOCK=block, KEYS=tiles.keys,
-            ROUND=_ROUND, num_warps=2,
+            sums, stats, cache_seqlens, out, lse, out.stride(0), out.stride(1), stride_lse,
+            num_heads, tiles.num_splits, max_seqlen_k,
+            HEAD_DIM=head_dim, BLOCK=block, KEYS=tiles.keys, ROUND=_ROUND, num_warps=2,
         )  # fmt: skip
 
 
@@ -240,8 +249,9 @@ def paged_decode_attention(
     *,
     softmax_scale: float | None = None,
     max_seqlen_k: int,
+    return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend from one new token per sequence to all of the sequence, read from the cache.
 
     Args:
@@ -254,11 +264,14 @@ def paged_decode_attention(
         cache_seqlens: [batch_size] int32, tokens in the cache, the new one included. A row with 0
             (padding of a batch) gives 0.
         softmax_scale: Factor on q k^T, default head_dim ** -0.5.
-        max_seqlen_k: Longest in cached tokens, or more.
+        max_seqlen_k: Longest in cached tokens, or more, also more than block_table can name.
+        return_lse: Also return the log-sum-exp of the scaled scores.
         out: Like ``q``.
 
     Returns:
-        [batch_size, num_heads, head_dim], dtype of ``q``, contiguous. Scores and softmax in fp32.
+        out [batch_size, num_heads, head_dim], dtype of ``q``, contiguous; with ``return_lse`` the
+        pair (out, lse), lse [num_heads, batch_size] fp32, natural logarithm, -inf where no token is
+        in the cache. Scores and softmax in fp32. Results over parts of a cache add up by their lse.
         With the same batch_size and max_seqlen_k a sequence gets the same bits whatever its
         neighbours hold; another of either may cut it into other pieces, and so change their order.
 
@@ -266,7 +279,7 @@ def paged_decode_attention(
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the
             contents of cache_seqlens or the part of block_table in use do.
     """
-    scale = check_paged(
+    scale, max_seqlen_k = check_paged(
         q, k_cache, v_cache, block_table, cache_seqlens, max_seqlen_k, softmax_scale, out
     )
     if q.shape[0] != block_table.shape[0]:
@@ -275,8 +288,9 @@ def paged_decode_attention(
         )
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
     if q.shape[0] > 0:
         _paged_decode_attention_op(
-            q, k_cache, v_cache, block_table, cache_seqlens, scale, max_seqlen_k, out
+            q, k_cache, v_cache, block_table, cache_seqlens, scale, max_seqlen_k, out, lse
         )
-    return out
+    return out if lse is None else (out, lse)

@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from keye_kernels import _backends, reference
-from keye_kernels._checks import FLOAT_DTYPES, Grid, check_tensor, flatten_grid, grid_rows
+from keye_kernels._checks import (
+    FLOAT_DTYPES,
+    Grid,
+    check_finite,
+    check_tensor,
+    flatten_grid,
+    grid_rows,
+)
 from keye_kernels._device import Device, device_of
 from keye_kernels._ops import define_op
 
@@ -339,6 +346,8 @@ def patch_embed(
     for name, values in (("image_mean", image_mean), ("image_std", image_std)):
         if len(values) != 3:
             raise ValueError(f"{name} must hold 3 values, got {len(values)}")
+    image_mean = [check_finite("each of image_mean", value) for value in image_mean]
+    image_std = [check_finite("each of image_std", value) for value in image_std]
     if min(image_std) <= 0:
         raise ValueError(f"image_std must be positive, got {tuple(image_std)}")
     grid = flatten_grid(grid_thw, num_patches)
@@ -347,7 +356,5 @@ def patch_embed(
     else:
         check_tensor("out", out, (num_patches, hidden_size), weight.dtype, weight.device)
     if num_patches > 0:
-        _patch_embed_op(
-            pixels, weight, bias, position_table, grid, list(image_mean), list(image_std), out
-        )
+        _patch_embed_op(pixels, weight, bias, position_table, grid, image_mean, image_std, out)
     return out

@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 
 from keye_kernels import _backends, reference
-from keye_kernels._checks import FLOAT_DTYPES, check_divides, check_heads, check_tensor
+from keye_kernels._checks import (
+    FLOAT_DTYPES,
+    check_divides,
+    check_eps,
+    check_heads,
+    check_length,
+    check_tensor,
+)
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
 from keye_kernels.rope import axis_of, check_mrope, cos_sin, frequencies, rotate
@@ -126,7 +133,8 @@ def _qk_norm_mrope_store_kernel(
     _store_halves(out_ptrs, q_low, q_high, mask_q, HALF)
 
     page, row = slot // PAGE_SIZE, slot % PAGE_SIZE
-    mask_kv = mask_kv & (slot >= 0)
+    # A bound, not `& (slot >= 0)`: in Triton's interpreter a spread scalar is no mask.
+    mask_kv = (kv_head < tl.where(slot >= 0, num_kv_heads, 0)) & mask[None, :]
     k_ptr = k_cache_ptr + page * stride_k_page + row * stride_k_row
     v_ptr = v_cache_ptr + page * stride_v_page + row * stride_v_row
     v_ptrs = v_ptr + kv_head.to(tl.int64) * stride_v_head + pair[None, :]
@@ -212,12 +220,15 @@ def qk_norm_mrope_store(
     """
     check_tensor("q_weight", q_weight, (None,), FLOAT_DTYPES)
     head_dim, dtype, device = q_weight.shape[0], q_weight.dtype, q_weight.device
+    num_heads = check_length("num_heads", num_heads, least=1)
+    num_kv_heads = check_length("num_kv_heads", num_kv_heads, least=1)
     check_heads(num_heads, num_kv_heads)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     check_tensor("qkv", qkv, (None, width), dtype, device)
     num_tokens = qkv.shape[0]
     check_tensor("k_weight", k_weight, (head_dim,), dtype, device)
-    section = check_mrope(mrope_section, theta, head_dim)
+    section, theta = check_mrope(mrope_section, theta, head_dim)
+    eps = check_eps("eps", eps)
     check_tensor("positions", positions, (3, num_tokens), torch.int64, device)
     check_tensor("k_cache", k_cache, (None, None, num_kv_heads, head_dim), dtype, device)
     check_tensor("v_cache", v_cache, k_cache.shape, dtype, device)

@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 
 from keye_kernels import _backends, reference
-from keye_kernels._checks import FLOAT_DTYPES, check_divides, check_tensor
+from keye_kernels._checks import (
+    FLOAT_DTYPES,
+    check_divides,
+    check_finite,
+    check_length,
+    check_tensor,
+)
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
 
@@ -224,21 +230,27 @@ def _check_pair(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
     return num_tokens, head_dim
 
 
-def check_mrope(mrope_section: Sequence[int], theta: float, head_dim: int) -> list[int]:
-    """Check and return the pairs per axis, and check theta."""
-    section = list(mrope_section)
+def check_mrope(
+    mrope_section: Sequence[int], theta: float, head_dim: int
+) -> tuple[list[int], float]:
+    """Check and return the pairs per axis, and theta."""
+    section = [
+        size if isinstance(size, int) else check_length("each size in mrope_section", size)
+        for size in mrope_section
+    ]
     if len(section) != 3 or min(section) < 0 or 2 * sum(section) != head_dim:
         raise ValueError(
             f"mrope_section must hold 3 sizes that add up to head_dim / 2 = {head_dim / 2:g}, "
             f"got {section}"
         )
-    _check_theta(theta)
-    return section
+    return section, _check_theta(theta)
 
 
-def _check_theta(theta: float) -> None:
+def _check_theta(theta: float) -> float:
+    theta = check_finite("theta", theta)
     if not theta > 0:
         raise ValueError(f"theta must be positive, got {theta}")
+    return theta
 
 
 def rope_2d_(
@@ -267,7 +279,7 @@ def rope_2d_(
     num_tokens, head_dim = _check_pair(q, k)
     check_divides("head_dim", head_dim, 4)
     check_tensor("positions", positions, (num_tokens, 2), torch.int64, q.device)
-    _check_theta(theta)
+    theta = _check_theta(theta)
     if num_tokens > 0:
         _rope_2d_op(q, k, positions, theta)
 
@@ -305,7 +317,7 @@ def mrope_(
     Qwen3VLTextRotaryEmbedding in transformers for the interleaved form.
     """
     num_tokens, head_dim = _check_pair(q, k)
-    section = check_mrope(mrope_section, theta, head_dim)
+    section, theta = check_mrope(mrope_section, theta, head_dim)
     check_tensor("positions", positions, (3, num_tokens), torch.int64, q.device)
     if num_tokens > 0:
         _mrope_op(q, k, positions, section, theta, interleaved)

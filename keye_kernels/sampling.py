@@ -56,7 +56,9 @@ def _keys(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.conste
     x = tl.load(logits_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32)
     x = tl.where(x == x, x, float("-inf"))
     if HAS_SEEN:
-        seen = tl.load(seen_ptr + tokens, mask=mask & (penalty != 1), other=0)
+        # A bound, not `& (penalty != 1)`: in Triton's interpreter a spread scalar is no mask.
+        mask = (tokens >= 0) & (tokens < tl.where(penalty != 1, vocab_size, 0))
+        seen = tl.load(seen_ptr + tokens, mask=mask, other=0)
         # div_rn: the plain division of fp32 is not correctly rounded.
         x = tl.where(seen != 0, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
     x = tl.minimum(tl.where(x == 0, 0.0, x), _LARGEST)  # -0 ties with 0
@@ -236,7 +238,9 @@ def _combine_blocks(
     block = tl.min(tl.where(noisy == tl.max(noisy), blocks, BLOCKS))
     token = tl.max(tl.where(blocks == block, tokens, 0))
     key = tl.max(tl.where(blocks == block, keys, _NOTHING))
-    weights = tl.load(partial_ptr + num_blocks + blocks, mask=mask & (top_p < 1), other=0.0)
+    # A bound, not `& (top_p < 1)`: in Triton's interpreter a spread scalar is no mask.
+    mask = blocks < tl.where(top_p < 1, num_blocks, 0)
+    weights = tl.load(partial_ptr + num_blocks + blocks, mask=mask, other=0.0)
     return token, key, tl.sum(weights * tl.exp(shift))
 
 

@@ -10,7 +10,6 @@ from keye_kernels import _backends, reference
 from keye_kernels._attention import attend, choose_block_m
 from keye_kernels._checks import (
     FLOAT_DTYPES,
-    check_each,
     check_finite,
     check_head_dim,
     check_heads,
@@ -75,9 +74,7 @@ def attention_schedule(
         raise ValueError(
             f"seqlens_k must have one length for each of {len(len_q)} sequences, got {len(len_k)}"
         )
-    check_each(
-        "num_heads", [num_heads], "be a positive int", lambda n: isinstance(n, int) and n > 0
-    )
+    num_heads = check_length("num_heads", num_heads, least=1)
     num_sms = device_of(torch.empty(0, device=device)).num_sms
     block_m = choose_block_m(int(len_q.sum()), num_heads, num_sms)
     counts = -(-len_q // block_m)
@@ -101,6 +98,8 @@ def _lengths(name: str, seqlens: Sequence[int]) -> np.ndarray:
         raise ValueError(f"{name} must be a sequence of ints, got {seqlens!r}")
     if lengths.min(initial=0) < 0:
         raise ValueError(f"{name} must hold no negative length, got {lengths.min()}")
+    if lengths.sum(dtype=np.float64) >= 2**31:  # cu_seqlens are int32
+        raise ValueError(f"{name} must add up to less than 2^31, got {sum(lengths.tolist())}")
     return lengths.astype(np.int64)
 
 
@@ -183,12 +182,16 @@ def varlen_attention(
     check_head_dim(head_dim)
     check_tensor("cu_seqlens_q", cu_seqlens_q, (None,), torch.int32, q.device)
     check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, torch.int32, q.device)
-    check_length("max_seqlen_q", max_seqlen_q)
-    check_length("max_seqlen_k", max_seqlen_k)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    check_finite("softmax_scale", scale, low=0.0)
+    # More than there are tokens says no more, and may be more than the op's int64 holds.
+    max_seqlen_q = min(check_length("max_seqlen_q", max_seqlen_q), num_tokens)
+    max_seqlen_k = min(check_length("max_seqlen_k", max_seqlen_k), k.shape[0])
+    scale = head_dim**-0.5
+    if softmax_scale is not None:
+        scale = check_finite("softmax_scale", softmax_scale, above=0.0)
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q must have at least 1 element, got 0")
+    if cu_seqlens_q.shape[0] == 1 and num_tokens > 0:
+        raise ValueError(f"q must have no tokens where there is no sequence, got {num_tokens}")
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:

@@ -160,7 +160,8 @@ def _cached(
     by index_select, which takes a fifth of the time of indexing by a list.
     """
     num_pages, page_size = k_cache.shape[:2]
-    check_range("cache_seqlens", cache_seqlens, 0, max_seqlen_k + 1)
+    longest = min(max_seqlen_k, block_table.shape[1] * page_size)
+    check_range("cache_seqlens", cache_seqlens, 0, longest + 1)
     tables = [block_table[i, : -(-length // page_size)] for i, length in enumerate(cache_seqlens)]
     pages = [table.tolist() for table in tables]
     for listed in pages:
@@ -176,7 +177,7 @@ def _cached(
     return cached
 
 
-def paged_prefill_attention(
+def paged_prefill_attention_into(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -185,13 +186,11 @@ def paged_prefill_attention(
     cache_seqlens: torch.Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *,
-    softmax_scale: float | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of each sequence's queries over its pages."""
-    out = torch.empty_like(q) if out is None else out
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    softmax_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """``paged_prefill_attention`` into tensors of the caller's, in the order of the op's schema."""
     cu_q, lengths = cu_seqlens_q.tolist(), cache_seqlens.tolist()
     check_cu_seqlens("cu_seqlens_q", cu_q, q.shape[0], max_seqlen_q)
     for i, length in enumerate(lengths):
@@ -203,8 +202,59 @@ def paged_prefill_attention(
     cached = _cached(k_cache, v_cache, block_table, lengths, max_seqlen_k)
     for i, (k, v) in enumerate(cached):
         rows = slice(cu_q[i], cu_q[i + 1])
-        _attend(q[None, rows], k[None], v[None], scale, True, out[None, rows])
-    return out
+        _attend(q[None, rows], k[None], v[None], softmax_scale, True, out[None, rows])
+        if lse is not None:
+            _log_sum_exp(q[rows], k, softmax_scale, True, lse[:, rows])
+
+
+def paged_prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | Pair:
+    """Causal attention of each sequence's queries over its pages; lse from explicit fp32 scores."""
+    out = torch.empty_like(q) if out is None else out
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    lengths = (cu_seqlens_q, cache_seqlens, max_seqlen_q, max_seqlen_k)
+    paged_prefill_attention_into(q, k_cache, v_cache, block_table, *lengths, scale, out, lse)
+    return out if lse is None else (out, lse)
+
+
+def paged_decode_attention_into(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    max_seqlen_k: int,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """``paged_decode_attention`` into tensors of the caller's, in the order of the op's schema."""
+    cached = _cached(k_cache, v_cache, block_table, cache_seqlens.tolist(), max_seqlen_k)
+    # The query heads of one key/value head act as its queries, so each key is read once.
+    queries, results = (x.unflatten(1, (k_cache.shape[2], -1)) for x in (q, out))
+    for i, (k, v) in enumerate(cached):
+        if lse is not None:
+            _log_sum_exp(q[i : i + 1], k, softmax_scale, False, lse[:, i : i + 1])
+        if k.shape[0] == 0:
+            results[i] = 0
+            continue
+        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        results[i] = F.scaled_dot_product_attention(queries[i : i + 1], k, v, scale=softmax_scale)[
+            0
+        ]
 
 
 def paged_decode_attention(
@@ -216,18 +266,13 @@ def paged_decode_attention(
     *,
     softmax_scale: float | None = None,
     max_seqlen_k: int,
+    return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of one query per sequence over its pages."""
+) -> torch.Tensor | Pair:
+    """Attention of one query per sequence over its pages; lse from explicit fp32 scores."""
     out = torch.empty_like(q) if out is None else out
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.float32) if return_lse else None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    cached = _cached(k_cache, v_cache, block_table, cache_seqlens.tolist(), max_seqlen_k)
-    # The query heads of one key/value head act as its queries, so each key is read once.
-    queries, results = (x.unflatten(1, (k_cache.shape[2], -1)) for x in (q, out))
-    for i, (k, v) in enumerate(cached):
-        if k.shape[0] == 0:
-            results[i] = 0
-            continue
-        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-        results[i] = F.scaled_dot_product_attention(queries[i : i + 1], k, v, scale=scale)[0]
-    return out
+    lengths = (cache_seqlens, scale, max_seqlen_k)
+    paged_decode_attention_into(q, k_cache, v_cache, block_table, *lengths, out, lse)
+    return out if lse is None else (out, lse)

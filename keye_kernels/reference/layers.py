@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from keye_kernels._checks import Grid
+from keye_kernels._matrices import matrices
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -23,6 +24,13 @@ def blocks(x: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _row_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows of tensors of the same leading dims, in blocks as above, [rows, width] each."""
+    for group in matrices(*tensors):
+        for rows in blocks(group[0]):
+            yield tuple(tensor[rows] for tensor in group)
+
+
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -37,9 +45,9 @@ def rms_norm(
         x = torch.add(x, residual, out=total)
         return rms_norm(x, weight, eps, out=y), total
     out = torch.empty_like(x) if out is None else out
-    for rows in blocks(x):
+    for x_rows, out_rows in _row_blocks(x, out):
         # Without a weight F.rms_norm computes in fp32 and rounds once.
-        torch.mul(F.rms_norm(x[rows], x.shape[-1:], None, eps), weight, out=out[rows])
+        torch.mul(F.rms_norm(x_rows, weight.shape, None, eps), weight, out=out_rows)
     return out
 
 
@@ -65,8 +73,8 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
     """round(silu(gate)) * up."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = torch.empty_like(gate) if out is None else out
-    for rows in blocks(gate_up):
-        torch.mul(F.silu(gate[rows]), up[rows], out=out[rows])
+    for gate_rows, up_rows, out_rows in _row_blocks(gate, up, out):
+        torch.mul(F.silu(gate_rows), up_rows, out=out_rows)
     return out
 
 
@@ -79,9 +87,9 @@ def gelu(
 ) -> torch.Tensor:
     """gelu(x + bias), fp32 inside, rounded once."""
     out = torch.empty_like(x) if out is None else out
-    for rows in blocks(x):
-        total = x[rows] if bias is None else x[rows].float() + bias.float()
-        out[rows] = F.gelu(total, approximate=approximate)
+    for x_rows, out_rows in _row_blocks(x, out):
+        total = x_rows if bias is None else x_rows.float() + bias.float()
+        out_rows.copy_(F.gelu(total, approximate=approximate))
     return out
 
 

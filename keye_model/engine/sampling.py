@@ -12,6 +12,8 @@ import torch
 
 from keye_model.checkpoint.hub import end_ids, read_json
 
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -47,6 +49,13 @@ class SamplingParams:
         _check("top_p", self.top_p, Real, "in (0, 1]", lambda x: 0 < x <= 1)
         _check("repetition_penalty", self.repetition_penalty, Real, "positive", lambda x: x > 0)
         _check("seed", self.seed, Integral, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
+        # A step keeps them in tensors of int64 and fp32.
+        _check("top_k", self.top_k, Integral, "an integer below 2^63", lambda x: x < 2**63)
+        _check("temperature", self.temperature, Real, "at most 3.4e38", lambda x: x <= _LARGEST)
+        _check(
+            "repetition_penalty", self.repetition_penalty, Real, "between 1.2e-38 and 3.4e38",
+            lambda x: _SMALLEST <= x <= _LARGEST,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,5 +125,5 @@ class GenerationDefaults:
 
 def _check(name: str, value: object, kind: type, rule: str, holds: Callable) -> None:
     number = isinstance(value, kind) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
+    if not number or not -math.inf < value < math.inf or not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")

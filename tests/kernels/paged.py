@@ -1,5 +1,6 @@
 """What the tests of paged attention share: a poisoned cache, and attention one token at a time."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,14 +70,70 @@ def check_shared_errors(call, device):
     check("block_table must have dtype torch.int32, got torch.int64", table=lambda t: t.long())
     message = r"cache_seqlens must have shape \(1,\), got \(2,\)"
     check(message, lengths=lambda x: x.repeat(2))
-    message = "max_seqlen_k must be at most the 64 tokens that block_table can name, got 65"
-    check(message, max_seqlen=lambda _: 65)
+    check("max_seqlen_k must be a non-negative int, got -1", max_seqlen=lambda _: -1)
+    check("max_seqlen_k must be a non-negative int, got True", max_seqlen=lambda _: True)
+    message = r"max_seqlen_k must be a non-negative int, got a tensor of shape \(\)"
+    check(message, max_seqlen=torch.tensor)
     check(r"max_seqlen_k must be a non-negative int, got 4\.5", max_seqlen=lambda _: 4.5)
-    for scale in (float("inf"), 0.0):
-        message = f"softmax_scale must be a finite number above 0, got {scale}"
+    for scale in (float("inf"), 0.0, 10**400, True, "1"):
+        message = f"softmax_scale must be a finite number above 0, got {scale!r}"
         check(message, keywords={"softmax_scale": scale})
+    message = r"softmax_scale must be a finite number above 0, got a tensor of shape \(\)"
+    check(message, keywords={"softmax_scale": torch.tensor(0.1)})
     message = r"out must have shape \(1, 4, 32\), got \(1, 2, 32\)"
     check(message, keywords={"out": q[:, :2]})
+
+
+def check_longer_maxima(call, device, head_dim=32, dtype=torch.float32):
+    """``call(q, cache)`` with more than the table can name: nothing else is read or comes out."""
+    cache = Cache([20, 0, 48], 16, 2, head_dim, dtype, device)
+    cache.table = cache.table[:, :3].contiguous()
+    q = torch.randn(3, 4, head_dim, device=device).to(dtype)
+    results = []
+    for longest in (48, 49, 2**31 - 1, 2**31, 2**63, 2**70, np.int32(60), np.uint64(2**63)):
+        cache.max_seqlen = longest
+        results.append(call(q, cache))
+    for got in results[1:]:
+        assert torch.equal(got, results[0])
+    cache.max_seqlen = 2**63
+    scaled = [call(q, cache, softmax_scale=scale) for scale in (0.25, np.float32(0.25))]
+    assert torch.equal(*scaled)
+
+
+def lse_of(q, lens_q, cache, scale):
+    """Log-sum-exp of ``naive``'s scores, [num_heads, num_tokens], in fp64."""
+    lse = torch.full((q.shape[1], len(q)), float("-inf"), dtype=torch.float64, device=q.device)
+    start = 0
+    for len_q, (k, _) in zip(lens_q, cache.sequences, strict=True):
+        group = q.shape[1] // k.shape[1]
+        for i in range(len_q):
+            visible = len(k) - len_q + i + 1
+            for head in range(q.shape[1]):
+                keys = k[:visible, head // group].double()
+                if visible > 0:
+                    scores = keys @ q[start + i, head].double() * scale
+                    lse[head, start + i] = scores.logsumexp(0)
+        start += len_q
+    return lse
+
+
+def check_lse(got, q, lens_q, cache, scale):
+    """The pair of an op with ``return_lse``; -inf exactly where the definition has it."""
+    out, lse = got
+    exact = lse_of(q, lens_q, cache, scale)
+    assert lse.shape == exact.shape
+    assert lse.dtype == torch.float32
+    assert lse.is_contiguous()
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+    assert (out[(lse == float("-inf")).all(dim=0)] == 0).all()
+
+
+def merged(parts):
+    """Pairs (out, lse) over parts of a cache, added up as their users do."""
+    lse = torch.stack([lse for _, lse in parts])  # [parts, num_heads, num_tokens]
+    weights = lse.softmax(dim=0).nan_to_num(0.0).transpose(1, 2)[..., None]
+    outs = torch.stack([out.float() for out, _ in parts])
+    return (outs * weights).sum(dim=0)
 
 
 def check_shared_contents(call):

@@ -9,7 +9,16 @@ import keye_kernels as kk
 from keye_kernels.paged_decode_attention import Tiles, _launch_config
 from tests import triton_interpreter
 from tests.compare import assert_close, assert_same
-from tests.kernels.paged import HUGE, Cache, check_shared_contents, check_shared_errors, naive
+from tests.kernels.paged import (
+    HUGE,
+    Cache,
+    check_longer_maxima,
+    check_lse,
+    check_shared_contents,
+    check_shared_errors,
+    merged,
+    naive,
+)
 from tests.memory import far_apart
 
 pytestmark = pytest.mark.usefixtures("backend", "num_sms")
@@ -70,9 +79,10 @@ def test_matches_naive(case, dtype, device):
     lengths, page_size, heads, kv_heads, head_dim = DECODE[case]
     cache = Cache(lengths, page_size, kv_heads, head_dim, dtype, device)
     q = queries(len(lengths), heads, head_dim, dtype, device)
-    got = decode(q, cache)
+    got, lse = decode(q, cache, return_lse=True)
     assert got.is_contiguous()
     check(got, q, cache)
+    check_lse((got, lse), q, [1] * len(q), cache, head_dim**-0.5)
     # The same again, from a table without a column to spare.
     cache.table = cache.table[:, : -(-max(lengths) // page_size)].clone()
     assert torch.equal(decode(q, cache), got)
@@ -92,7 +102,31 @@ def test_pieces_agree(num_splits, dtype, tiles, backend, device):
     q = queries(2, 3, 16, dtype, device)
     page, row = divmod(529, 48)  # the largest score of the first head comes last
     cache.k[cache.table[1, page], row, 0] = cache.sequences[1][0][529, 0] = q[1, 0]
-    check(decode(q, cache), q, cache)
+    got = decode(q, cache, return_lse=True)
+    check(got[0], q, cache)
+    check_lse(got, q, [1, 1], cache, 0.25)
+
+
+@by_dtype
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_parts_of_a_cache_add_up_by_their_lse(num_splits, dtype, tiles, device):
+    """As when a prefix shared by many requests is attended to once, or is on another GPU."""
+    tiles(num_splits)
+    cache = Cache([50, 16, 0, 90], 16, 2, 32, dtype, device)
+    q = queries(4, 4, 32, dtype, device)
+    _, lse = decode(q, cache, return_lse=True)
+    table, lengths = cache.table, cache.lengths
+    parts = []
+    for first, count in ((0, 2), (2, 4)):  # pages
+        cache.table = table[:, first : first + count].contiguous()
+        cache.lengths = (lengths - 16 * first).clamp(0, 16 * count)
+        parts.append(decode(q, cache, return_lse=True))
+    torch.testing.assert_close(torch.logaddexp(parts[0][1], parts[1][1]), lse, rtol=1e-5, atol=1e-5)
+    check(merged(parts).to(dtype), q, cache)
+
+
+def test_longer_maxima_are_allowed(device):
+    check_longer_maxima(decode, device)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
@@ -267,6 +301,8 @@ def test_no_tokens(device):
     q = torch.empty(0, 1, 8, device=device)
     empty = Cache([], 16, 1, 8, torch.float32, device)
     assert decode(q, empty).shape == (0, 1, 8)
+    out, lse = decode(q, empty, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, 1, 8), (1, 0))
 
 
 def test_errors(device):

@@ -5,7 +5,15 @@ import torch
 
 import keye_kernels as kk
 from tests.compare import assert_close, assert_same
-from tests.kernels.paged import Cache, check_shared_contents, check_shared_errors, naive
+from tests.kernels.paged import (
+    Cache,
+    check_longer_maxima,
+    check_lse,
+    check_shared_contents,
+    check_shared_errors,
+    merged,
+    naive,
+)
 from tests.memory import far_apart
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -49,8 +57,9 @@ def test_matches_naive(case, dtype, device):
     cache = Cache(lengths, page_size, kv_heads, head_dim, dtype, device)
     q = torch.randn(sum(lens_q), heads, head_dim, device=device).mul_(1.5).to(dtype)
     scale = head_dim**-0.5
-    got = prefill(q, lens_q, cache)
+    got, lse = prefill(q, lens_q, cache, return_lse=True)
     assert got.is_contiguous()
+    check_lse((got, lse), q, lens_q, cache, scale)
     plain = naive(q, lens_q, cache, scale, dtype)
     assert_close(got, plain, naive(q, lens_q, cache, scale, torch.float64))
     if dtype != torch.float32:  # the same again, from a table without a column to spare
@@ -135,10 +144,56 @@ def test_strides_scale_and_out(device, backend):
     assert (target[:, [0, 5]] == 7).all()
 
 
+def test_longer_maxima_are_allowed(device):
+    def call(q, cache, **keywords):
+        starts = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=device)
+        tensors = (q, cache.k, cache.v, cache.table, starts, cache.lengths)
+        return kk.paged_prefill_attention(*tensors, cache.max_seqlen, cache.max_seqlen, **keywords)
+
+    check_longer_maxima(call, device)
+
+
+@by_dtype
+def test_parts_of_a_cache_add_up_by_their_lse(dtype, device):
+    """The pages of earlier tokens by decode, those of the new ones causally."""
+    cache = Cache([40, 16], 16, 2, 32, dtype, device)
+    q = torch.randn(9, 4, 32, device=device).to(dtype)
+    scale = 32**-0.5
+    whole, lse = prefill(q, [8, 1], cache, return_lse=True)
+    row = torch.tensor([0] * 8 + [1], device=device)
+    earlier = kk.paged_decode_attention(
+        q, cache.k, cache.v, cache.table[row], torch.tensor([32] * 8 + [0]).int().to(device),
+        max_seqlen_k=32, return_lse=True,
+    )  # fmt: skip
+    table, lengths = cache.table.clone(), cache.lengths.clone()
+    cache.table[0] = cache.table[0].roll(-2)
+    cache.lengths[0] = 8
+    later = prefill(q, [8, 1], cache, return_lse=True)
+    torch.testing.assert_close(torch.logaddexp(earlier[1], later[1]), lse, rtol=1e-5, atol=1e-5)
+    cache.table, cache.lengths = table, lengths
+    got = merged([earlier, later]).to(dtype)
+    exact = naive(q, [8, 1], cache, scale, torch.float64)
+    assert_close(got, naive(q, [8, 1], cache, scale, dtype), exact)
+    assert whole.shape == got.shape
+
+
+def test_a_query_without_a_visible_key(backend, device):
+    """On a GPU nobody looks at lengths; queries before the first key are as in DESIGN."""
+    if backend == "reference":
+        pytest.skip("the definition refuses such lengths")
+    cache = Cache([2], 16, 1, 16, torch.float32, device)
+    out, lse = prefill(torch.randn(5, 2, 16, device=device), [5], cache, return_lse=True)
+    assert (out[:3] == 0).all()
+    assert (lse[:, :3] == float("-inf")).all()
+    assert lse[:, 3:].isfinite().all()
+
+
 def test_no_tokens(device):
     cache = Cache([3], 16, 1, 8, torch.float32, device)
     q = torch.empty(0, 1, 8, device=device)
     assert prefill(q, [0], cache).shape == (0, 1, 8)
+    out, lse = prefill(q, [0], cache, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, 1, 8), (1, 0))
 
 
 def test_errors(device):

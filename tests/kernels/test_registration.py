@@ -52,6 +52,27 @@ def layer_norm_residual(device):
     return [*norm(device), randn(device, 16), 1e-6], {"residual": randn(device, 4, 16)}
 
 
+def padded(device):
+    """[2, 3, 16] in the corner of a larger batch: no single distance from row to row."""
+    return randn(device, 2, 5, 48)[:, :3, :16]
+
+
+def rms_norm_batch(device):
+    return [padded(device), randn(device, 16), 1e-6], {"residual": padded(device)}
+
+
+def layer_norm_batch(device):
+    return [padded(device), randn(device, 16), randn(device, 16), 1e-6], {}
+
+
+def silu_mul_batch(device):
+    return [padded(device)], {}
+
+
+def gelu_batch(device):
+    return [padded(device).transpose(0, 1)], {"approximate": "none", "bias": randn(device, 16)}
+
+
 def silu_mul(device):
     return [randn(device, 4, 16)], {}
 
@@ -128,6 +149,16 @@ def paged_prefill_attention(device):
     return [randn(device, 6, 2, 16), *caches, table, int32(device, 0, 2, 6), lengths, 4, 18], {}
 
 
+def paged_prefill_attention_lse(device):
+    args, keywords = paged_prefill_attention(device)
+    return args, keywords | {"return_lse": True}
+
+
+def paged_decode_attention_lse(device):
+    args, keywords = paged_decode_attention(device)
+    return args, keywords | {"return_lse": True, "softmax_scale": 0.3}
+
+
 def paged_decode_attention(device):
     caches, table, lengths = paged(device)
     return [randn(device, 2, 2, 16), *caches, table, lengths], {"max_seqlen_k": 18}
@@ -147,9 +178,13 @@ CASES = {
         rms_norm,
         rms_norm_residual,
         layer_norm,
+        rms_norm_batch,
         layer_norm_residual,
+        layer_norm_batch,
         silu_mul,
+        silu_mul_batch,
         gelu,
+        gelu_batch,
         gelu_bias,
         linear,
         linear_fused,
@@ -163,14 +198,16 @@ CASES = {
         merge_patches,
         merge_patches_residual,
         paged_prefill_attention,
+        paged_prefill_attention_lse,
         paged_decode_attention,
+        paged_decode_attention_lse,
         sample,
     )
 }
 OPS = [
     name
     for name in CASES
-    if not name.endswith(("_residual", "_bias", "_fused", "_lse", "_scheduled"))
+    if not name.endswith(("_residual", "_bias", "_fused", "_lse", "_scheduled", "_batch"))
 ]
 
 by_case = pytest.mark.parametrize("case", CASES)
@@ -226,6 +263,40 @@ def test_compiles_for_any_number_of_tokens(device):
     for num_tokens in (5, 9):
         x = randn(device, num_tokens, 16)
         assert torch.equal(compiled(x, weight, 1e-6), kk.rms_norm(x, weight, 1e-6))
+
+
+def test_compiles_for_any_leading_dims(device):
+    weight = randn(device, 16)
+
+    def run(x):
+        y, total = kk.rms_norm(x[:, 1:], weight, 1e-6, residual=x[:, 1:])
+        return kk.gelu(y, approximate="tanh"), kk.silu_mul(total), kk.layer_norm(
+            x[0], weight, weight, 1e-6
+        )  # fmt: skip
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((3, 5), (2, 7), (4, 3)):
+        x = randn(device, *shape, 16)
+        for got, want in zip(compiled(x), run(x), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_longer_maxima_compile_for_any_number_of_tokens(device):
+    caches, table, lengths = paged(device)
+    starts = int32(device, 0, 1, 2)
+
+    def run(q, longest):
+        decoded = kk.paged_decode_attention(
+            q, *caches, table, lengths, max_seqlen_k=longest, return_lse=True
+        )
+        return *decoded, kk.varlen_attention(q, q, q, starts, starts, longest, longest)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    q = randn(device, 2, 2, 16)
+    caches = [cache.expand(-1, -1, 2, -1) for cache in caches]
+    for longest in (18, 40, 10**6):
+        for got, want in zip(compiled(q, longest), run(q, longest), strict=True):
+            assert torch.equal(got, want)
 
 
 def test_a_block_of_ops_compiles_with_inductor(device):

@@ -400,10 +400,13 @@ def test_schedule_errors(device):
         kk.attention_schedule([3], [-1], num_heads=4, device=device)
     with pytest.raises(ValueError, match=r"seqlens_k must have one length for each of 1 seq.* 2"):
         kk.attention_schedule([3], [1, 2], num_heads=4, device=device)
-    for num_heads in (0, 2.0):
+    for num_heads in (0, 2.0, True):
         with pytest.raises(ValueError, match=rf"num_heads must be a positive int, got {num_heads}"):
             kk.attention_schedule([3], num_heads=num_heads, device=device)
-    for lengths in ([1.5, 2], "34", [[3, 1]], 4):
+    for lengths in ([2**31], [2**30] * 2, [2**62] * 2, [2**63]):
+        with pytest.raises(ValueError, match=r"seqlens_k must add up to less than 2\^31, got"):
+            kk.attention_schedule([1] * len(lengths), lengths, num_heads=4, device=device)
+    for lengths in ([1.5, 2], "34", [[3, 1]], 4, [2**70], [True]):
         with pytest.raises(ValueError, match="seqlens_q must be a sequence of ints, got"):
             kk.attention_schedule(lengths, num_heads=4, device=device)
 

@@ -6,7 +6,7 @@ import torch
 import keye_kernels as kk
 from keye_kernels._cuda import counters, num_splits
 from tests.compare import assert_close
-from tests.kernels.paged import Cache, naive
+from tests.kernels.paged import Cache, check_longer_maxima, check_lse, naive
 from tests.memory import far_apart
 
 pytestmark = pytest.mark.usefixtures("native", "num_sms")
@@ -40,7 +40,9 @@ CASES = {
 def test_decode_matches_naive(case):
     q, cache = make(*CASES[case])
     ones, scale = [1] * len(q), q.shape[-1] ** -0.5
-    got = decode(q, cache)
+    got, lse = decode(q, cache, return_lse=True)
+    assert torch.equal(decode(q, cache), got)
+    check_lse((got, lse), q, ones, cache, scale)
     plain = naive(q, ones, cache, scale, q.dtype)
     assert_close(got, plain, naive(q, ones, cache, scale, torch.float64))
     for row, (k, _) in enumerate(cache.sequences):
@@ -82,6 +84,10 @@ def test_decode_strides_scale_and_out():
     assert decode(q[:, 1:5], cache, softmax_scale=0.3, out=out) is out
     assert torch.equal(out, expected)
     assert (target[:, [0, 5]] == 7).all()
+
+
+def test_longer_maxima_are_allowed():
+    check_longer_maxima(decode, "cpu", head_dim=64, dtype=torch.bfloat16)
 
 
 def test_decode_rows_do_not_depend_on_their_neighbours():

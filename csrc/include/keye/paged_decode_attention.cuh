@@ -233,8 +233,18 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     const int num_runs = min(params.num_splits, (num_chunks + Tile::kWarps - 1) / Tile::kWarps);
     T* out = static_cast<T*>(params.out) + batch * params.stride_out +
              first_head * params.stride_out_head;
+    // Where it is wanted; `value` in base 2.
+    const auto store_lse = [&](int row, float value) {
+        constexpr float kLn2 = 0.6931471805599453f;
+        if (params.lse != nullptr) {
+            params.lse[(first_head + row) * params.stride_lse + batch] = value * kLn2;
+        }
+    };
     if (split >= num_runs) {
         if (length == 0 && split == 0) {
+            if (static_cast<int>(threadIdx.x) < num_rows) {
+                store_lse(threadIdx.x, -INFINITY);
+            }
             for (int i = threadIdx.x; i < num_rows * Tile::kPieces; i += Tile::kThreads) {
                 store_16(out + i / Tile::kPieces * params.stride_out_head + i % Tile::kPieces * 8,
                          make_uint4(0, 0, 0, 0));
@@ -336,6 +346,9 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         }
         if (whole) {
             store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+            if (piece == 0) {
+                store_lse(row, peak + log2f(weight));
+            }
         } else {
             const int64_t at = first_partial + split * Tile::kRows + row;
             auto* to = reinterpret_cast<float4*>(params.partial_out + at * kHeadDim + piece * 8);
@@ -395,6 +408,9 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
             sums[j] /= weight;
         }
         store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+        if (piece == 0) {
+            store_lse(row, peak + log2f(weight));
+        }
     }
 }
 

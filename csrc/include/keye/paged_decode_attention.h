@@ -13,6 +13,7 @@ struct PagedDecodeAttentionParams {
     const int* block_table;    // [batch_size, max_pages]
     const int* cache_seqlens;  // [batch_size]
     void* out;                 // like q
+    float* lse;                // [num_kv_heads * group, batch_size], natural logarithm; or null
     float* partial_out;        // [blocks of heads, num_splits, 16, head_dim]; unused with one split
     float* partial_lse;        // [blocks of heads, num_splits, 16], base 2
     unsigned* counters;        // [blocks of heads], 0 before and after; unused with one split
@@ -21,6 +22,7 @@ struct PagedDecodeAttentionParams {
     int64_t stride_v_page, stride_v_row, stride_v_head;
     int64_t stride_table;
     int64_t stride_out, stride_out_head;
+    int64_t stride_lse;
     int batch_size, num_kv_heads, group;
     int page_size;  // a multiple of 16
     int max_seqlen_k;
