@@ -207,6 +207,7 @@ def families(major: int) -> dict[str, Family]:
                     "layer_norm1",
                     "self_attn",
                     "layer_norm2",
+                    by_name=False,
                 ),
                 _gelu("PaddleOCRVisionMLP", "fc1", "activation_fn", "fc2"),
                 Replacement(
