@@ -26,7 +26,7 @@ from keye_model.config import (
     KeyeVisionConfig,
     Variant,
 )
-from keye_model.processing.chat import DEFAULT_TEMPLATE
+from keye_model.processing.template import DEFAULT_TEMPLATE
 from keye_model.weights import tensor_shapes
 
 # In the order of their ids. The first list is dropped when decoding without special tokens.

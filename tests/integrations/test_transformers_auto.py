@@ -84,8 +84,10 @@ def test_options_reach_the_classes(tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(directory).dtype == torch.bfloat16
     processor = AutoProcessor.from_pretrained(directory, max_pixels=8 * 28 * 28)
     assert processor.image_processor.max_pixels == 8 * 28 * 28
-    with pytest.raises(TypeError, match="unexpected keyword argument 'load_in_8bit'"):
+    with pytest.raises(NotImplementedError, match="load_in_8bit must be False, got True"):
         AutoModelForImageTextToText.from_pretrained(directory, load_in_8bit=True)
+    with pytest.raises(TypeError, match="unknown keyword 'dtyp'; known: dtype, torch_dtype, "):
+        AutoModelForImageTextToText.from_pretrained(directory, dtyp="auto")
 
 
 def test_converted_layout(tmp_path):

@@ -278,7 +278,7 @@ PADDED = torch.tensor([[T, I, I, I, I], [T, T, T, T, I]])
          "image_grid_thw must have 2 rows for the image placeholders in input_ids, got 3"),
         ({"image_grid_thw": [[1, 4]]}, "image_grid_thw must hold rows of three positive integers"),
         ({"second_per_grid_ts": [0.5]}, "one value for each of 0 rows of video_grid_thw, got 1"),
-        ({"num_frames": [1, 2]}, r"num_frames must count the 0 rows of video_grid_thw, got \[1, 2"),
+        ({"num_frames": [1, 2]}, r"num_frames must count the 0 frames of video_grid_thw, got \[1"),
     ],
 )  # fmt: skip
 def test_batch_errors(arguments, message):
