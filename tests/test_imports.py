@@ -7,7 +7,7 @@ import keye_kernels
 
 ROOT = Path(__file__).parent.parent
 FACADE = {"__init__", "__main__", "keye", "cli", "demo", "demo_checkpoint"}  # see both wings
-LEAVES = {"keye_model.config", "keye_model.hub", "keye_model.inputs"}  # seen by both
+LEAVES = {f"keye_model.{name}" for name in ("config", "hub", "inputs", "keywords")}  # seen by both
 
 
 def imports(path):

@@ -52,7 +52,7 @@ class KeyeProcessor:
 
     Attributes:
         config: The checkpoint's `KeyeConfig`.
-        tokenizer: A ``tokenizers.Tokenizer``.
+        tokenizer: A ``tokenizers.Tokenizer``, with ``eos_token_id`` and ``pad_token_id``.
         image_processor, video_processor: Their attributes may be set, ``max_pixels`` for one.
         chat_template: Source of the jinja2 template in use, or several by name; the one called
             "default" is taken unless another is named.
@@ -82,6 +82,8 @@ class KeyeProcessor:
         self.special_tokens = dict(special_tokens or {})
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.local_files_only = local_files_only
+        # Programs ask the tokenizer of transformers for these.
+        tokenizer.eos_token_id, tokenizer.pad_token_id = token_ids.eos[0], token_ids.pad
         self._reserved = text_side.reserved_tokens(tokenizer)
         self._marks = text_side.video_marks(tokenizer)
         self._placeholders = Placeholders(
