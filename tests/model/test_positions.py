@@ -287,6 +287,18 @@ def test_batch_errors(arguments, message):
         get_rope_index(PREVIEW_CONFIG, **arguments)
 
 
+def test_num_frames_counts_frames_not_rows():
+    """Two videos, of three frames in two rows and of one, as processors of 1.5 return them."""
+    ids = [T, *[V] * 4, T, *[V] * 4, T, V, T, *[V] * 4]
+    batch = {"input_ids": torch.tensor([ids]), "video_grid_thw": [[2, 4, 4], [1, 2, 2], [1, 4, 4]]}
+    expected, _ = get_rope_index(V1_5_CONFIG, **batch)
+    for counted in ([3, 1], torch.tensor([3, 1])):
+        positions, _ = get_rope_index(V1_5_CONFIG, **batch, num_frames=counted)
+        assert torch.equal(positions, expected)
+    with pytest.raises(ValueError, match=r"num_frames must count the 4 frames .*, got \[2, 1\]"):
+        get_rope_index(V1_5_CONFIG, **batch, num_frames=[2, 1])
+
+
 def test_pack_errors():
     image = tiny.g2()
     raw = dataclasses.replace(image, pixel_values=torch.zeros(16, 3, 14, 14, dtype=torch.uint8))
