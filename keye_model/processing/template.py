@@ -274,7 +274,13 @@ def _compiled(template: str) -> _Compiled:
     except jinja2.TemplateError as error:
         raise ValueError(f"chat template could not be rendered: {error}") from error
     words = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    words |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    own = {"loop"} | {
+        node.target.name
+        for node in tree.find_all(nodes.Assign)
+        if isinstance(node.node, nodes.Call) and getattr(node.node.node, "name", "") == "namespace"
+    }
+    attributes = tree.find_all(nodes.Getattr)
+    words |= {node.attr for node in attributes if getattr(node.node, "name", None) not in own}
     variables = jinja2.meta.find_undeclared_variables(tree) - environment.globals.keys()
     return _Compiled(compiled, frozenset(words), frozenset(variables))
 

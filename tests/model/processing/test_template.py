@@ -204,6 +204,15 @@ def test_what_a_template_reads_of_a_message_is_known(variables):
     assert "<think>\na clock\n</think>\n<tool_call>now" in _rendered(*CALLS, **options)
 
 
+def test_words_of_a_template():
+    template = """{% set count = namespace(value=0) %}{% for m in messages %}{{ loop.index }}
+    {%- set count.value = count.value + 1 %}{{ m.a ~ m['b'] ~ m.get('c') if 'd' in m }}
+    {%- if m.role == 'tool' %}{% endif %}{% endfor %}"""
+    words = template_words(template)
+    assert words >= {"a", "b", "c", "d", "role", "tool"}
+    assert not words & {"value", "index", "count", "messages"}
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
