@@ -23,6 +23,7 @@ SOURCES = {
 
 # Other interfaces' keys without a meaning here; Anthropic and OpenAI clients send them by habit.
 _TOLERATED = {"cache_control", "detail", "annotations"}
+_BASE64 = "data:application/octet-stream;base64"
 _RESIZED = ("resized_height", "resized_width")
 _PICTURE = ("min_pixels", "max_pixels", *_RESIZED)
 _IMAGE = (*SOURCES["image"], *_PICTURE)
@@ -75,9 +76,10 @@ def source_of(item: Mapping[str, Any]) -> Any:
     name = next((name for name in names if item.get(name) is not None), None)
     source = None if name is None else item[name]
     source = source.get("url") if isinstance(source, dict) else source
-    if name == "base64" and isinstance(source, str) and not source.lstrip().startswith("data:"):
-        return f"data:application/octet-stream;base64,{source}"
-    return source
+    if name != "base64" or not isinstance(source, (str, bytes)):
+        return source
+    text = source if isinstance(source, str) else source.decode("ascii", "replace")
+    return text if text.lstrip()[:5].lower() == "data:" else f"{_BASE64},{text}"
 
 
 def checked_item(item: Mapping[str, Any], kind: str, where: str, version: str) -> dict[str, Any]:

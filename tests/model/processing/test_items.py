@@ -54,9 +54,14 @@ def test_where_a_source_may_stand(kind, key, nested):
     assert found == {"type": kind, kind: source, "max_pixels": 9}
 
 
-def test_base64_may_be_a_data_url():
-    url = "data:image/png;base64,QUJD"
+@pytest.mark.parametrize("url", ["data:image/png;base64,QUJD", " DATA:;base64,QUJD"])
+def test_base64_may_be_a_data_url(url):
     assert checked_item({"type": "image", "base64": url}, "image", "", "1.0")["image"] == url
+
+
+def test_base64_may_be_bytes():
+    item = checked_item({"type": "image", "base64": b"QUJD"}, "image", "", "1.0")
+    assert item["image"] == "data:application/octet-stream;base64,QUJD"
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
