@@ -13,7 +13,7 @@ ROLES = ("system", "user", "assistant")
 Messages = Sequence[dict[str, Any]]  # one conversation
 Thinking = Literal["auto"] | bool
 
-# Words of a template that are no keys of a message, nor roles: it reads them elsewhere.
+# Words of a template that are no further keys of a message, nor roles.
 _OF_ITEMS = {"role", "content", "type", *TYPES, "images", "videos", "url", "path", "base64"}
 # A key of a message that was meant to show something.
 _SHOWS = {
@@ -42,7 +42,8 @@ def normalize_messages(
     *,
     reserved: Collection[str],
     marks: Collection[str] = (),
-    words: Collection[str] = (),
+    keys: Collection[str] = (),
+    roles: Collection[str] = (),
     sources: bool,
     version: str,
 ) -> list[dict[str, Any]]:
@@ -59,9 +60,9 @@ def normalize_messages(
             or claim a picture's place.
         marks: Strings that only the assistant's text may hold: it may have repeated the marks of a
             video, and its answer must serve as the next turn's history.
-        words: What the chat template reads (`template_words`). A message may have these keys and
-            roles too, ``tool_calls`` or "tool" for one, with plain data; an assistant's message
-            with ``tool_calls`` needs no content.
+        keys, roles: What the chat template reads (`template_reads`), which a message may have too,
+            ``tool_calls`` and "tool" for one, with plain data. With ``tool_calls`` it needs no
+            content.
         sources: Whether each image and video must name its source; else it may be a bare
             placeholder such as ``{"type": "image"}``.
         version: "1.0" (8B-Preview) or "1.5": the line whose keys a video may have.
@@ -74,9 +75,9 @@ def normalize_messages(
         raise TypeError(f"messages must be a list of dicts, got {type(messages).__name__}")
     if not messages:
         raise ValueError("messages must hold at least one message, got none")
-    extra = sorted(set(words) - _OF_ITEMS)
+    keys, roles = sorted(set(keys) - _OF_ITEMS), (*ROLES, *sorted(set(roles) - _OF_ITEMS))
     return [
-        _message(message, f"messages[{index}]", reserved, marks, extra, sources, version)
+        _message(message, f"messages[{index}]", reserved, marks, keys, roles, sources, version)
         for index, message in enumerate(messages)
     ]
 
@@ -158,11 +159,11 @@ def _section(text: str, tag: str) -> tuple[str | None, str]:
     return body[len(tag) + 2 : last.start()].strip(), body[last.end() :]
 
 
-def check_message_keys(message: Any, where: str, extra: Collection[str] | None = ()) -> None:
+def check_message_keys(message: Any, where: str, known: Collection[str] | None) -> None:
     """Refuse a message's unknown keys, and say where their values belong.
 
     Args:
-        extra: Known beside ``role`` and ``content``; None for all that name no picture or video.
+        known: Beside ``role`` and ``content``; None for all that name no picture or video.
 
     Raises:
         TypeError: The message is no dict.
@@ -179,10 +180,10 @@ def check_message_keys(message: Any, where: str, extra: Collection[str] | None =
                 f"{where} has unknown key {key!r}: pictures and videos belong into its content, a "
                 f'list of items such as {{"type": "{kind}", "{kind}": …}}'
             )
-        if extra is not None and key not in extra:
+        if known is not None and key not in known:
             raise ValueError(
                 f"{where} has unknown key {key!r}, which the chat template does not read; known: "
-                f"{', '.join(('role', 'content', *extra))}"
+                "role, content"
             )
 
 
@@ -215,19 +216,19 @@ def _message(
     where: str,
     reserved: Collection[str],
     marks: Collection[str],
-    extra: Sequence[str],
+    keys: Sequence[str],
+    roles: Sequence[str],
     sources: bool,
     version: str,
 ) -> dict[str, Any]:
-    check_message_keys(message, where, extra)
+    check_message_keys(message, where, keys)
     role, content = message.get("role"), message.get("content")
-    if role not in (*ROLES, *extra):
-        roles = ", ".join(ROLES)
-        raise ValueError(f"{where}['role'] must be one of {roles}, got {role!r}")
+    if role not in roles:
+        raise ValueError(f"{where}['role'] must be one of {', '.join(ROLES)}, got {role!r}")
     reserved = reserved if role == "assistant" else (*reserved, *marks)
     checked = {
         key: plain_data(message[key], f"{where}[{key!r}]", reserved)
-        for key in extra
+        for key in keys
         if message.get(key) is not None
     }
     if content is None and checked.get("tool_calls"):

@@ -34,7 +34,7 @@ from keye_model.processing.template import (
     choose_template,
     read_template,
     render,
-    template_words,
+    template_reads,
 )
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video import VIDEO_KEYWORDS, KeyeVideoProcessor
@@ -434,11 +434,13 @@ class KeyeProcessor:
         **options: Any,
     ) -> tuple[str, list[dict[str, Any]]]:
         template = choose_template(self.chat_template, chat_template)
+        keys, roles = template_reads(template)
         checked = normalize_messages(
             messages,
             reserved=self._reserved,
             marks=self._marks,
-            words=template_words(template),
+            keys=keys,
+            roles=roles,
             sources=sources,
             version=self.config.variant.video_version,
         )

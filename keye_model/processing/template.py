@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,15 @@ def choose_template(templates: str | Mapping[str, str], wanted: str | None) -> s
     return named.get(wanted or "default", wanted)
 
 
-def template_words(template: str) -> frozenset[str]:
-    """Strings and attributes in a template: the keys and roles of messages that it reads.
+def template_reads(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """What a template looks up by name, among them the keys of messages; and the words that it
+    compares with, among them their roles.
 
     Raises:
         ValueError: The template is broken.
     """
-    return _compiled(template).words
+    compiled = _compiled(template)
+    return compiled.keys, compiled.words
 
 
 def render(
@@ -233,6 +235,7 @@ def _without_source(item: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Compiled:
     template: jinja2.Template
+    keys: frozenset[str]
     words: frozenset[str]
     variables: frozenset[str]  # that it reads and does not set
 
@@ -274,15 +277,40 @@ def _compiled(template: str) -> _Compiled:
     except jinja2.TemplateError as error:
         raise ValueError(f"chat template could not be rendered: {error}") from error
     words = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    variables = jinja2.meta.find_undeclared_variables(tree) - environment.globals.keys()
+    return _Compiled(
+        compiled,
+        frozenset(_looked_up(tree)),
+        frozenset(word for word in words if word.isidentifier()),
+        frozenset(variables),
+    )
+
+
+def _looked_up(tree: nodes.Template) -> Iterator[str]:
+    """Names after a dot, in brackets, before ``in``, and in calls of ``get`` and of filters."""
     own = {"loop"} | {
         node.target.name
         for node in tree.find_all(nodes.Assign)
         if isinstance(node.node, nodes.Call) and getattr(node.node.node, "name", "") == "namespace"
     }
-    attributes = tree.find_all(nodes.Getattr)
-    words |= {node.attr for node in attributes if getattr(node.node, "name", None) not in own}
-    variables = jinja2.meta.find_undeclared_variables(tree) - environment.globals.keys()
-    return _Compiled(compiled, frozenset(words), frozenset(variables))
+    for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Compare, nodes.Call)):
+        if getattr(getattr(node, "node", None), "name", None) in own:
+            continue
+        if isinstance(node, nodes.Getattr):
+            yield node.attr
+        elif isinstance(node, nodes.Getitem):
+            yield from _strings([node.arg])
+        elif isinstance(node, nodes.Compare):
+            if node.ops[0].op in ("in", "notin"):
+                yield from _strings([node.expr])
+        elif getattr(node.node, "attr", None) == "get":
+            yield from _strings(node.args[:1])
+    for node in tree.find_all(nodes.Filter):
+        yield from _strings([*node.args, *(pair.value for pair in node.kwargs)])
+
+
+def _strings(found: Sequence[nodes.Node]) -> Iterator[str]:
+    return (node.value for node in found if isinstance(getattr(node, "value", None), str))
 
 
 def _to_json(

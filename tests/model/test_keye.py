@@ -336,7 +336,7 @@ def test_unknown_keys_of_a_message(keye, key):
     [
         (
             [[{"role": "user", "content": "Hi"}], {"role": "user"}],
-            "conversation 2: .* list of dict",
+            "conversation 2: .* list of dic",
         ),
         ([{"role": "user", "content": "Hi"}, [{"role": "user"}]], r"messages\[1\] must be a dict"),
         ([("user", "Hi")], r"messages\[0\] must be a dict, got str"),

@@ -163,11 +163,12 @@ def test_other_keys_of_a_message_are_refused(key):
 
 def test_keys_and_roles_that_the_template_reads():
     turn = {"role": "tool", "content": "4", "name": "add", "meta": {"a": (1, 2.5, None, True)}}
-    words = {"role", "tool", "name", "meta", "images", "image", "text"}
-    options = {"reserved": RESERVED, "sources": False, "version": "1.0", "words": words}
+    keys, roles = {"role", "name", "meta", "images", "image", "text"}, {"tool", "image"}
+    options = {"reserved": RESERVED, "sources": False, "version": "1.0"}
+    options |= {"keys": keys, "roles": roles}
     expected = {"role": "tool", "content": "4", "name": "add", "meta": {"a": [1, 2.5, None, True]}}
     assert normalize_messages([turn], **options) == [expected]
-    for key in ("images", "image", "text", "names"):
+    for key in ("images", "image", "text", "names", "tool"):
         with pytest.raises(ValueError, match=f"has unknown key '{key}'"):
             normalize_messages([{**turn, key: "a"}], **options)
     with pytest.raises(ValueError, match=r"\['role'\] must be one of .*, got 'image'"):

@@ -11,7 +11,7 @@ from keye_model.processing.template import (
     choose_template,
     read_template,
     render,
-    template_words,
+    template_reads,
 )
 from keye_model.processing.tokenizer import special_tokens
 from tests.model.processing.messages import (
@@ -26,10 +26,9 @@ TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "image_token"
 
 
 def _normalized(*messages, template=""):
-    words = template_words(template)
-    return normalize_messages(
-        messages, reserved=RESERVED, words=words, sources=False, version="1.0"
-    )
+    keys, roles = template_reads(template)
+    options = {"reserved": RESERVED, "sources": False, "version": "1.0"}
+    return normalize_messages(messages, keys=keys, roles=roles, **options)
 
 
 def _rendered(*messages, template=DEFAULT_TEMPLATE, **options):
@@ -204,13 +203,21 @@ def test_what_a_template_reads_of_a_message_is_known(variables):
     assert "<think>\na clock\n</think>\n<tool_call>now" in _rendered(*CALLS, **options)
 
 
-def test_words_of_a_template():
+def test_what_a_template_reads():
     template = """{% set count = namespace(value=0) %}{% for m in messages %}{{ loop.index }}
     {%- set count.value = count.value + 1 %}{{ m.a ~ m['b'] ~ m.get('c') if 'd' in m }}
-    {%- if m.role == 'tool' %}{% endif %}{% endfor %}"""
-    words = template_words(template)
-    assert words >= {"a", "b", "c", "d", "role", "tool"}
-    assert not words & {"value", "index", "count", "messages"}
+    {%- if 'e' not in m or m.role == 'tool' or m.role in ['user', 'observation'] %}{% endif %}
+    {%- endfor %}{{ messages | map(attribute='f') | list | length }}
+    {{- messages | selectattr('g', 'defined') | list | length }}"""
+    keys, roles = template_reads(template)
+    assert keys >= {"a", "b", "c", "d", "e", "f", "g", "role"}
+    assert not keys & {"value", "index", "count", "messages", "tool", "user", "observation"}
+    assert roles >= {"tool", "user", "observation"}
+    keys, roles = template_reads(DEFAULT_TEMPLATE)
+    assert (keys, roles) == (
+        {"role", "content", "type", "text"},
+        {"system", "image", "video"},
+    )
 
 
 @pytest.mark.parametrize(
