@@ -57,10 +57,11 @@ DEFAULT_TEMPLATE = """\
 def read_template(directory: Path) -> str | dict[str, str]:
     """The checkpoint's chat template, or the published one if the directory holds none.
 
-    `chat_template.jinja` goes before `chat_template.json`. With templates in the folder
-    `additional_chat_templates`, or several in the JSON file, all are returned by name; "default" is
-    the one that is taken unless another is named. The text-only template inside
-    `tokenizer_config.json` is not used: it knows no pictures.
+    `chat_template.json` goes before `chat_template.jinja`, as in transformers: the first is the
+    processor's alone, while a tokenizer that was saved beside it leaves its text-only template in
+    the second. With templates in the folder `additional_chat_templates`, or several in the JSON
+    file, all are returned by name; "default" is the one that is taken unless another is named. The
+    template inside `tokenizer_config.json` is not used: it knows no pictures.
 
     Raises:
         ValueError: `chat_template.json` holds something else.
@@ -71,10 +72,10 @@ def read_template(directory: Path) -> str | dict[str, str]:
     }
     path = directory / "chat_template.jinja"
     raw = read_json(directory, "chat_template.json", required=False)
-    if path.is_file():
-        found["default"] = path.read_text(encoding="utf-8")
-    elif raw is not None:
+    if raw is not None:
         found |= _named(raw.get("chat_template"))
+    elif path.is_file():
+        found["default"] = path.read_text(encoding="utf-8")
     elif not found:
         return DEFAULT_TEMPLATE
     return found["default"] if found.keys() == {"default"} else found
@@ -133,6 +134,7 @@ def render(
         TypeError: The template does not read a variable.
         ValueError: The template is broken, refuses the messages, or reaches for Python internals;
             or the last message is none to continue.
+        NotImplementedError: Something else than the content is to be continued.
     """
     compiled = _compiled(template)
     asked = {"tools": tools, "documents": documents, **variables}
@@ -145,6 +147,10 @@ def render(
                 f"{known or 'none'}"
             )
     shown = [_without_sources(message) for message in messages]
+    if continue_final_message not in (True, False, "content"):
+        raise NotImplementedError(
+            f"continue_final_message must be True or False, got {continue_final_message!r}"
+        )
     if continue_final_message:
         if add_generation_prompt:
             raise ValueError(

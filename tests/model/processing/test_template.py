@@ -271,6 +271,13 @@ def test_continue_final_message_errors(content, options, message):
         _rendered({"role": "user", "content": content}, continue_final_message=True, **options)
 
 
+def test_only_the_content_can_be_continued():
+    with pytest.raises(NotImplementedError, match="must be True or False, got 'reasoning_content'"):
+        _rendered(*TURNS, continue_final_message="reasoning_content")
+    ours = _rendered(*TURNS, continue_final_message="content")
+    assert ours == _rendered(*TURNS, continue_final_message=True)
+
+
 def test_a_variable_that_the_template_does_not_read_is_refused():
     with pytest.raises(TypeError, match=r"'enable_thinkin', which .* not read; it reads enable_th"):
         _rendered(*CALLS, template=QWEN3, enable_thinkin=True)
@@ -310,10 +317,10 @@ def test_special_tokens_of_the_files(tmp_path):
 
 def test_template_of_the_checkpoint_goes_first(tmp_path):
     assert read_template(tmp_path) == DEFAULT_TEMPLATE
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "json"}')
-    assert read_template(tmp_path) == "json"
     (tmp_path / "chat_template.jinja").write_text("jinja")
     assert read_template(tmp_path) == "jinja"
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "json"}')
+    assert read_template(tmp_path) == "json"
 
 
 def test_template_file_must_hold_a_string(tmp_path):
