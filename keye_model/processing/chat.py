@@ -251,13 +251,7 @@ def _message(
 
 
 def _item(item: Any, where: str, sources: bool, version: str) -> dict[str, Any]:
-    kind, named = kind_of(item, where), item.get("type")
-    if named is not None and not (isinstance(named, str) and named in TYPES):
-        *names, last = TYPES
-        raise ValueError(f"{where}['type'] must be {', '.join(names)} or {last}, got {named!r}")
-    if kind is None:
-        keys = sorted(map(str, item))
-        raise ValueError(f"{where} must be one of text, image or video, got the keys {keys}")
+    kind = kind_of(item, where)
     if kind == "text" and not isinstance(item.get("text"), str):
         raise ValueError(f"{where}['text'] must be a string, got {item.get('text')!r}")
     checked = checked_item(item, kind, where, version)

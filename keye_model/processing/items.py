@@ -49,25 +49,28 @@ _KEYS = {
 }
 
 
-def kind_of(item: Any, where: str) -> str | None:
-    """What an item is by its ``type`` and its keys: "text", "image", "video", or None of them.
+def kind_of(item: Any, where: str) -> str:
+    """What an item is by its ``type`` and its keys: "text", "image" or "video".
 
     Raises:
         TypeError: It is no dict.
-        ValueError: It is two of them at once.
+        ValueError: It is none of them, or two at once.
     """
     if not isinstance(item, dict):
         raise TypeError(f"{where} must be a dict, got {type(item).__name__}")
     told = ("text", *SOURCES["image"][:2], *SOURCES["video"][:2])
     kinds = {TYPES[key] for key in told if item.get(key) is not None}
     named = item.get("type")
-    if isinstance(named, str) and named in TYPES:
+    if named is not None:
+        if not (isinstance(named, str) and named in TYPES):
+            *names, last = TYPES
+            raise ValueError(f"{where}['type'] must be {', '.join(names)} or {last}, got {named!r}")
         kinds.add(TYPES[named])
-    if len(kinds) > 1:
-        raise ValueError(
-            f"{where} must be one of text, image or video, got {', '.join(sorted(kinds))} together"
-        )
-    return kinds.pop() if kinds else None
+    if len(kinds) != 1:
+        found = f"the keys {sorted(map(str, item))}"
+        found = f"{', '.join(sorted(kinds))} together" if kinds else found
+        raise ValueError(f"{where} must be one of text, image or video, got {found}")
+    return kinds.pop()
 
 
 def source_of(item: Mapping[str, Any]) -> Any:

@@ -215,7 +215,7 @@ class KeyeProcessor:
             thinking,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            add_vision_id=add_vision_id,
+            variables={"add_vision_id": True} if add_vision_id else {},
         )
         [ids] = self._placeholders.expand([text], images, videos)
         budget.check(len(ids) - budget.used, "the times of its videos' frames")
@@ -368,14 +368,16 @@ class KeyeProcessor:
         refuse({name: given[name] for name in given.keys() - filling}, ", ".join(filling))
         filling |= given
         variables |= {"tools": tools, "documents": documents}
+        if add_vision_id:
+            variables["add_vision_id"] = True
         options = {
-            name: plain_data(value, name, self._reserved)
-            for name, value in without_idle(variables, TEMPLATING).items()
-        } | {
+            "variables": {
+                name: plain_data(value, name, self._reserved)
+                for name, value in without_idle(variables, TEMPLATING).items()
+            },
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
-            "add_vision_id": add_vision_id,
         }
         if not tokenize:
             prompts = _each(
@@ -430,7 +432,6 @@ class KeyeProcessor:
         *,
         sources: bool,
         chat_template: str | None = None,
-        add_vision_id: bool = False,
         **options: Any,
     ) -> tuple[str, list[dict[str, Any]]]:
         template = choose_template(self.chat_template, chat_template)
@@ -445,8 +446,6 @@ class KeyeProcessor:
             version=self.config.variant.video_version,
         )
         checked = add_thinking(checked, thinking)
-        if add_vision_id:
-            options["add_vision_id"] = True
         return render(template, checked, special_tokens=self.special_tokens, **options), checked
 
     def _prepare(

@@ -113,10 +113,8 @@ def render(
     *,
     add_generation_prompt: bool,
     continue_final_message: bool = False,
-    tools: list[dict[str, Any]] | None = None,
-    documents: list[dict[str, Any]] | None = None,
     special_tokens: Mapping[str, Any] | None = None,
-    **variables: Any,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Run a chat template on normalised messages.
 
@@ -126,9 +124,9 @@ def render(
     Args:
         add_generation_prompt: Open the assistant's turn at the end.
         continue_final_message: End within the last message, so that the model goes on with it.
-        tools, documents: JSON schemas and texts for templates that read them.
         special_tokens: Variables such as ``eos_token``.
-        variables: Of the template's own, plain data; they go before ``special_tokens``.
+        variables: Others, which the template must read, plain data: ``tools``, ``documents`` and
+            its own. They go before ``special_tokens``.
 
     Raises:
         TypeError: The template does not read a variable.
@@ -137,7 +135,7 @@ def render(
         NotImplementedError: Something else than the content is to be continued.
     """
     compiled = _compiled(template)
-    asked = {"tools": tools, "documents": documents, **variables}
+    asked = {"tools": None, "documents": None, **(variables or {})}
     for name, value in asked.items():
         if name not in compiled.variables and value not in (None, []):
             given = {"messages", "add_generation_prompt", *(special_tokens or ())}

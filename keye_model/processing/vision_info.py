@@ -98,7 +98,7 @@ def _vision_items(
                 )
             for i, item in enumerate(content):
                 kind = kind_of(item, f"{where}[{i}]")
-                if kind not in ("image", "video"):
+                if kind == "text":
                     continue
                 if source_of(item) is None:
                     raise ValueError(

@@ -32,9 +32,9 @@ def _normalized(*messages, sources=False):
     return normalize_messages(messages, reserved=RESERVED, sources=sources, version="1.0")
 
 
-def _rendered(*messages, template=DEFAULT_TEMPLATE, **options):
+def _rendered(*messages, **options):
     options = {"add_generation_prompt": False, **options}
-    return render(template, _normalized(*messages), **options)
+    return render(DEFAULT_TEMPLATE, _normalized(*messages), **options)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_render(messages, expected):
 
 
 def test_render_vision_ids_count_over_the_conversation():
-    assert _rendered(*CONVERSATIONS["turns"], add_vision_id=True) == (
+    assert _rendered(*CONVERSATIONS["turns"], variables={"add_vision_id": True}) == (
         f"{SYSTEM}<|im_start|>user\nPicture 1: {IMAGE}One?<|im_end|>\n"
         "<|im_start|>assistant\nYes.<|im_end|>\n"
         f"<|im_start|>user\nPicture 2: {IMAGE}Video 1: {VIDEO}<|im_end|>\n"

@@ -92,18 +92,13 @@ def test_frames_name_their_sources_as_pictures_do():
         ({"type": "video_url", "video_url": {"url": "a"}}, "video"),
         ({"type": "image"}, "image"),
         ({"video": "a"}, "video"),
-        ({"type": "audio", "audio": "a"}, None),
-        ({"url": "a"}, None),
-        ({"type": ["image"]}, None),
     ],
     ids=str,
 )
 def test_what_an_item_is(item, kind):
     assert kind_of(item, "here") == kind
-    if kind:
-        value = {"text": "a", kind: "a"} if len(item) > 1 or "video" in item else {}
-        wanted = {"type": kind} | {key: value[key] for key in (kind,) if key in value}
-        assert checked_item(item, kind, "here", "1.0") == wanted
+    source = {kind: "a"} if item != {"type": "image"} else {}
+    assert checked_item(item, kind, "here", "1.0") == {"type": kind} | source
 
 
 @pytest.mark.parametrize(
@@ -112,6 +107,19 @@ def test_what_an_item_is(item, kind):
         ("a", TypeError, "here must be a dict, got str"),
         ({"image": "a", "text": "b"}, ValueError, "here must be .*, got image, text together"),
         ({"type": "video", "image": "a"}, ValueError, "here must be .*, got image, video together"),
+        (
+            {"type": "audio", "audio": "a"},
+            ValueError,
+            r"here\['type'\] must be text, .*'audio'",
+        ),
+        (
+            {"type": "audio", "text": "a"},
+            ValueError,
+            r"here\['type'\] must be text, .*'audio'",
+        ),
+        ({"type": ["image"]}, ValueError, r"here\['type'\] must be text, .*, got \['image'\]"),
+        ({"url": "a"}, ValueError, r"here must be .*, got the keys \['url'\]"),
+        ({3: "a"}, ValueError, r"here must be .*, got the keys \['3'\]"),
     ],
 )
 def test_items_that_are_no_one_thing(item, error, message):

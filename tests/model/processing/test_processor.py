@@ -268,6 +268,7 @@ def test_a_template_by_its_name(processor, monkeypatch):
         ({"max_length": 9}, NotImplementedError, "max_length must be left out, got 9"),
         ({"padding": "max_length"}, ValueError, "padding must be True, False or 'longest'"),
         ({"fps": 2.0}, TypeError, "unknown keyword 'fps', which the chat template does not read"),
+        ({"sources": 1}, TypeError, "unknown keyword 'sources', which the chat template does not"),
         ({"processor_kwargs": {"fps": 1}}, TypeError, "unknown keyword 'fps'; known: padding, pad"),
         (
             {"tools": [min]},

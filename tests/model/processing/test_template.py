@@ -32,8 +32,14 @@ def _normalized(*messages, template=""):
 
 
 def _rendered(*messages, template=DEFAULT_TEMPLATE, **options):
-    options = {"add_generation_prompt": False, **options}
-    return render(template, _normalized(*messages, template=template), **options)
+    given = ("add_generation_prompt", "continue_final_message", "special_tokens")
+    known = {name: options.pop(name) for name in given if name in options}
+    return render(
+        template,
+        _normalized(*messages, template=template),
+        **{"add_generation_prompt": False, **known},
+        variables=options,
+    )
 
 
 def _theirs(*messages, template, special_tokens=None, **options):

@@ -171,6 +171,12 @@ def test_bad_messages(messages, message):
             TypeError,
             r"\['content'\] must be a string or a list of items, got dict",
         ),
+        (_turn({"type": "picture", "url": "a.png"}), ValueError, r"\['type'\] must be text, image"),
+        (
+            _turn({"img": "a.png"}),
+            ValueError,
+            r"text, image or video, got the keys \['img'\]",
+        ),
         (_turn("a.png"), TypeError, r"\['content'\]\[0\] must be a dict, got str"),
         (
             _turn({"type": "image", "image": "a.png", "url": "b.png"}),
