@@ -9,14 +9,14 @@ import sys
 import tempfile
 
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoProcessor
 
 from keye_model.demo_checkpoint import build
 from keye_model.integrations.transformers import register
 
 register()
 path = sys.argv[1] if len(sys.argv) > 1 else build(tempfile.mkdtemp())
-model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", device_map="auto")
+model = AutoModel.from_pretrained(path, torch_dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained(path)
 
 picture = Image.new("RGB", (168, 112), (20, 90, 160))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -22,12 +23,18 @@ from keye_model.engine.plan import Limits
 from keye_model.engine.sampling import GenerationDefaults
 from keye_model.engine.scheduler import Scheduler
 from keye_model.engine.workspace import WorkspacePool
+from keye_model.inputs.keywords import GENERATING, LOADING, refuse, without_idle
 from keye_model.inputs.packing import BatchRow, pack, split_batch
 from keye_model.inputs.request import Request, host_grid
 from keye_model.network.cache import PagedCache
 from keye_model.network.model import KeyeModel
 from keye_model.network.text import Linear
 from keye_model.network.upload import upload
+
+_GENERATION_OPTIONS = (
+    "max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed, stop_strings, "
+    "eos_token_id, pad_token_id, limits"
+)
 
 
 @dataclass
@@ -62,12 +69,11 @@ class KeyeForConditionalGeneration(nn.Module):
         cls,
         path_or_id: str | os.PathLike,
         *,
-        dtype: torch.dtype | str = "auto",
+        dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | dict | None = None,
         local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        attn_implementation: str | None = None,
+        **options: Any,
     ) -> KeyeForConditionalGeneration:
         """Load a checkpoint: `config.json`, `generation_config.json` and safetensors.
 
@@ -77,16 +83,20 @@ class KeyeForConditionalGeneration(nn.Module):
             device_map: "auto" (a GPU if there is one), a device, or ``{"": device}``. None is the
                 CPU. Several devices are not served.
             local_files_only: Never touch the network.
-            trust_remote_code, attn_implementation: Accepted because published snippets pass them,
-                and ignored: a checkpoint's code is never run, and attention is our own.
+            options: Keywords of transformers with a value that changes nothing.
+                ``trust_remote_code`` and ``attn_implementation`` are ignored: a checkpoint's code
+                is never run, and attention is our own.
 
         Raises:
             FileNotFoundError: The checkpoint or one of its files is missing.
             ValueError: The configuration or a tensor is not what it should be.
-            NotImplementedError: The device map names several devices.
+            NotImplementedError: The device map names several devices, or an option is not served.
+            TypeError: An option is unknown.
         """
-        del trust_remote_code, attn_implementation
+        refuse(without_idle(options, LOADING), "dtype, torch_dtype, device_map, local_files_only")
         device = resolve_device("device_map", device_map)
+        if torch_dtype is not None and dtype not in (None, "auto", torch_dtype):
+            raise ValueError(f"dtype must be given once, got {dtype} and torch_dtype {torch_dtype}")
         dtype = _dtype(torch_dtype if torch_dtype is not None else dtype)
         # All that can be refused is refused before the weights are fetched.
         small = locate(path_or_id, weights=False, local_files_only=local_files_only)
@@ -129,7 +139,7 @@ class KeyeForConditionalGeneration(nn.Module):
             image_grid_thw: [num_images, 3], in patches; images in reading order of the batch.
             pixel_values_videos, video_grid_thw: The same for videos.
             second_per_grid_ts: [num_video_rows], seconds between frames (8B-Preview).
-            num_frames: Rows of ``video_grid_thw`` of each video (1.5).
+            num_frames: [num_videos], frames of each video (1.5).
             position_ids: [3, batch_size, padded_length], int64; None computes them.
 
         Raises:
@@ -181,17 +191,25 @@ class KeyeForConditionalGeneration(nn.Module):
         repetition_penalty: float | None = None,
         seed: int | Sequence[int] | None = None,
         stop_strings: str | Sequence[str] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
         limits: Limits | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """Generate from a padded batch; inputs as in `forward`.
 
         Args:
             max_new_tokens: At most this many tokens for each row, less where the context ends.
-            do_sample: False is greedy; None follows the checkpoint's `generation_config.json`.
+            do_sample: False is greedy, whatever the next three say; None follows the checkpoint's
+                `generation_config.json`, or samples if one of them is given.
             temperature, top_k, top_p, repetition_penalty: None follows the checkpoint.
             seed: One for all rows or one for each; None draws from torch's global generator.
             stop_strings: A row ends when its text contains one of these.
+            eos_token_id: One or several ids that end a row, instead of the checkpoint's.
+            pad_token_id: Fills rows that ended before others, instead of the checkpoint's.
             limits: Bounds of memory.
+            options: Keywords of transformers with a value that changes nothing, such as
+                ``num_beams=1`` or ``use_cache=True``.
 
         Returns:
             [batch_size, padded_length + new], int64: the input, then the generated ids with the
@@ -199,8 +217,17 @@ class KeyeForConditionalGeneration(nn.Module):
 
         Raises:
             ValueError: An input or a parameter is wrong, or a prompt leaves no room in the context.
+            NotImplementedError: An option of transformers that is not served, ``num_beams=4`` for
+                one.
+            TypeError: An option is unknown.
         """
+        refuse(without_idle(options, GENERATING), _GENERATION_OPTIONS)
         defaults = self._defaults()
+        ends, pad = defaults.eos_token_ids, defaults.pad_token_id
+        if eos_token_id is not None:
+            ends = _token_ids("eos_token_id", eos_token_id)
+        if pad_token_id is not None:
+            [pad] = _token_ids("pad_token_id", [pad_token_id])
         rows = self._split(
             input_ids,
             attention_mask,
@@ -234,7 +261,7 @@ class KeyeForConditionalGeneration(nn.Module):
             self.lm_head,
             requests,
             params,
-            eos_token_ids=defaults.eos_token_ids,
+            eos_token_ids=ends,
             limits=limits,
             workspaces=self.workspaces,
         )
@@ -246,7 +273,7 @@ class KeyeForConditionalGeneration(nn.Module):
                 if watchers[token.request].stopped:
                     scheduler.stop(token.request)
         longest = max(map(len, answers))
-        padded = [ids + [defaults.pad_token_id] * (longest - len(ids)) for ids in answers]
+        padded = [ids + [pad] * (longest - len(ids)) for ids in answers]
         new = torch.tensor(padded, dtype=torch.int64, device=input_ids.device)
         return torch.cat([input_ids, new], dim=1)
 
@@ -316,9 +343,18 @@ def _requests(
     return requests
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+def _token_ids(name: str, value: int | Sequence[int] | torch.Tensor) -> tuple[int, ...]:
+    """Ids given as one, a list or a tensor."""
+    given = value.tolist() if isinstance(value, torch.Tensor) else value
+    ids = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    if not ids or not all(type(one) is int and one >= 0 for one in ids):
+        raise ValueError(f"{name} must be a token id, got {value!r}")
+    return ids
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype named; None for "auto"."""
-    if dtype == "auto":
+    if dtype is None or dtype == "auto":
         return None
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if named not in (torch.float32, torch.float16, torch.bfloat16):

@@ -27,7 +27,7 @@ from keye_model.checkpoint.config import (
     Variant,
 )
 from keye_model.checkpoint.weights import tensor_shapes
-from keye_model.processing.chat import DEFAULT_TEMPLATE
+from keye_model.processing.template import DEFAULT_TEMPLATE
 
 # In the order of their ids. The first list is dropped when decoding without special tokens.
 _SPECIAL = (

@@ -95,32 +95,39 @@ class GenerationDefaults:
     ) -> SamplingParams:
         """One request's parameters: what the caller gave, else these defaults.
 
-        ``do_sample=False`` is greedy. Left out, sampling is on when the caller gives any of
-        temperature, top_k, top_p, else as the checkpoint says. A seed left out is drawn from
-        torch's global generator.
+        ``do_sample=False`` is greedy: top_k and top_p, which keep the most likely token, change
+        nothing then, nor does a temperature of 0 or 1. Left out, sampling is on when the caller
+        gives any of the three, else as the checkpoint says. ``top_k=-1`` is off, like 0. A seed
+        left out is drawn from torch's global generator.
+
+        Raises:
+            ValueError: A value is out of its range, ``do_sample=True`` with temperature 0, or
+                ``do_sample=False`` with one that asks for sampling.
         """
         if do_sample not in (None, True, False):
             raise ValueError(f"do_sample must be True, False or None, got {do_sample!r}")
+        if do_sample and temperature == 0:
+            raise ValueError("temperature must be positive when do_sample is True, got 0")
         if do_sample is None:
             do_sample = self.do_sample or (temperature, top_k, top_p) != (None, None, None)
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         penalty = self.repetition_penalty if repetition_penalty is None else repetition_penalty
-        if not do_sample:
-            for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-                if value:
-                    raise ValueError(
-                        f"{name} must be left out when do_sample is False, got {value!r}"
-                    )
-            return SamplingParams(max_new_tokens, repetition_penalty=penalty, seed=seed)
-        return SamplingParams(
+        params = SamplingParams(
             max_new_tokens,
             self.temperature if temperature is None else temperature,
-            self.top_k if top_k is None else top_k,
+            self.top_k if top_k is None else 0 if top_k == -1 else top_k,
             self.top_p if top_p is None else top_p,
             penalty,
             seed,
         )
+        if do_sample:
+            return params
+        if temperature not in (None, 0, 1):
+            raise ValueError(
+                f"temperature must be left out when do_sample is False, got {temperature!r}"
+            )
+        return SamplingParams(max_new_tokens, repetition_penalty=penalty, seed=seed)
 
 
 def _check(name: str, value: object, kind: type, rule: str, holds: Callable) -> None:

@@ -84,7 +84,7 @@ def get_rope_index(
         input_ids: [batch_size, padded_length], int64.
         image_grid_thw, video_grid_thw: [num_rows, 3]; rows run on across the batch.
         second_per_grid_ts: [num_video_rows], seconds; None means 1.0.
-        num_frames: Rows of video_grid_thw of each video; only its sum is checked.
+        num_frames: [num_videos], frames of each video; only their sum is checked.
         attention_mask: [batch_size, padded_length], 0 at padding; None means no padding.
 
     Returns:
@@ -166,9 +166,10 @@ def split_batch(
             f"second_per_grid_ts must have one value for each of {len(video_grid_thw)} rows of "
             f"video_grid_thw, got {len(seconds)}"
         )
-    if num_frames is not None and sum(_host_list(num_frames)) != len(video_grid_thw):
+    frames = sum(t for t, _, _ in video_grid_thw)
+    if num_frames is not None and sum(_host_list(num_frames)) != frames:
         raise ValueError(
-            f"num_frames must count the {len(video_grid_thw)} rows of video_grid_thw, got "
+            f"num_frames must count the {frames} frames of video_grid_thw, got "
             f"{_host_list(num_frames)}"
         )
     ids = input_ids.cpu()

@@ -3,15 +3,17 @@
     from keye_model.integrations.transformers import register
 
     register()
-    model = AutoModelForImageTextToText.from_pretrained("Kwai-Keye/Keye-VL-8B-Preview")
+    model = AutoModel.from_pretrained("Kwai-Keye/Keye-VL-8B-Preview", torch_dtype="auto")
     processor = AutoProcessor.from_pretrained("Kwai-Keye/Keye-VL-8B-Preview")
 
 The model is a `keye_model.KeyeForConditionalGeneration` and the processor a
-`keye_model.KeyeProcessor`, with what these can do. A checkpoint's own code is never run.
+`keye_model.KeyeProcessor`, with what these can do. A checkpoint's own code is never run, whatever
+`trust_remote_code` says.
 """
 
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +21,15 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     PretrainedConfig,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto import configuration_auto, processing_auto
 
 import keye_model
 from keye_model import KeyeForConditionalGeneration
@@ -37,7 +44,10 @@ _NOT_OURS = (
     "config",
     "name_or_path",
 )
-_ROPE = "rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters"
+_OLD = transformers.__version__.startswith("4.")
+_ROPE = "rope_scaling" if _OLD else "rope_parameters"
+# Public programs load Keye by the first of these, as the published code registers itself.
+_AUTO_MODELS = (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM)
 _DOWNLOAD = ("cache_dir", "force_download", "revision", "token")
 
 
@@ -96,7 +106,7 @@ class _ConvertedAutoConfig(_AutoConfig):
 
 
 class _Model:
-    """What `AutoModelForImageTextToText` asks of a model class."""
+    """What the Auto classes ask of a model class."""
 
     @classmethod
     def from_pretrained(
@@ -121,18 +131,51 @@ class KeyeVL1_5Processor(KeyeProcessor):
     """Under the name of 1.5."""
 
 
+_LINES = (
+    (KeyeAutoConfig, KeyeProcessor),
+    (KeyeVL1_5AutoConfig, KeyeVL1_5Processor),
+    (_ConvertedAutoConfig, KeyeVL1_5Processor),
+)
+
+
 def register() -> None:
-    """Let `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` load both model lines.
+    """Let `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`, `AutoModelForCausalLM`,
+    `AutoProcessor` and `AutoTokenizer` load both model lines.
 
     May be called again. Options of the Auto classes go to `KeyeForConditionalGeneration` and
-    `KeyeProcessor`, which refuse those they do not have.
+    `KeyeProcessor`, which refuse those they cannot serve.
     """
-    for config, processor in (
-        (KeyeAutoConfig, KeyeProcessor),
-        (KeyeVL1_5AutoConfig, KeyeVL1_5Processor),
-        (_ConvertedAutoConfig, KeyeVL1_5Processor),
-    ):
+    for config, processor in _LINES:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         model = type(KeyeForConditionalGeneration.__name__, (_Model,), {"config_class": config})
-        AutoModelForImageTextToText.register(config, model, exist_ok=True)
+        for auto in _AUTO_MODELS:
+            auto.register(config, model, exist_ok=True)
         AutoProcessor.register(config, processor, exist_ok=True)
+        # A checkpoint whose tokenizer_config.json names a class gets that one.
+        AutoTokenizer.register(config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+    if _OLD:
+        for module in (configuration_auto, processing_auto):
+            _registered_goes_first(module)
+
+
+def _registered_goes_first(module: ModuleType) -> None:
+    """Let a registered class go before a checkpoint's code, as transformers 5 does by itself.
+
+    transformers 4 runs that code when ``trust_remote_code=True``, registered or not.
+    """
+    resolve = module.resolve_trust_remote_code
+    if getattr(resolve, "_keeps_keye", False):
+        return
+
+    def resolved(trust_remote_code: bool | None, name: str | os.PathLike, *given: Any) -> bool:
+        if trust_remote_code:
+            try:
+                found, _ = PretrainedConfig.get_config_dict(name)
+            except OSError:  # no config.json here: none of ours
+                found = {}
+            if found.get("model_type") in {config.model_type for config, _ in _LINES}:
+                return False
+        return resolve(trust_remote_code, name, *given)
+
+    resolved._keeps_keye = True
+    module.resolve_trust_remote_code = resolved

@@ -59,6 +59,7 @@ def pad(
     Raises:
         ValueError: Unequal rows without padding for tensors, or an argument is none of the above.
     """
+    padding = False if padding in (None, "do_not_pad") else padding
     if padding not in (True, False, "longest"):
         raise ValueError(f"padding must be True, False or 'longest', got {padding!r}")
     if padding_side not in ("left", "right"):

@@ -1,61 +1,25 @@
-"""Conversations as prompts: what a message may be, the chat template, thinking, and answers.
-
-A checkpoint's template is somebody else's program, so it runs in jinja2's sandbox, on messages that
-were checked and reduced to what the published template reads.
-"""
+"""Conversations: what a message may be, thinking, and answers."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-
-from keye_model.checkpoint.hub import read_json
-from keye_model.processing.items import checked_item, source_of
+from keye_model.processing.items import TYPES, checked_item, kind_of, source_of
 
 ROLES = ("system", "user", "assistant")
 Messages = Sequence[dict[str, Any]]  # one conversation
 Thinking = Literal["auto"] | bool
 
-# What chat_template.json of both published checkpoints renders.
-DEFAULT_TEMPLATE = """\
-{%- set seen = namespace(images=0, videos=0) -%}
-{%- if messages[0].role != 'system' -%}
-    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
-    {%- if message.content is string -%}
-        {{- message.content -}}
-    {%- else -%}
-        {%- for item in message.content -%}
-            {%- if item.type == 'image' -%}
-                {%- set seen.images = seen.images + 1 -%}
-                {{- 'Picture ' ~ seen.images ~ ': ' if add_vision_id -}}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif item.type == 'video' -%}
-                {%- set seen.videos = seen.videos + 1 -%}
-                {{- 'Video ' ~ seen.videos ~ ': ' if add_vision_id -}}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-            {%- else -%}
-                {{- item.text -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{{- '<|im_start|>assistant\\n' if add_generation_prompt -}}
-"""
-
-_KEYS = {key: key for key in ("text", "image", "video")}
-_KEYS |= {"image_url": "image", "video_url": "video"}
+# Words of a template that are no further keys of a message, nor roles.
+_OF_ITEMS = {"role", "content", "type", *TYPES, "images", "videos", "url", "path", "base64"}
+# A key of a message that was meant to show something.
+_SHOWS = {
+    "video": re.compile(r"(?<![a-z])(video|clip|movie)"),
+    "image": re.compile(r"(?<![a-z])(image|img|picture|photo|pixel)"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,32 +37,13 @@ class Parsed:
     text: str
 
 
-def read_template(directory: Path) -> str:
-    """The checkpoint's chat template, or the published one if the directory holds none.
-
-    `chat_template.jinja` goes before `chat_template.json`. The text-only template inside
-    `tokenizer_config.json` is not used: it knows no pictures.
-    """
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    raw = read_json(directory, "chat_template.json", required=False)
-    if raw is None:
-        return DEFAULT_TEMPLATE
-    template = raw.get("chat_template")
-    if not isinstance(template, str):
-        raise ValueError(
-            "chat_template.json must hold the string 'chat_template', got "
-            f"{type(template).__name__}"
-        )
-    return template
-
-
 def normalize_messages(
     messages: Messages,
     *,
     reserved: Collection[str],
     marks: Collection[str] = (),
+    keys: Collection[str] = (),
+    roles: Collection[str] = (),
     sources: bool,
     version: str,
 ) -> list[dict[str, Any]]:
@@ -106,14 +51,18 @@ def normalize_messages(
 
     Args:
         messages: Each has a ``role`` of `ROLES` and a ``content``: a string, or a list of items of
-            ``type`` text, image (also image_url) or video (also video_url). Without a ``type``, an
-            item is what its only key among these says. Other keys: see `fetch_image` for images,
+            ``type`` text, image or video (or one of `TYPES`). Without a ``type``, an item is what
+            its only key among these says. A picture or video is named under its type or under
+            ``url``, ``path`` or ``base64``. Other keys: see `fetch_image` for images,
             `sample_preview` and `sample_1_5` for videos; ``detail`` and ``cache_control`` are
-            passed over.
+            passed over. A key with None counts as absent.
         reserved: Strings that no text may hold, because as special tokens they would open a turn
             or claim a picture's place.
         marks: Strings that only the assistant's text may hold: it may have repeated the marks of a
             video, and its answer must serve as the next turn's history.
+        keys, roles: What the chat template reads (`template_reads`), which a message may have too,
+            ``tool_calls`` and "tool" for one, with plain data. With ``tool_calls`` it needs no
+            content.
         sources: Whether each image and video must name its source; else it may be a bare
             placeholder such as ``{"type": "image"}``.
         version: "1.0" (8B-Preview) or "1.5": the line whose keys a video may have.
@@ -126,8 +75,9 @@ def normalize_messages(
         raise TypeError(f"messages must be a list of dicts, got {type(messages).__name__}")
     if not messages:
         raise ValueError("messages must hold at least one message, got none")
+    keys, roles = sorted(set(keys) - _OF_ITEMS), (*ROLES, *sorted(set(roles) - _OF_ITEMS))
     return [
-        _message(message, f"messages[{index}]", reserved, marks, sources, version)
+        _message(message, f"messages[{index}]", reserved, marks, keys, roles, sources, version)
         for index, message in enumerate(messages)
     ]
 
@@ -172,37 +122,6 @@ def add_thinking(messages: list[dict[str, Any]], thinking: Thinking) -> list[dic
     return result
 
 
-def render(
-    template: str,
-    messages: list[dict[str, Any]],
-    *,
-    add_generation_prompt: bool,
-    add_vision_id: bool = False,
-) -> str:
-    """Run a chat template on normalised messages.
-
-    Of a picture or video the template sees only that it is there: methods of the user's objects
-    (say, saving a PIL image) are nothing a checkpoint should be able to call.
-
-    Raises:
-        ValueError: The template is broken, refuses the messages, or reaches for Python internals.
-    """
-    try:
-        return _compile(template).render(
-            messages=[_without_sources(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            add_vision_id=add_vision_id,
-        )
-    except SecurityError as error:
-        raise ValueError(f"chat template must not reach into Python: {error}") from error
-    except jinja2.TemplateError as error:
-        raise ValueError(f"chat template could not be rendered: {error}") from error
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"chat template could not be rendered: {type(error).__name__}: {error}"
-        ) from error
-
-
 def parse_answer(text: str) -> Parsed:
     """Split an answer into its analysis, its thinking and the rest.
 
@@ -240,53 +159,99 @@ def _section(text: str, tag: str) -> tuple[str | None, str]:
     return body[len(tag) + 2 : last.start()].strip(), body[last.end() :]
 
 
+def check_message_keys(message: Any, where: str, known: Collection[str] | None) -> None:
+    """Refuse a message's unknown keys, and say where their values belong.
+
+    Args:
+        known: Beside ``role`` and ``content``; None for all that name no picture or video.
+
+    Raises:
+        TypeError: The message is no dict.
+        ValueError: It has an unknown key.
+    """
+    if not isinstance(message, dict):
+        raise TypeError(f"{where} must be a dict, got {type(message).__name__}")
+    for key, value in message.items():
+        if value is None or key in ("role", "content"):
+            continue
+        kind = next((kind for kind, name in _SHOWS.items() if name.search(str(key).lower())), None)
+        if kind is not None:
+            raise ValueError(
+                f"{where} has unknown key {key!r}: pictures and videos belong into its content, a "
+                f'list of items such as {{"type": "{kind}", "{kind}": …}}'
+            )
+        if known is not None and key not in known:
+            raise ValueError(
+                f"{where} has unknown key {key!r}, which the chat template does not read; known: "
+                "role, content"
+            )
+
+
+def plain_data(value: Any, where: str, reserved: Collection[str]) -> Any:
+    """A copy of strings, numbers, lists and dicts that a template may see.
+
+    Raises:
+        TypeError: Something else, whose methods a checkpoint's template should not call.
+        ValueError: A string in it holds one of ``reserved``.
+    """
+    if isinstance(value, str):
+        _check_text(value, where, reserved)
+        return str.__str__(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, Mapping):
+        pairs = value.items()
+        return {plain_data(k, where, reserved): plain_data(v, where, reserved) for k, v in pairs}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(one, where, reserved) for one in value]
+    raise TypeError(
+        f"{where} must hold strings, numbers, lists and dicts alone, got {type(value).__name__}"
+    )
+
+
 def _message(
     message: Any,
     where: str,
     reserved: Collection[str],
     marks: Collection[str],
+    keys: Sequence[str],
+    roles: Sequence[str],
     sources: bool,
     version: str,
 ) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise TypeError(f"{where} must be a dict, got {type(message).__name__}")
+    check_message_keys(message, where, keys)
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    if role not in roles:
         raise ValueError(f"{where}['role'] must be one of {', '.join(ROLES)}, got {role!r}")
     reserved = reserved if role == "assistant" else (*reserved, *marks)
+    checked = {
+        key: plain_data(message[key], f"{where}[{key!r}]", reserved)
+        for key in keys
+        if message.get(key) is not None
+    }
+    if content is None and checked.get("tool_calls"):
+        content = ""
+    where = f"{where}['content']"
     if isinstance(content, str):
         _check_text(content, where, reserved)
-        return {"role": role, "content": content}
+        return {"role": role, "content": content, **checked}
     if not isinstance(content, (list, tuple)):
         raise TypeError(
-            f"{where}['content'] must be a string or a list of items, got {type(content).__name__}"
+            f"{where} must be a string or a list of items, got {type(content).__name__}"
         )
     if not content:
-        raise ValueError(f"{where}['content'] must not be empty, got an empty list")
-    items = [
-        _item(item, f"{where}['content'][{index}]", sources, version)
-        for index, item in enumerate(content)
-    ]
+        raise ValueError(f"{where} must not be empty, got an empty list")
+    items = [_item(item, f"{where}[{i}]", sources, version) for i, item in enumerate(content)]
     # Neighbouring texts are joined without a separator, so they are searched as one.
     pieces = (item["text"] if item["type"] == "text" else "\0" for item in items)
     _check_text("".join(pieces), where, reserved)
-    return {"role": role, "content": items}
+    return {"role": role, "content": items, **checked}
 
 
 def _item(item: Any, where: str, sources: bool, version: str) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise TypeError(f"{where} must be a dict, got {type(item).__name__}")
-    kinds = {_KEYS[key] for key in _KEYS if item.get(key) is not None}
-    named = item.get("type")
-    if named is not None and named not in _KEYS:
-        raise ValueError(
-            f"{where}['type'] must be text, image, image_url, video or video_url, got {named!r}"
-        )
-    kinds |= {_KEYS[named]} if named else set()
-    if len(kinds) != 1:
-        found = f"{', '.join(sorted(kinds))} together" if kinds else f"the keys {sorted(item)}"
-        raise ValueError(f"{where} must be one of text, image or video, got {found}")
-    kind = kinds.pop()
+    kind = kind_of(item, where)
     if kind == "text" and not isinstance(item.get("text"), str):
         raise ValueError(f"{where}['text'] must be a string, got {item.get('text')!r}")
     checked = checked_item(item, kind, where, version)
@@ -299,41 +264,6 @@ def _check_text(text: str, where: str, reserved: Collection[str]) -> None:
     found = next((token for token in reserved if token in text), None)
     if found is not None:
         raise ValueError(
-            f"{where}['content'] must not hold the special token {found!r} in its text; pictures "
-            "and videos are items of their own"
+            f"{where} must not hold the special token {found!r} in its text; pictures and videos "
+            "are items of their own"
         )
-
-
-def _without_sources(message: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(message["content"], str):
-        return message
-    shown = [
-        item if item["type"] == "text" else {"type": item["type"], item["type"]: ""}
-        for item in message["content"]
-    ]
-    return {**message, "content": shown}
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        # jinja2 itself returns an undefined value, which may be printed as nothing.
-        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
-
-
-def _compile(template: str) -> jinja2.Template:
-    """Compile under the settings for which templates on the Hub are written."""
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

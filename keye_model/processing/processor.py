@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.hub import locate, read_json
+from keye_model.inputs.keywords import (
+    LOADING_PROCESSOR,
+    PROCESSING,
+    TEMPLATING,
+    refuse,
+    without_idle,
+)
 from keye_model.inputs.request import Request
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.batch import BatchFeature, pad
@@ -20,8 +27,7 @@ from keye_model.processing.chat import (
     Thinking,
     add_thinking,
     normalize_messages,
-    read_template,
-    render,
+    plain_data,
     vision_items,
 )
 from keye_model.processing.expansion import Placeholders
@@ -30,6 +36,12 @@ from keye_model.processing.image import fetch_image
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.items import source_of
 from keye_model.processing.patches import ImagePatches, VideoPatches
+from keye_model.processing.template import (
+    choose_template,
+    read_template,
+    render,
+    template_reads,
+)
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video_processor import VIDEO_KEYWORDS, KeyeVideoProcessor
 from keye_model.processing.vision_info import process_vision_info
@@ -38,15 +50,19 @@ from keye_model.processing.vision_info import process_vision_info
 _REQUEST_ERRORS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 _REQUEST_ERRORS += (FileNotFoundError, PermissionError)
 
+T = TypeVar("T")
+
 
 class KeyeProcessor:
     """Prepares requests for either line; reads no weights.
 
     Attributes:
         config: The checkpoint's `KeyeConfig`.
-        tokenizer: A ``tokenizers.Tokenizer``.
+        tokenizer: A ``tokenizers.Tokenizer``, with ``eos_token_id`` and ``pad_token_id``.
         image_processor, video_processor: Their attributes may be set, ``max_pixels`` for one.
-        chat_template: Source of the jinja2 template in use.
+        chat_template: Source of the jinja2 template in use, or several by name; the one called
+            "default" is taken unless another is named.
+        special_tokens: What the files call ``eos_token`` and so on; chat templates see them.
         token_ids: Placeholder, padding and end ids.
     """
 
@@ -58,7 +74,8 @@ class KeyeProcessor:
         image_processor: KeyeImageProcessor,
         video_processor: KeyeVideoProcessor,
         *,
-        chat_template: str,
+        chat_template: str | dict[str, str],
+        special_tokens: Mapping[str, Any] | None = None,
         clean_up_tokenization_spaces: bool = False,
         local_files_only: bool = False,
     ) -> None:
@@ -68,8 +85,11 @@ class KeyeProcessor:
         self.image_processor = image_processor
         self.video_processor = video_processor
         self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.local_files_only = local_files_only
+        # Programs ask the tokenizer of transformers for these.
+        tokenizer.eos_token_id, tokenizer.pad_token_id = token_ids.eos[0], token_ids.pad
         self._reserved = text_side.reserved_tokens(tokenizer)
         self._marks = text_side.video_marks(tokenizer)
         self._placeholders = Placeholders(
@@ -84,7 +104,7 @@ class KeyeProcessor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         local_files_only: bool = False,
-        trust_remote_code: bool = False,
+        **options: Any,
     ) -> KeyeProcessor:
         """Read a checkpoint's configuration, tokenizer, pixel rules and chat template.
 
@@ -93,15 +113,16 @@ class KeyeProcessor:
             min_pixels, max_pixels: Instead of the bounds of `preprocessor_config.json`. A message
                 item's own ``max_pixels`` cannot exceed these.
             local_files_only: Never touch the network, for the checkpoint or for a picture's URL.
-            trust_remote_code: Ignored, and here because published snippets pass it: no code of a
-                checkpoint is ever run.
+            options: Keywords of transformers with a value that changes nothing, such as
+                ``use_fast``; ``trust_remote_code`` is ignored: no code of a checkpoint is ever run.
 
         Raises:
             FileNotFoundError: The checkpoint or one of its files is missing.
             ValueError: A file is not what it should be, or the tokenizer lacks a token of the
                 model's line.
+            NotImplementedError, TypeError: An option is not served, or unknown.
         """
-        del trust_remote_code
+        refuse(without_idle(options, LOADING_PROCESSOR), "min_pixels, max_pixels, local_files_only")
         directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
         config = KeyeConfig.from_pretrained(directory, local_files_only=local_files_only)
         tokenizer = text_side.load_tokenizer(directory)
@@ -135,6 +156,7 @@ class KeyeProcessor:
                 local_files_only=local_files_only,
             ),
             chat_template=read_template(directory),
+            special_tokens=text_side.special_tokens(directory),
             clean_up_tokenization_spaces=bool(words.get("clean_up_tokenization_spaces")),
             local_files_only=local_files_only,
         )
@@ -154,7 +176,8 @@ class KeyeProcessor:
         messages: Messages,
         *,
         thinking: Thinking = "auto",
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         add_vision_id: bool = False,
         max_tokens: int | None = None,
     ) -> Request:
@@ -170,7 +193,9 @@ class KeyeProcessor:
             messages: As for `normalize_messages`; every image and video names its source.
             thinking: True and False glue ``/think`` or ``/no_think`` to the last user text.
             add_generation_prompt: Open the assistant's turn at the end, which must not follow
-                another of its turns.
+                another of its turns. None does so unless the last message is continued.
+            continue_final_message: Leave the last message open at its end: the answer goes on with
+                it.
             add_vision_id: Number the pictures and videos: ``Picture 1: ``.
             max_tokens: Most tokens the prompt may have, say the model's context. What is too long
                 is refused as soon as that is known: a video file of 8B-Preview before its frames
@@ -181,14 +206,22 @@ class KeyeProcessor:
                 or the prompt too long; see `normalize_messages` and `load_image`.
         """
         budget = TokenBudget(max_tokens)
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         last = messages[-1] if isinstance(messages, (list, tuple)) and messages else None
         if add_generation_prompt and isinstance(last, dict) and last.get("role") == "assistant":
             raise ValueError(
                 "messages must not end with the assistant's turn when another is opened after it: "
-                "end with a user's, or pass add_generation_prompt=False"
+                "end with a user's, or pass continue_final_message=True, or "
+                "add_generation_prompt=False"
             )
         text, images, videos = self._prepare(
-            messages, thinking, add_generation_prompt, add_vision_id, budget
+            messages,
+            budget,
+            thinking,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={"add_vision_id": True} if add_vision_id else {},
         )
         [ids] = self._placeholders.expand([text], images, videos)
         budget.check(len(ids) - budget.used, "the times of its videos' frames")
@@ -207,15 +240,7 @@ class KeyeProcessor:
 
         An error among several says which one it is about, counted from 1: ``conversation 2: …``.
         """
-        found = []
-        for number, messages in enumerate(conversations, start=1):
-            try:
-                found.append(self.request(messages, **options))
-            except _REQUEST_ERRORS as error:
-                if len(conversations) == 1 or type(error) not in _REQUEST_ERRORS:
-                    raise
-                raise type(error)(f"conversation {number}: {error}") from error
-        return found
+        return _each(conversations, lambda one: self.request(one, **options))
 
     def process_vision_info(
         self, messages: Messages | Sequence[Messages], return_video_kwargs: bool = False
@@ -256,20 +281,24 @@ class KeyeProcessor:
             return_tensors: "pt", or None for plain lists of ids and masks.
             video_kwargs: What `process_vision_info` returns as its keywords: ``fps`` for
                 8B-Preview; ``height``, ``width``, ``fast_height``, ``fast_width``, ``timestamps``
-                and ``frame_types`` for 1.5. A list holds one value for each video.
+                and ``frame_types`` for 1.5. A list holds one value for each video. Keywords of
+                transformers with a value that changes nothing are taken, too.
 
         Returns:
             input_ids, attention_mask: [batch_size, num_tokens], int64.
             pixel_values, pixel_values_videos: [num_patches, 3, patch, patch], fp32, normalised.
             image_grid_thw, video_grid_thw: [rows, 3], int64, in patches.
             second_per_grid_ts: [num_videos], fp32, seconds between frames; 8B-Preview only.
-            num_frames: [num_videos], int64, rows of video_grid_thw of each video; 1.5 only.
+            num_frames: [num_videos], int64, frames of each video; 1.5 only.
 
         Raises:
             ValueError: Placeholders and pictures or videos differ in number, rows differ in length
                 without padding, or a value is out of range.
             TypeError: No text, an unknown keyword, or a source of the wrong kind.
+            NotImplementedError: A keyword of transformers that is not served, ``truncation=True``
+                for one.
         """
+        video_kwargs = without_idle(video_kwargs, PROCESSING)
         if unknown := sorted(set(video_kwargs) - set().union(*VIDEO_KEYWORDS.values())):
             known = "images, text, videos, padding, padding_side, return_tensors"
             videos_too = ", ".join(sorted(VIDEO_KEYWORDS[self.video_processor.version]))
@@ -292,28 +321,46 @@ class KeyeProcessor:
     def apply_chat_template(
         self,
         messages: Messages | Sequence[Messages],
+        chat_template: str | None = None,
         *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         add_vision_id: bool = False,
         thinking: Thinking = "auto",
         return_dict: bool = False,
         return_tensors: str | None = "pt",
         padding: bool | str = False,
         padding_side: str = "left",
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> str | list[str] | BatchFeature | torch.Tensor | list[list[int]]:
         """Render one conversation or several; with ``tokenize``, do the whole job.
 
         Args:
             messages: A conversation, or a list of them.
+            chat_template: Instead of the checkpoint's: the name of another of its templates, or
+                the source of one.
+            tools, documents: JSON schemas and texts, for a template that reads them.
             tokenize: False returns the prompt, one placeholder for each picture and video, whose
                 items may lack a source. True loads, resizes, expands and tokenises.
             return_dict: With ``tokenize``: the whole batch of `__call__`; else its ids only.
+            continue_final_message: End within the last message, for the model to go on with it.
             thinking, add_generation_prompt, add_vision_id: As in `request`.
-            padding, padding_side, return_tensors: As in `__call__`.
+            padding, padding_side, return_tensors: As in `__call__`; ``processor_kwargs`` may hold
+                them, too, and goes before.
+            variables: Plain data for the chat template, ``enable_thinking`` for one, which must
+                read them; or keywords of transformers with a value that changes nothing.
 
         Returns:
             The prompt (a list of them for a list of conversations), or the batch, or its ids.
+
+        Raises:
+            TypeError: The template does not read one of ``variables``, tools or documents.
+            NotImplementedError: A keyword of transformers that is not served.
+            ValueError, FileNotFoundError, RuntimeError: As for `request`.
         """
         several = (
             isinstance(messages, (list, tuple))
@@ -321,20 +368,35 @@ class KeyeProcessor:
             and isinstance(messages[0], (list, tuple))
         )
         conversations = list(messages) if several else [messages]
+        filling = {"padding": padding, "padding_side": padding_side}
+        filling |= {"return_tensors": return_tensors}
+        given = without_idle(processor_kwargs or {}, PROCESSING)
+        refuse({name: given[name] for name in given.keys() - filling}, ", ".join(filling))
+        filling |= given
+        variables |= {"tools": tools, "documents": documents}
+        if add_vision_id:
+            variables["add_vision_id"] = True
+        options = {
+            "variables": {
+                name: plain_data(value, name, self._reserved)
+                for name, value in without_idle(variables, TEMPLATING).items()
+            },
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
         if not tokenize:
-            prompts = [
-                self._render(one, thinking, add_generation_prompt, add_vision_id, sources=False)[0]
-                for one in conversations
-            ]
+            prompts = _each(
+                conversations, lambda one: self._render(one, thinking, sources=False, **options)[0]
+            )
             return prompts if several else prompts[0]
-        prepared = [
-            self._prepare(one, thinking, add_generation_prompt, add_vision_id, TokenBudget())
-            for one in conversations
-        ]
+        prepared = _each(
+            conversations, lambda one: self._prepare(one, TokenBudget(), thinking, **options)
+        )
         images = [image for _, images, _ in prepared for image in images]
         videos = [video for _, _, videos in prepared for video in videos]
         rows = [self._placeholders.expand([text], *media)[0] for text, *media in prepared]
-        batch = self._batch(rows, images, videos, padding, padding_side, return_tensors)
+        batch = self._batch(rows, images, videos, **filling)
         return batch if return_dict else batch.input_ids
 
     def decode(
@@ -373,39 +435,34 @@ class KeyeProcessor:
         self,
         messages: Messages,
         thinking: Thinking,
-        add_generation_prompt: bool,
-        add_vision_id: bool,
         *,
         sources: bool,
+        chat_template: str | None = None,
+        **options: Any,
     ) -> tuple[str, list[dict[str, Any]]]:
+        template = choose_template(self.chat_template, chat_template)
+        keys, roles = template_reads(template)
         checked = normalize_messages(
             messages,
             reserved=self._reserved,
             marks=self._marks,
+            keys=keys,
+            roles=roles,
             sources=sources,
             version=self.config.variant.video_version,
         )
         checked = add_thinking(checked, thinking)
-        text = render(
-            self.chat_template,
-            checked,
-            add_generation_prompt=add_generation_prompt,
-            add_vision_id=add_vision_id,
-        )
-        return text, checked
+        return render(template, checked, special_tokens=self.special_tokens, **options), checked
 
     def _prepare(
         self,
         messages: Messages,
-        thinking: Thinking,
-        add_generation_prompt: bool,
-        add_vision_id: bool,
         budget: TokenBudget,
+        thinking: Thinking,
+        **options: Any,
     ) -> tuple[str, list[ImagePatches], list[VideoPatches]]:
         """Render a conversation and load what it shows, as keye-vl-utils would."""
-        text, checked = self._render(
-            messages, thinking, add_generation_prompt, add_vision_id, sources=True
-        )
+        text, checked = self._render(messages, thinking, sources=True, **options)
         pictures, films = vision_items(checked, "image"), vision_items(checked, "video")
         num_text = len(text_side.encode(self.tokenizer, text)) - len(pictures) - len(films)
         budget.take(num_text, "text")
@@ -465,8 +522,21 @@ class KeyeProcessor:
                 seconds = [video.seconds_per_frame for video in videos]
                 batch["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
             else:
-                batch["num_frames"] = torch.tensor([len(grid) for grid in grids])
+                batch["num_frames"] = torch.tensor([len(video.frames) for video in videos])
         return batch
+
+
+def _each(conversations: Sequence[Messages], prepare: Callable[[Messages], T]) -> list[T]:
+    """``prepare`` of each; an error among several says which it is about, counted from 1."""
+    found = []
+    for number, messages in enumerate(conversations, start=1):
+        try:
+            found.append(prepare(messages))
+        except _REQUEST_ERRORS as error:
+            if len(conversations) == 1 or type(error) not in _REQUEST_ERRORS:
+                raise
+            raise type(error)(f"conversation {number}: {error}") from error
+    return found
 
 
 def _joined(cut: Sequence[ImagePatches | VideoPatches]) -> torch.Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import end_ids
+from keye_model.checkpoint.hub import end_ids, read_json
 
 # What the Hugging Face tokenizers call cleaning up: no space before these.
 _CLEAN_UP = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -93,6 +94,27 @@ def reserved_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Strings that no message's text may hold: special tokens and every placeholder."""
     added = tokenizer.get_added_tokens_decoder().values()
     return tuple(t.content for t in added if t.special or t.content == "<|fast_video_pad|>")
+
+
+def special_tokens(directory: Path) -> dict[str, Any]:
+    """Strings that chat templates know by name, ``eos_token`` for one, as the files name them.
+
+    `tokenizer_config.json` goes before `special_tokens_map.json`. Tokens that only they name, say
+    ``image_token``, are among them, and a list ``additional_special_tokens``.
+    """
+    found: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        raw = read_json(directory, file, required=False) or {}
+        extra = raw.get("extra_special_tokens") or raw.get("additional_special_tokens")
+        named = {**raw, **(extra if isinstance(extra, dict) else {})}
+        for name, token in named.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(token, str):
+                found[name] = token
+        if isinstance(extra, list):
+            tokens = (one.get("content") if isinstance(one, dict) else one for one in extra)
+            found["additional_special_tokens"] = [one for one in tokens if isinstance(one, str)]
+    return found
 
 
 def video_marks(tokenizer: Tokenizer) -> tuple[str, ...]:

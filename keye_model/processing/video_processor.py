@@ -168,7 +168,7 @@ class KeyeVideoProcessor:
             pixel_values_videos: [num_patches, 3, patch, patch], fp32, normalised.
             video_grid_thw: [num_rows, 3], int64, in patches.
             second_per_grid_ts: "1.0": [num_videos], fp32, seconds between frames.
-            num_frames: "1.5": [num_videos], int64, rows of ``video_grid_thw`` each video has.
+            num_frames: "1.5": [num_videos], int64, frames of each video.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
@@ -184,7 +184,7 @@ class KeyeVideoProcessor:
             seconds = [video.seconds_per_frame for video in cut]
             batch["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
         else:
-            batch["num_frames"] = torch.tensor([len(video.grid_thw) for video in cut])
+            batch["num_frames"] = torch.tensor([len(video.frames) for video in cut])
         return batch
 
     preprocess = __call__

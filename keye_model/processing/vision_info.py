@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from keye_model.processing.chat import Messages
+from keye_model.processing.chat import Messages, check_message_keys
 from keye_model.processing.image import fetch_image
-from keye_model.processing.items import checked_item, source_of
+from keye_model.processing.items import checked_item, kind_of, source_of
 from keye_model.processing.video_loading import sample_1_5, sample_preview
 
 
@@ -25,8 +25,10 @@ def process_vision_info(
 
     Args:
         messages: An item of a content list with ``image`` or ``image_url`` is a picture, one with
-            ``video`` or ``video_url`` a video; see `fetch_image`, `sample_preview` and `sample_1_5`
-            for their keys.
+            ``video`` or ``video_url`` a video; with the ``type`` the source may also stand under
+            ``url``, ``path`` or ``base64``. See `fetch_image`, `sample_preview` and `sample_1_5`
+            for their other keys. What a message has beside its content is not read, and refused
+            where it names pictures or videos.
         return_video_kwargs: Whether "1.0" returns its third value.
         version: The release of keye-vl-utils: "1.0" for Keye-VL-8B-Preview, "1.5" for Keye-VL-1.5.
         local_files_only: Refuse https URLs. ``HF_HUB_OFFLINE=1`` does the same.
@@ -42,8 +44,8 @@ def process_vision_info(
             times, where the published helper leaves a gap that shifts the times of later videos).
 
     Raises:
-        ValueError: No messages, an item that should show something and names no source, an
-            unknown key, or a source or key that is out of range.
+        ValueError: No messages, a message without content, an item that should show something and
+            names no source, an unknown key, or a source or key that is out of range.
         FileNotFoundError, TypeError, RuntimeError: A source is missing, of another kind, or could
             not be fetched.
     """
@@ -79,23 +81,28 @@ def _vision_items(
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of at least one message, got {messages!r}")
     for conversation in [messages] if isinstance(messages[0], dict) else messages:
+        if not isinstance(conversation, (list, tuple)):
+            raise TypeError(
+                "messages must be one list of dicts or a list of such lists, got a "
+                f"{type(conversation).__name__} in it"
+            )
         for m, message in enumerate(conversation):
+            check_message_keys(message, f"messages[{m}]", None)
+            where = f"messages[{m}]['content']"
             content = message.get("content")
-            for i, item in enumerate(content if isinstance(content, (list, tuple)) else ()):
-                kinds = _kinds(item) if isinstance(item, dict) else set()
-                if not kinds:
+            if isinstance(content, str) or (content is None and "content" in message):
+                continue
+            if not isinstance(content, (list, tuple)):
+                raise TypeError(
+                    f"{where} must be a string or a list of items, got {type(content).__name__}"
+                )
+            for i, item in enumerate(content):
+                kind = kind_of(item, f"{where}[{i}]")
+                if kind == "text":
                     continue
-                where = f"messages[{m}]['content'][{i}]"
-                if source_of(item) is None or len(kinds) > 1:
+                if source_of(item) is None:
                     raise ValueError(
-                        f"{where} must name an 'image', 'image_url', 'video' or 'video_url', got "
-                        f"{sorted(item)}"
+                        f"{where}[{i}] must name an 'image', 'image_url', 'video' or 'video_url', "
+                        f"got {sorted(map(str, item))}"
                     )
-                yield checked_item(item, kinds.pop(), where, version)
-
-
-def _kinds(item: dict[str, Any]) -> set[str]:
-    """What an item shows: "image", "video", nothing or, wrongly, both."""
-    named = {key for key, value in item.items() if value is not None} | {item.get("type")}
-    pairs = {"image": {"image", "image_url"}, "video": {"video", "video_url"}}
-    return {kind for kind, names in pairs.items() if names & named}
+                yield checked_item(item, kind, f"{where}[{i}]", version)

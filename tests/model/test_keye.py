@@ -321,6 +321,37 @@ def test_messages_of_the_wrong_kind(keye):
         keye.generate({"role": "user", "content": "hello"})
 
 
+@pytest.mark.parametrize("key", ["images", "videos", "tool_calls", "contents"])
+def test_unknown_keys_of_a_message(keye, key):
+    turn = {"role": "user", "content": "Hi", key: ["a.png"]}
+    for door in (keye.generate, keye.stream, lambda messages: keye.generate([messages])):
+        with pytest.raises(ValueError, match=rf"messages\[0\] has unknown key '{key}'"):
+            door([turn])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [[{"role": "user", "content": "Hi"}], {"role": "user"}],
+            "conversation 2: .* list of dic",
+        ),
+        ([{"role": "user", "content": "Hi"}, [{"role": "user"}]], r"messages\[1\] must be a dict"),
+        ([("user", "Hi")], r"messages\[0\] must be a dict, got str"),
+    ],
+)
+def test_batches_mixed_up(keye, messages, message):
+    with pytest.raises(TypeError, match=message):
+        keye.generate(messages)
+
+
+def test_an_answer_that_was_begun_goes_on(keye):
+    begun = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two"}]
+    request = keye.processor.request(begun, continue_final_message=True)
+    assert keye.processor.decode(request.input_ids).endswith("One, two")
+    assert keye.generate(request, **GREEDY).usage.prompt_tokens == len(request.input_ids)
+
+
 def test_missing_picture_is_named(keye):
     item = {"type": "image", "image": "no/such/file.png"}
     with pytest.raises(FileNotFoundError, match=r"no/such/file\.png"):

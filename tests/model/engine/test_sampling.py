@@ -50,6 +50,40 @@ def test_greedy_ignores_the_checkpoints_sampling():
     assert DEFAULTS.params(max_new_tokens=4, do_sample=False, seed=0) == SamplingParams(4)
 
 
+@pytest.mark.parametrize("temperature", [None, 0, 0.0, 1, 1.0])
+@pytest.mark.parametrize("top_k", [None, -1, 0, 1, 50])
+@pytest.mark.parametrize("top_p", [None, 0.001, 0.9, 1.0])
+def test_greedy_takes_what_changes_nothing(temperature, top_k, top_p):
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    params = DEFAULTS.params(max_new_tokens=4, do_sample=False, seed=0, **given)
+    assert params == SamplingParams(4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"top_k": -2}, "top_k must be an integer of at least 0, got -2"),
+        ({"temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"temperature": "0"}, "temperature must be at least 0, got '0'"),
+    ],
+)
+@pytest.mark.parametrize("do_sample", [None, True, False])
+def test_values_out_of_range_whether_they_are_used_or_not(do_sample, given, message):
+    with pytest.raises(ValueError, match=message):
+        DEFAULTS.params(max_new_tokens=4, do_sample=do_sample, **given)
+
+
+def test_sampling_at_temperature_0_is_refused():
+    with pytest.raises(ValueError, match="temperature must be positive when do_sample is True"):
+        DEFAULTS.params(max_new_tokens=4, do_sample=True, temperature=0)
+    assert DEFAULTS.params(max_new_tokens=4, temperature=0, seed=0).temperature == 0
+
+
+def test_top_k_off_as_elsewhere():
+    assert DEFAULTS.params(max_new_tokens=4, top_k=-1).top_k == 0
+
+
 def test_greedy_refuses_sampling_values():
     with pytest.raises(ValueError, match="temperature must be left out when do_sample is False"):
         DEFAULTS.params(max_new_tokens=4, do_sample=False, temperature=0.5)

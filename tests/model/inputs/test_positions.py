@@ -290,13 +290,25 @@ PADDED = torch.tensor([[T, I, I, I, I], [T, T, T, T, I]])
          "image_grid_thw must have 2 rows for the image placeholders in input_ids, got 3"),
         ({"image_grid_thw": [[1, 4]]}, "image_grid_thw must hold rows of three positive integers"),
         ({"second_per_grid_ts": [0.5]}, "one value for each of 0 rows of video_grid_thw, got 1"),
-        ({"num_frames": [1, 2]}, r"num_frames must count the 0 rows of video_grid_thw, got \[1, 2"),
+        ({"num_frames": [1, 2]}, r"num_frames must count the 0 frames of video_grid_thw, got \[1"),
     ],
 )  # fmt: skip
 def test_batch_errors(arguments, message):
     arguments = {"input_ids": PADDED, "image_grid_thw": [[1, 4, 4], [1, 2, 2]]} | arguments
     with pytest.raises(ValueError, match=message):
         get_rope_index(PREVIEW_CONFIG, **arguments)
+
+
+def test_num_frames_counts_frames_not_rows():
+    """Two videos, of three frames in two rows and of one, as processors of 1.5 return them."""
+    ids = [T, *[V] * 4, T, *[V] * 4, T, V, T, *[V] * 4]
+    batch = {"input_ids": torch.tensor([ids]), "video_grid_thw": [[2, 4, 4], [1, 2, 2], [1, 4, 4]]}
+    expected, _ = get_rope_index(V1_5_CONFIG, **batch)
+    for counted in ([3, 1], torch.tensor([3, 1])):
+        positions, _ = get_rope_index(V1_5_CONFIG, **batch, num_frames=counted)
+        assert torch.equal(positions, expected)
+    with pytest.raises(ValueError, match=r"num_frames must count the 4 frames .*, got \[2, 1\]"):
+        get_rope_index(V1_5_CONFIG, **batch, num_frames=[2, 1])
 
 
 def test_pack_errors():

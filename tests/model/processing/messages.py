@@ -44,7 +44,7 @@ def text_item(text):
 
 
 def user(*content):
-    return [{"role": "user", "content": list(content)}]
+    return [user_turn(*content)]
 
 
 def string(processor, ids):
@@ -56,3 +56,29 @@ def assert_equal(left, right):
     for name in left:
         assert left[name].dtype == right[name].dtype, name
         assert torch.equal(left[name], right[name]), name
+
+
+def user_turn(*content):
+    return {"role": "user", "content": list(content)}
+
+
+CONVERSATIONS = {
+    "string": [{"role": "user", "content": "Hi"}],
+    "own_system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    "late_system": [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}],
+    "items": [
+        user_turn(
+            {"type": "image"}, text_item("a"), {"type": "video"}, {"type": "image"}, text_item("b")
+        )
+    ],
+    "untyped": [
+        user_turn({"image": "x.png"}, {"image_url": {"url": "y"}}, {"video": "z"}, {"text": "t"})
+    ],
+    "turns": [
+        user_turn({"type": "image"}, text_item("One?")),
+        {"role": "assistant", "content": [text_item("Yes.")]},
+        user_turn({"type": "image"}, {"type": "video"}),
+    ],
+    "white_space": [user_turn(text_item("  a\n\n"), text_item("\tb "))],
+    "template_syntax": [user_turn(text_item("{{ 7 * 7 }}{% raw %}"))],
+}

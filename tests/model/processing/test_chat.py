@@ -3,18 +3,16 @@
 import copy
 
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from keye_model.processing.chat import (
-    DEFAULT_TEMPLATE,
     Parsed,
     add_thinking,
     normalize_messages,
     parse_answer,
-    read_template,
-    render,
     vision_items,
 )
+from keye_model.processing.template import DEFAULT_TEMPLATE, render
+from tests.model.processing.messages import CONVERSATIONS
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -34,34 +32,9 @@ def _normalized(*messages, sources=False):
     return normalize_messages(messages, reserved=RESERVED, sources=sources, version="1.0")
 
 
-def _rendered(*messages, template=DEFAULT_TEMPLATE, **options):
+def _rendered(*messages, **options):
     options = {"add_generation_prompt": False, **options}
-    return render(template, _normalized(*messages), **options)
-
-
-CONVERSATIONS = {
-    "string": [{"role": "user", "content": "Hi"}],
-    "own_system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-    "late_system": [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}],
-    "items": [
-        _user({"type": "image"}, _text("a"), {"type": "video"}, {"type": "image"}, _text("b"))
-    ],
-    "untyped": [
-        _user({"image": "x.png"}, {"image_url": {"url": "y"}}, {"video": "z"}, {"text": "t"})
-    ],
-    "turns": [
-        _user({"type": "image"}, _text("One?")),
-        {"role": "assistant", "content": [_text("Yes.")]},
-        _user({"type": "image"}, {"type": "video"}),
-    ],
-    "white_space": [_user(_text("  a\n\n"), _text("\tb "))],
-    "template_syntax": [_user(_text("{{ 7 * 7 }}{% raw %}"))],
-}
-
-
-@pytest.fixture(params=CONVERSATIONS.values(), ids=CONVERSATIONS)
-def conversation(request):
-    return request.param
+    return render(DEFAULT_TEMPLATE, _normalized(*messages), **options)
 
 
 @pytest.mark.parametrize(
@@ -99,117 +72,11 @@ def test_render(messages, expected):
 
 
 def test_render_vision_ids_count_over_the_conversation():
-    assert _rendered(*CONVERSATIONS["turns"], add_vision_id=True) == (
+    assert _rendered(*CONVERSATIONS["turns"], variables={"add_vision_id": True}) == (
         f"{SYSTEM}<|im_start|>user\nPicture 1: {IMAGE}One?<|im_end|>\n"
         "<|im_start|>assistant\nYes.<|im_end|>\n"
         f"<|im_start|>user\nPicture 2: {IMAGE}Video 1: {VIDEO}<|im_end|>\n"
     )
-
-
-# The published template written another way: an item may tell what it is by its keys alone.
-BY_KEYS = """\
-{% set n = namespace(i=1, v=1) %}
-{% for message in messages %}
-{% if loop.first and message["role"] != "system" %}
-<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif %}
-<|im_start|>{{ message["role"] }}
-{% if message["content"] is string %}{{ message["content"] }}{% else %}
-{% for item in message["content"] %}
-{% if item["type"] == "image" or "image" in item or "image_url" in item %}
-{% if add_vision_id %}Picture {{ n.i }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>
-{%- set n.i = n.i + 1 %}
-{% elif item["type"] == "video" or "video" in item %}
-{% if add_vision_id %}Video {{ n.v }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>
-{%- set n.v = n.v + 1 %}
-{% elif "text" in item %}{{ item["text"] }}{% endif %}
-{% endfor %}
-{% endif %}
-{{ "<|im_end|>" }}
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}
-"""
-
-
-@pytest.mark.parametrize("vision_id", [False, True], ids=["plain", "vision_id"])
-@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, BY_KEYS], ids=["built_in", "by_keys"])
-def test_templates_render_as_in_transformers(conversation, template, vision_id):
-    options = {"add_vision_id": vision_id, "add_generation_prompt": True}
-    ours = _rendered(*conversation, template=template, **options)
-    [theirs], _ = render_jinja_template(
-        [_normalized(*conversation)], chat_template=template, **options
-    )
-    assert ours == theirs
-    assert ours == _rendered(*conversation, **options)
-
-
-def test_template_of_the_checkpoint_goes_first(tmp_path):
-    assert read_template(tmp_path) == DEFAULT_TEMPLATE
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "json"}')
-    assert read_template(tmp_path) == "json"
-    (tmp_path / "chat_template.jinja").write_text("jinja")
-    assert read_template(tmp_path) == "jinja"
-
-
-def test_template_file_must_hold_a_string(tmp_path):
-    (tmp_path / "chat_template.json").write_text('{"chat_template": ["a"]}')
-    with pytest.raises(ValueError, match="must hold the string 'chat_template', got list"):
-        read_template(tmp_path)
-
-
-def test_template_helpers():
-    template = "{{ messages[0] | tojson }} {{ strftime_now('%Y') | length }}\n"
-    template += "{% if true %}\nx\n{% endif %}\n"
-    text = _rendered(_user(_text("é<")), template=template)
-    assert text == '{"role": "user", "content": [{"type": "text", "text": "é<"}]} 4\nx\n'
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__ }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__ }}",
-        "{{ messages | attr('__class__') }}",
-        "{{ '{0.__class__}'.format(messages) }}",
-        "{{ messages | map(attribute='__class__') | list }}",
-        "{{ messages.append(1) }}",
-    ],
-)
-def test_template_must_not_reach_into_python(template):
-    with pytest.raises(ValueError, match="chat template must not reach into Python: "):
-        _rendered(_user(_text("Hi")), template=template)
-
-
-def test_template_never_sees_the_users_objects():
-    class Picture:
-        def save(self):
-            raise AssertionError
-
-    seen = _rendered(
-        _user({"type": "image", "image": Picture(), "min_pixels": 3136}),
-        template="{{ messages[0].content | tojson }}",
-    )
-    assert seen == '[{"type": "image", "image": ""}]'
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% if %}", "Expected an expression"),
-        ("{{ raise_exception('no tools here') }}", "no tools here"),
-        ("{{ tools[0] }}", "'tools' is undefined"),
-        ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
-        ("{{ range(10 ** 9) | list }}", "OverflowError: Range too big"),
-    ],
-    ids=["syntax", "raised", "undefined", "type", "range"],
-)
-def test_template_that_fails(template, message):
-    with pytest.raises(ValueError, match=f"chat template could not be rendered: {message}"):
-        _rendered(_user(_text("Hi")), template=template)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +94,18 @@ def test_template_that_fails(template, message):
         ),
         ([{"role": "user"}], TypeError, "must be a string or a list of items, got NoneType"),
         ([_user()], ValueError, r"messages\[0\]\['content'\] must not be empty"),
+        ([("user", "Hi")], TypeError, r"messages\[0\] must be a dict, got tuple"),
+        ([[{"role": "user", "content": "Hi"}]], TypeError, r"messages\[0\] must be a dict, got li"),
+        ([{"role": ["user"], "content": "Hi"}], ValueError, r"must be one of .*, got \['user'\]"),
+        (
+            [{"role": "user", "content": {"type": "text", "text": "Hi"}}],
+            TypeError,
+            r"\['content'\] must be a string or a list of items, got dict",
+        ),
+        ([_user({"type": ["image"]})], ValueError, r"\['type'\] must be text, .* got \['image'\]"),
+        ([_user({"type": "image", "text": "a"})], ValueError, "got image, text together"),
+        ([_user({})], ValueError, r"must be one of text, image or video, got the keys \[\]"),
+        ([_user({"url": "a.png"})], ValueError, r"image or video, got the keys \['url'\]"),
         ([_user("Hi")], TypeError, r"\['content'\]\[0\] must be a dict, got str"),
         (
             [_user(_text("a"), {"type": "audio", "audio": "a.wav"})],
@@ -244,12 +123,58 @@ def test_template_that_fails(template, message):
     ],
     ids=[
         *("empty", "string", "dict", "no_dict", "no_role", "role", "no_content", "no_items"),
+        *("tuple", "batch", "role_kind", "content_dict", "type_kind", "type_and_key", "no_keys"),
+        "no_type",
         *("item", "type", "keys", "no_text", "text_kind", "two_kinds"),
     ],
 )
 def test_bad_messages(messages, error, message):
     with pytest.raises(error, match=message):
         normalize_messages(messages, reserved=(), sources=False, version="1.0")
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    "key", ["{}", "{}s", "{}_url", "input_{}", "{}_path", "{}Url", "{}_files", "my-{}"]
+)
+def test_pictures_beside_the_content_are_refused(kind, key):
+    turn = {"role": "user", "content": "Hi", key.format(kind): ["a"]}
+    where = rf"messages\[0\] has unknown key '{key.format(kind)}': pictures and videos belong"
+    hint = f'"type": "{kind}", "{kind}": …'
+    with pytest.raises(ValueError, match=f"{where} into its content, .*{hint}"):
+        _normalized(turn)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("contents", "Content", "text", "prompt", "tool_calls", "tool_call_id", "name", "weight"),
+        *("reasoning_content", "thinking", "files", "audio", "type", 3),
+    ],
+)
+def test_other_keys_of_a_message_are_refused(key):
+    turn = {"role": "assistant", "content": "Hi", key: "a"}
+    with pytest.raises(ValueError, match=f"unknown key {key!r}, which the chat template does not"):
+        _normalized(turn)
+    with pytest.raises(ValueError, match=r"known: role, content$"):
+        _normalized({"role": "user", "content": "Hi"}, turn)
+    assert _normalized({**turn, key: None}) == [{"role": "assistant", "content": "Hi"}]
+
+
+def test_keys_and_roles_that_the_template_reads():
+    turn = {"role": "tool", "content": "4", "name": "add", "meta": {"a": (1, 2.5, None, True)}}
+    keys, roles = {"role", "name", "meta", "images", "image", "text"}, {"tool", "image"}
+    options = {"reserved": RESERVED, "sources": False, "version": "1.0"}
+    options |= {"keys": keys, "roles": roles}
+    expected = {"role": "tool", "content": "4", "name": "add", "meta": {"a": [1, 2.5, None, True]}}
+    assert normalize_messages([turn], **options) == [expected]
+    for key in ("images", "image", "text", "names", "tool"):
+        with pytest.raises(ValueError, match=f"has unknown key '{key}'"):
+            normalize_messages([{**turn, key: "a"}], **options)
+    with pytest.raises(ValueError, match=r"\['role'\] must be one of .*, got 'image'"):
+        normalize_messages([{**turn, "role": "image"}], **options)
+    with pytest.raises(TypeError, match="must be a string or a list of items, got NoneType"):
+        normalize_messages([{**turn, "content": None}], **options)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

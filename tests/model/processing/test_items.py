@@ -1,9 +1,11 @@
 """Keys of message items: what is read is known, anything else is refused before it is loaded."""
 
+import base64
+
 import numpy as np
 import pytest
 
-from keye_model.processing.items import checked_item
+from keye_model.processing.items import checked_item, kind_of
 from keye_model.processing.video_processor import KeyeVideoProcessor
 from tests.model.processing.messages import picture, user
 
@@ -38,6 +40,119 @@ FRAMES = [picture(), picture()]
 def test_bad_keys(version, kind, item, message):
     with pytest.raises(ValueError, match=rf"^here.*{message}"):
         checked_item(item, "video" if kind == "frames" else kind, "here", version)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("key", ["{}", "{}_url", "url", "path", "base64"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_where_a_source_may_stand(kind, key, nested):
+    key = key.format(kind)
+    found = checked_item(
+        {"type": kind, key: {"url": "QUJD"} if nested else "QUJD", "max_pixels": 9}, kind, "", "1.0"
+    )
+    source = "data:application/octet-stream;base64,QUJD" if key == "base64" else "QUJD"
+    assert found == {"type": kind, kind: source, "max_pixels": 9}
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,QUJD", " DATA:;base64,QUJD"])
+def test_base64_may_be_a_data_url(url):
+    assert checked_item({"type": "image", "base64": url}, "image", "", "1.0")["image"] == url
+
+
+def test_base64_may_be_bytes():
+    item = checked_item({"type": "image", "base64": b"QUJD"}, "image", "", "1.0")
+    assert item["image"] == "data:application/octet-stream;base64,QUJD"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    "names", [("{}", "url"), ("url", "path"), ("{}_url", "base64"), ("{}", "{}_url")], ids=str
+)
+def test_a_source_is_named_once(kind, names):
+    first, second = (name.format(kind) for name in names)
+    with pytest.raises(ValueError, match=f"must name its source once, got {first} and {second}"):
+        checked_item({"type": kind, first: "a", second: "a"}, kind, "here", "1.0")
+    assert checked_item({"type": kind, first: "a", second: None}, kind, "", "1.5")[kind]
+
+
+def test_frames_name_their_sources_as_pictures_do():
+    frames = [{"type": "image", "path": "a"}, {"image": "b", "url": None}]
+    assert checked_item({"video": frames}, "video", "", "1.0")["video"] == frames
+    with pytest.raises(ValueError, match=r"\['video'\]\[0\] must name its source once, got image"):
+        checked_item({"video": [{"image": "a", "url": "b"}]}, "video", "here", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("item", "kind"),
+    [
+        ({"type": "input_text", "text": "a"}, "text"),
+        ({"type": "output_text", "text": "a", "annotations": []}, "text"),
+        ({"type": "input_image", "image_url": "a", "detail": "auto"}, "image"),
+        ({"type": "image_url", "image_url": {"url": "a"}}, "image"),
+        ({"type": "video_url", "video_url": {"url": "a"}}, "video"),
+        ({"type": "image"}, "image"),
+        ({"video": "a"}, "video"),
+    ],
+    ids=str,
+)
+def test_what_an_item_is(item, kind):
+    assert kind_of(item, "here") == kind
+    source = {kind: "a"} if item != {"type": "image"} else {}
+    assert checked_item(item, kind, "here", "1.0") == {"type": kind} | source
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "message"),
+    [
+        ("a", TypeError, "here must be a dict, got str"),
+        ({"image": "a", "text": "b"}, ValueError, "here must be .*, got image, text together"),
+        ({"type": "video", "image": "a"}, ValueError, "here must be .*, got image, video together"),
+        (
+            {"type": "audio", "audio": "a"},
+            ValueError,
+            r"here\['type'\] must be text, .*'audio'",
+        ),
+        (
+            {"type": "audio", "text": "a"},
+            ValueError,
+            r"here\['type'\] must be text, .*'audio'",
+        ),
+        ({"type": ["image"]}, ValueError, r"here\['type'\] must be text, .*, got \['image'\]"),
+        ({"url": "a"}, ValueError, r"here must be .*, got the keys \['url'\]"),
+        ({3: "a"}, ValueError, r"here must be .*, got the keys \['3'\]"),
+    ],
+)
+def test_items_that_are_no_one_thing(item, error, message):
+    with pytest.raises(error, match=message):
+        kind_of(item, "here")
+
+
+@pytest.mark.parametrize("key", ["url", "path", "base64", "image_url"])
+def test_sources_are_read_wherever_they_stand(processor, tmp_path, key):
+    path = tmp_path / "a.png"
+    FRAMES[0].save(path)
+    source = base64.b64encode(path.read_bytes()).decode() if key == "base64" else str(path)
+    plain = processor.request(user({"type": "image", "image": str(path)}))
+    request = processor.request(user({"type": "image", key: source}))
+    assert request.input_ids.equal(plain.input_ids)
+    assert request.pixel_values.equal(plain.pixel_values)
+    [found], *_ = processor.process_vision_info(user({"type": "image", key: source}))
+    [expected], *_ = processor.process_vision_info(user({"type": "image", "image": str(path)}))
+    assert found == expected
+    missing = "0000" if key == "base64" else "/no/such.png"
+    error = ValueError if key == "base64" else FileNotFoundError
+    with pytest.raises(error):
+        processor.request(user({"type": "image", key: missing}))
+
+
+@pytest.mark.parametrize("key", ["url", "path", "base64"])
+def test_videos_are_read_wherever_they_stand(processor, make_video, tmp_path, key):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(make_video(4))
+    source = base64.b64encode(path.read_bytes()).decode() if key == "base64" else str(path)
+    plain = processor.request(user({"type": "video", "video": str(path)}))
+    request = processor.request(user({"type": "video", key: source}))
+    assert request.pixel_values_videos.equal(plain.pixel_values_videos)
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "video"])

@@ -208,6 +208,112 @@ def test_no_second_turn_of_the_assistant(preview):
     assert prompt == text + ASSISTANT
 
 
+def test_an_answer_that_was_begun_goes_on(processor):
+    begun = [*user(text_item("Count.")), {"role": "assistant", "content": "One, two, "}]
+    prompt = "<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\nOne, two, "
+    request = processor.request(begun, continue_final_message=True)
+    assert string(processor, request.input_ids).endswith(prompt)
+    options = {"continue_final_message": True, "thinking": False}
+    assert processor.apply_chat_template(begun, **options).endswith(
+        prompt.replace("Count.", "Count./no_think")
+    )
+    batch = processor.apply_chat_template(begun, tokenize=True, continue_final_message=True)
+    assert batch[0].tolist() == request.input_ids.tolist()
+    with pytest.raises(ValueError, match="must be False with add_generation_prompt"):
+        processor.apply_chat_template(
+            user(text_item("a")), add_generation_prompt=True, continue_final_message=True
+        )
+
+
+CUSTOM = """\
+{%- for m in messages %}{{ m.role }}{{ ' ' ~ m.name if m.name }}: {% if m.content is string %}\
+{{ m.content }}{% else %}{% for i in m.content %}\
+{{ i.text if i.type == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}\
+{% endif %}{{ eos_token }}{% endfor %}\
+{{- ' (think)' if enable_thinking }}{{ pad_token if add_generation_prompt }}"""
+
+
+def test_a_template_of_ones_own(processor):
+    turn = user(image(), text_item("Hi"))
+    turn[0]["name"] = "Ann"
+    shown = "user Ann: <|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>"
+    options = {"chat_template": CUSTOM}
+    assert processor.apply_chat_template(turn, **options) == shown
+    options["enable_thinking"] = True
+    assert processor.apply_chat_template(turn, CUSTOM, enable_thinking=True) == f"{shown} (think)"
+    options["add_generation_prompt"] = True
+    several = processor.apply_chat_template([turn, turn], **options)
+    assert several == [f"{shown} (think)<|endoftext|>"] * 2
+    batch = processor.apply_chat_template(turn, **options, tokenize=True, return_dict=True)
+    assert string(processor, batch.input_ids[0]).startswith("user Ann: <|vision_start|><|image_pa")
+    with pytest.raises(TypeError, match=r"'enable_thinking', which .* not read; it reads add_v"):
+        processor.apply_chat_template(user(text_item("Hi")), enable_thinking=True)
+    with pytest.raises(ValueError, match="unknown key 'name', which the chat template does not"):
+        processor.apply_chat_template(turn)
+
+
+def test_a_template_by_its_name(processor, monkeypatch):
+    named = {"default": processor.chat_template, "own": CUSTOM}
+    monkeypatch.setattr(processor, "chat_template", named)
+    messages = user(text_item("Hi"))
+    assert processor.apply_chat_template(messages, "own") == "user: Hi<|im_end|>"
+    assert processor.apply_chat_template(messages).endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"return_assistant_tokens_mask": True}, NotImplementedError, "must be False, got True"),
+        ({"truncation": True}, NotImplementedError, "truncation must be False or 'do_not_tru"),
+        ({"max_length": 9}, NotImplementedError, "max_length must be left out, got 9"),
+        ({"padding": "max_length"}, ValueError, "padding must be True, False or 'longest'"),
+        ({"fps": 2.0}, TypeError, "unknown keyword 'fps', which the chat template does not read"),
+        ({"sources": 1}, TypeError, "unknown keyword 'sources', which the chat template does not"),
+        ({"processor_kwargs": {"fps": 1}}, TypeError, "unknown keyword 'fps'; known: padding, pad"),
+        (
+            {"tools": [min]},
+            TypeError,
+            "tools must hold strings, .*, got builtin_f",
+        ),
+        ({"documents": ["<|im_end|>"]}, ValueError, "documents must not hold the special token"),
+        ({"chat_template": 3}, TypeError, "chat_template must be a name or a template, got int"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_template_options_that_are_not_served(processor, options, error, message):
+    with pytest.raises(error, match=message):
+        processor.apply_chat_template(user(text_item("Hi")), tokenize=True, **options)
+
+
+def test_template_options_that_change_nothing(processor):
+    messages = [user(text_item("Hi")), user(text_item("Hello you"))]
+    expected = processor.apply_chat_template(messages, tokenize=True, padding=True)
+    options = {"return_assistant_tokens_mask": False, "truncation": False, "max_length": None}
+    options |= {"tools": None, "documents": None, "chat_template": None}
+    for filling in ({"padding": True}, {"processor_kwargs": {"padding": "longest"}}):
+        found = processor.apply_chat_template(messages, tokenize=True, **filling, **options)
+        assert torch.equal(found, expected)
+    for padding in (None, False, "do_not_pad"):
+        ids = processor.apply_chat_template(messages[0], tokenize=True, padding=padding)
+        assert torch.equal(ids, processor.apply_chat_template(messages[0], tokenize=True))
+
+
+@pytest.mark.parametrize("key", ["images", "video", "contents", "tool_calls"])
+def test_every_door_refuses_unknown_keys_of_a_message(processor, key):
+    turn = {"role": "user", "content": "Hi", key: ["a.png"]}
+    for door in (
+        processor.request,
+        processor.apply_chat_template,
+        lambda messages: processor.apply_chat_template(messages, tokenize=True),
+        lambda messages: processor.requests([messages]),
+    ):
+        with pytest.raises(ValueError, match=rf"^messages\[0\] has unknown key '{key}'"):
+            door([turn])
+    for door in (processor.requests, processor.apply_chat_template):
+        with pytest.raises(ValueError, match=rf"^conversation 2: messages\[0\] has unk.* '{key}'"):
+            door([user(text_item("Hi")), [turn]])
+
+
 def test_special_tokens_in_text_are_refused(processor):
     messages = user(image(), text_item("What is <|image_pad|>?"))
     for tokenize in (True, False):

@@ -118,7 +118,7 @@ def test_videos_equal_the_helper_and_the_call(processor):
     assert torch.equal(normalized, whole.pixel_values_videos)
 
 
-def test_1_5_counts_the_rows_of_each_video(with_films):
+def test_1_5_counts_the_frames_of_each_video(with_films):
     processor = with_films["1.5"]
     slow = Frame(4, 4, 0.0)
     films = [film_of(slow, slow, Frame(2, 2, 1.0, fast=True)), film_of(slow)]
@@ -129,7 +129,9 @@ def test_1_5_counts_the_rows_of_each_video(with_films):
         padding=True,
     )
     assert batch.video_grid_thw.tolist() == [[2, 4, 4], [1, 2, 2], [1, 4, 4]]
-    assert batch.num_frames.tolist() == [2, 1]
+    assert batch.num_frames.tolist() == [3, 1]
+    assert batch.num_frames.dtype == torch.int64
+    assert batch.num_frames.sum() == batch.video_grid_thw[:, 0].sum()
     assert "second_per_grid_ts" not in batch
 
 
@@ -162,9 +164,20 @@ def test_empty_lists_of_the_helper(processor):
         ({"text": "a", "padding_side": "top"}, ValueError, "padding_side must be 'left' or"),
         ({"text": "a", "return_tensors": "tf"}, ValueError, "return_tensors must be 'pt' or None"),
         (
-            {"text": "a", "truncation": True},
+            {"text": "a", "truncated": True},
             TypeError,
-            r"unknown keyword 'truncation'; known: images, text, .* and of videos fps$",
+            r"unknown keyword 'truncated'; known: images, text, .* and of videos fps$",
+        ),
+        (
+            {"text": "a", "truncation": True},
+            NotImplementedError,
+            "truncation must be False or 'do_not_truncate', got True",
+        ),
+        ({"text": "a", "max_length": 4}, NotImplementedError, "max_length must be left out, got 4"),
+        (
+            {"text": "a", "padding": "max_length"},
+            ValueError,
+            "padding must be True, False or 'longest', got 'max_length'",
         ),
         ({"images": picture()}, TypeError, "text must be a prompt or a list of them, got None"),
         ({"images": "ab"}, TypeError, "got None; the order is images, text, videos"),
@@ -178,7 +191,7 @@ def test_empty_lists_of_the_helper(processor):
     ],
     ids=[
         *("no_image", "no_placeholder", "no_video", "empty", "no_text", "kind", "surrogate"),
-        *("ragged", "padding", "side", "tensors", "unknown"),
+        *("ragged", "padding", "side", "tensors", "unknown", "truncation", "length", "to_length"),
         *("images_alone", "text_as_images", "two_strings", "keyword", "number_of_keywords"),
     ],
 )

@@ -271,7 +271,7 @@ def test_processor_call_1_5():
     options |= {"frame_types": [torch.tensor([0, 1, 1])], "timestamps": [None]}
     batch = processor([frames], **options)
     assert batch["video_grid_thw"].tolist() == [[1, 6, 8], [2, 4, 6]]
-    assert batch["num_frames"].tolist() == [2]  # rows of the grid, one for each run
+    assert batch["num_frames"].tolist() == [3]  # not the two rows of the grid
     bare = processor.patches_from_frames(frames)
     height, width = frame_sizes(90, 120, 3, 0)[:2]
     assert bare.grid_thw == ((3, height // 14, width // 14),)

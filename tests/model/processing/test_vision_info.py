@@ -130,7 +130,10 @@ def test_nothing_to_see(version):
         ("hello", "messages must be a list of at least one message, got 'hello'"),
         (_turn({"type": "image"}), r"\['content'\]\[0\] must name an 'image', .* got \['type'\]"),
         (_turn({"type": "video", "video": None}), "must name an 'image', 'image_url', 'video' or"),
-        (_turn({"image": "a.png", "video": "a.mp4"}), r"got \['image', 'video'\]"),
+        (
+            _turn({"image": "a.png", "video": "a.mp4"}),
+            "must be one of .*, got image, video together",
+        ),
         (
             _turn({"image": "/no/such.png"}, {"type": "video", "video": "a.mp4", "FPS": 1}),
             r"messages\[0\]\['content'\]\[1\] has unknown key 'FPS'; known: video, ",
@@ -140,6 +143,61 @@ def test_nothing_to_see(version):
 def test_bad_messages(messages, message):
     with pytest.raises(ValueError, match=message):
         process_vision_info(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        (["hello"], TypeError, "one list of dicts or a list of such lists, got a str in it"),
+        ([[], {"role": "user"}], TypeError, "a list of such lists, got a dict in it"),
+        ([_turn(), ["hello"]], TypeError, r"messages\[0\] must be a dict, got str"),
+        (
+            [{"role": "user", "content": "Hi", "images": ["a.png"]}],
+            ValueError,
+            r"messages\[0\] has unknown key 'images': pictures and videos belong into its content",
+        ),
+        (
+            [{"role": "user", "content": "Hi"}, {"role": "user", "content": "a", "video": "b"}],
+            ValueError,
+            r"messages\[1\] has unknown key 'video'",
+        ),
+        (
+            [{"role": "user", "contents": "Hi"}],
+            TypeError,
+            r"\['content'\] must be .*, got NoneType",
+        ),
+        (
+            [{"role": "user", "content": {"type": "image", "image": "a.png"}}],
+            TypeError,
+            r"\['content'\] must be a string or a list of items, got dict",
+        ),
+        (_turn({"type": "picture", "url": "a.png"}), ValueError, r"\['type'\] must be text, image"),
+        (
+            _turn({"img": "a.png"}),
+            ValueError,
+            r"text, image or video, got the keys \['img'\]",
+        ),
+        (_turn("a.png"), TypeError, r"\['content'\]\[0\] must be a dict, got str"),
+        (
+            _turn({"type": "image", "image": "a.png", "url": "b.png"}),
+            ValueError,
+            r"\['content'\]\[0\] must name its source once, got image and url",
+        ),
+    ],
+)
+def test_what_would_not_be_seen(messages, error, message):
+    with pytest.raises(error, match=message):
+        process_vision_info(messages)
+
+
+def test_what_else_a_message_may_have():
+    """As in keye-vl-utils: only what is shown is read."""
+    calls = [{"type": "function", "function": {"name": "f"}}]
+    messages = [
+        {"role": "tool", "content": "4", "tool_call_id": "a", "name": "f"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
+    assert process_vision_info(messages) == (None, None)
 
 
 def test_bad_version():
