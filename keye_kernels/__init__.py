@@ -30,7 +30,7 @@ from keye_kernels.varlen_attention import (
 
 __version__ = "0.1.0"
 
-linear = linear  # its name while it took few rows only; goes with the next release
+linear_decode = linear  # its name while it took few rows only; goes with the next release
 
 __all__ = [
     "AttentionSchedule",
@@ -41,6 +41,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_decode",
     "merge_patches",
     "mrope_",
     "paged_decode_attention",

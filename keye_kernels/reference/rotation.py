@@ -3,9 +3,10 @@
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from keye_kernels._checks import check_range
-from keye_kernels.reference.layers import blocks, rms_norm
+from keye_kernels.reference.layers import blocks
 
 
 def _rotate(x: torch.Tensor, angles: torch.Tensor, out: torch.Tensor) -> None:
@@ -101,9 +102,12 @@ def qk_norm_mrope_store(
     qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
     angles = _mrope_angles(positions, mrope_section, theta, interleaved=False)
-    qk = rms_norm(qk, weight, eps)
-    _rotate(qk, angles, out=qk)
-    q, k = qk.split((num_heads, num_kv_heads), dim=1)
+    normed = torch.empty_like(qk)
+    for rows in blocks(qk):
+        # Without a weight F.rms_norm computes in fp32 and rounds once.
+        torch.mul(F.rms_norm(qk[rows], (head_dim,), None, eps), weight, out=normed[rows])
+    _rotate(normed, angles, out=normed)
+    q, k = normed.split((num_heads, num_kv_heads), dim=1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     out.copy_(q)
     if min(slots, default=0) < 0:
