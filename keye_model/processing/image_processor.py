@@ -12,8 +12,9 @@ from PIL import Image
 from keye_model.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.fetch import describe
-from keye_model.processing.image import load_image, normalize, patchify, processor_size
+from keye_model.processing.image import normalize, patchify, processor_size
 from keye_model.processing.patches import ImagePatches
+from keye_model.processing.picture import load_image
 
 
 class KeyeImageProcessor:

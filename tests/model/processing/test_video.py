@@ -299,7 +299,11 @@ def test_from_pretrained(tmp_path, checkpoints):
         ({"video": np.zeros((1, 3, 56, 56))}, TypeError, "an image array must be uint8"),
         ({"video": [1, 2]}, TypeError, "image must be a path"),
         ({"video": ["/no/such.png"]}, FileNotFoundError, "got '/no/such.png'"),
-        ({"video": "/no/such.mp4"}, FileNotFoundError, "video '/no/such.mp4' must be an existing"),
+        (
+            {"video": "/no/such.mp4"},
+            FileNotFoundError,
+            "video must be an existing file, got '/no/such.mp4'",
+        ),
         ({"video": _noise(2, 56, 56, 3), "timestamps": [0]}, ValueError, "one time for each of 2"),
         ({"video": _noise(2, 56, 56, 3), "timestamps": [1, 1]}, ValueError, "must be ascending"),
         ({"video": _noise(2, 56, 56, 3), "timestamps": [0, math.nan]}, ValueError, "ascending"),
