@@ -16,6 +16,15 @@ from keye_model.processing.source import read_source
 
 MAX_IMAGE_BYTES = 256 << 20  # of a URL, and of an open file that cannot seek
 FETCH_TIMEOUT = 60.0  # seconds
+# What people take for a picture, by how it begins.
+_OTHERS = {
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML document",
+    b"%pdf": "a PDF document",
+    b"version https://git-lfs": "a Git LFS pointer",
+}
 # What Pillow's decoders raise on broken files; each format has its own habits.
 _BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError)
 _BROKEN += (struct.error, zlib.error)
@@ -54,27 +63,21 @@ def load_image(
     name = describe(source)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         pixels = np.ascontiguousarray(array_pixels(source))
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    elif isinstance(source, Image.Image):
-        image = source
-    else:
-        image = _open(
-            read_source(
-                source,
-                "image",
-                max_bytes=MAX_IMAGE_BYTES,
-                timeout=FETCH_TIMEOUT,
-                local_files_only=local_files_only,
-            ),
-            name,
-        )
-    _check(image, name)
-    try:
-        key = _transparent_value(image)
-        image.load()
-        return _as_rgb(_as_bytes(image, key), alpha)
-    except _BROKEN as error:
-        raise ValueError(f"image must be a complete image file, got {name}: {error}") from error
+        source = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if isinstance(source, Image.Image):
+        return _decoded(source, alpha, name)
+    found = read_source(
+        source,
+        "image",
+        max_bytes=MAX_IMAGE_BYTES,
+        timeout=FETCH_TIMEOUT,
+        local_files_only=local_files_only,
+    )
+    if isinstance(found, str):
+        with open(found, "rb") as file:
+            return _decoded(_open(file, name), alpha, name)
+    file = io.BytesIO(found) if isinstance(found, bytes) else found
+    return _decoded(_open(file, name), alpha, name)
 
 
 def array_pixels(array: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -112,12 +115,17 @@ def array_pixels(array: np.ndarray | torch.Tensor) -> np.ndarray:
     return pixels
 
 
-def _open(file: str | bytes | BinaryIO, name: str) -> Image.Image:
+def _open(file: BinaryIO, name: str) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        image = Image.open(file)
     except UnidentifiedImageError as error:
-        raise ValueError(f"image must be an image file that Pillow can read, got {name}") from error
+        file.seek(0)
+        start = file.read(64).lstrip().lower()
+        what = next((f", {_OTHERS[sign]}" for sign in _OTHERS if start.startswith(sign)), "")
+        raise ValueError(
+            f"image must be an image file that Pillow can read, got {name}{what}"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"image must have at most {limit} pixels, got {name}: {error}") from error
     except _BROKEN as error:
@@ -133,8 +141,7 @@ def _open(file: str | bytes | BinaryIO, name: str) -> Image.Image:
     return image
 
 
-def _check(image: Image.Image, name: str) -> None:
-    """Refuse what no decoding could turn into a picture."""
+def _decoded(image: Image.Image, alpha: str, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"image must not be empty, got {image.width}x{image.height} from {name}")
     if image.mode in ("I", "F") and not _is_16_bit(image):
@@ -142,6 +149,12 @@ def _check(image: Image.Image, name: str) -> None:
             f"image must have 8 or 16 bits a sample, got mode {image.mode!r} (32 bits) in {name}: "
             "scale it to 0 to 255 and convert it to mode 'L'"
         )
+    try:
+        key = _transparent_value(image)
+        image.load()
+        return _as_rgb(_as_bytes(image, key), alpha)
+    except _BROKEN as error:
+        raise ValueError(f"image must be a complete image file, got {name}: {error}") from error
 
 
 def _is_16_bit(image: Image.Image) -> bool:

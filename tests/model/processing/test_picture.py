@@ -88,10 +88,10 @@ def test_load_alpha():
 @pytest.mark.filterwarnings("error")
 def test_load_transparent_palette_and_grey():
     """Over white for "white", the colours alone for "drop", and nothing said by Pillow."""
-    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    palette = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     data = _encoded(palette, transparency=bytes([0, 255, 0]))  # one alpha for each colour
-    grey = Image.fromarray(np.array([[[9, 0], [8, 255], [7, 0]]], np.uint8), "LA")
+    grey = Image.frombytes("LA", (3, 1), bytes([9, 0, 8, 255, 7, 0]))
     keyed = _encoded(Image.fromarray(np.array([[9, 8, 9]], np.uint8)), transparency=9)
     for source, colours in (
         (data, [[10, 20, 30], [40, 50, 60], [70, 80, 90]]),
@@ -182,6 +182,31 @@ def test_load_truncated_picture_opened_by_the_caller():
 def test_load_not_an_image(source):
     with pytest.raises(ValueError, match="image file that Pillow can read, got"):
         load_image(source)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\n<!DOCTYPE html><html>", "a web page"),
+        (b"<HTML>", "a web page"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+        (b"<?xml version='1.0'?>", "an XML document"),
+        (b"%PDF-1.7", "a PDF document"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    ],
+)
+def test_load_what_people_take_for_a_picture(tmp_path, data, what):
+    (tmp_path / "a.png").write_bytes(data)
+    for source in (tmp_path / "a.png", data, io.BytesIO(data)):
+        with pytest.raises(ValueError, match=f"image file that Pillow can read, got .*, {what}$"):
+            load_image(source)
+
+
+def test_load_cmyk_jpeg():
+    """Photographers' JPEGs hold inverted inks, which Pillow turns back."""
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = np.array(load_image(_encoded(image, "JPEG", quality=100)))
+    assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 8
 
 
 # Of 2000 pixels: Pillow raises at a limit below 1000 and only warns up to 2000.
@@ -323,7 +348,7 @@ def test_load_lab():
 
 
 def test_load_palettes():
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     colours = [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
     assert _row(image) == colours
