@@ -107,6 +107,10 @@ def _named(source: str | os.PathLike, kind: str, limits: dict[str, Any]) -> str 
     """The path of an existing file, or the bytes that a string names or holds."""
     text = os.fsdecode(source)
     trimmed = text.strip()
+    try:
+        text.encode("utf-8", "surrogateescape")  # as paths that are no Unicode come
+    except UnicodeEncodeError:
+        trimmed = ""  # half a character names nothing
     if not trimmed:
         raise ValueError(f"{kind} must be {_KINDS[kind]}, got {text!r}")
     names = (text, os.path.expanduser(text))

@@ -189,9 +189,9 @@ def test_long_base64_is_shortened_in_errors():
         (Path("/no/such.png"), "no such file"),
         ("photo", "no such file; base64 cannot have 5 characters"),
         ("test", "no such file; as base64, no known picture or film"),
-        ("a\0b.png", "embedded null byte"),
-        (Path("a\0b.png"), "embedded null byte"),
-        ("file:///a%00b.png", "embedded null byte"),
+        ("a\0b.png", "(stat: )?embedded null"),
+        (Path("a\0b.png"), "(stat: )?embedded null"),
+        ("file:///a%00b.png", "(stat: )?embedded null"),
         (f"{'a' * 300}.png", "File name too long"),
         ("C:\\pictures\\a.png", "no such file"),
         ("file:///no/such%20file.png", "no such file"),
@@ -199,7 +199,6 @@ def test_long_base64_is_shortened_in_errors():
         ("file://", "no such file; a path in a file URL begins with a third slash"),
         ("//host/a.png", "no such file; base64 has no character"),
         ("www.example.org/a.png", "no such file; base64 has no character"),
-        ("\ud800.png", "surrogates not allowed"),
         (f"{__file__}/a.png", "Not a directory"),
         (tempfile.gettempdir(), "a directory"),
         (Path(tempfile.gettempdir()), "a directory"),
@@ -228,7 +227,7 @@ def test_a_file_that_may_not_be_read(file, monkeypatch):
         read(file)
 
 
-@pytest.mark.parametrize("text", ["", "  ", "\n"])
+@pytest.mark.parametrize("text", ["", "  ", "\n", "\ud800.png", "~\ud800", "file:///\ud800"])
 def test_no_name(text):
     with pytest.raises(ValueError, match=r"image must be a path, URL, base64 string, .*, got '"):
         read(text)
