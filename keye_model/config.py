@@ -73,7 +73,7 @@ class KeyeVisionConfig:
         _check_sizes(self, "vision_config")
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
-            if len(value) != 3 or not all(_is_number(one) for one in value):
+            if len(value) != 3 or not all(is_number(one) for one in value):
                 raise ValueError(f"{name} must hold three numbers, got {list(value)}")
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {list(self.image_std)}")
@@ -260,7 +260,7 @@ def _rope(text: dict[str, Any]) -> dict[str, Any]:
     section = rope.get("mrope_section")
     theta = text.get("rope_theta", rope.get("rope_theta"))
     return {
-        "rope_theta": float(theta) if _is_number(theta) else theta,
+        "rope_theta": float(theta) if is_number(theta) else theta,
         "mrope_section": tuple(section) if isinstance(section, list) else section,
     }
 
@@ -291,11 +291,12 @@ def _check_sizes(config: Any, where: str) -> None:
         if field.type == "int" and (type(value) is not int or value < 1):
             raise ValueError(f"{where}.{field.name} must be a positive integer, got {value!r}")
         number = field.type == "float" or (field.type == "float | None" and value is not None)
-        if number and not (_is_number(value) and value > 0):
+        if number and not (is_number(value) and value > 0):
             raise ValueError(f"{where}.{field.name} must be a positive number, got {value!r}")
         if field.type == "bool" and type(value) is not bool:
             raise ValueError(f"{where}.{field.name} must be true or false, got {value!r}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value from a JSON file is a finite number, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
