@@ -171,28 +171,26 @@ def find_tensors(directory: Path, config: KeyeConfig) -> list[Shard]:
                 left.pop(key, None)
                 if _ignored(name, config):
                     continue
-                header = file.get_slice(key)
+                here = f"{key} in {path.name}"
                 if name not in expected:
-                    problems.append(f"unexpected {key} in {path.name}")
+                    problems.append(f"unexpected {here}")
                     continue
                 if name in found:
                     problems.append(f"doubled {name}, in {found[name].name} and {path.name}")
                     continue
-                found[name], shapes[name] = path, tuple(header.get_shape())
+                header = file.get_slice(key)
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                found[name], shapes[name] = path, shape
                 tensors.append((key, name))
                 if placed and placed.get(key) != path.name:
                     where = placed.get(key, "nowhere")
-                    problems.append(f"misplaced {key} in {path.name}: the index says {where}")
-                if header.get_dtype() not in _DTYPES:
-                    problems.append(
-                        f"wrong dtype of {key} in {path.name}: one of {', '.join(_DTYPES)} "
-                        f"expected, got {header.get_dtype()}"
-                    )
-                if shapes[name] != expected[name]:
-                    problems.append(
-                        f"wrong shape of {key} in {path.name}: {expected[name]} expected, got "
-                        f"{shapes[name]}"
-                    )
+                    problems.append(f"misplaced {here}: the index says {where}")
+                if dtype not in _DTYPES:
+                    one = ", ".join(_DTYPES)
+                    problems.append(f"wrong dtype of {here}: one of {one} expected, got {dtype}")
+                if shape != expected[name]:
+                    right = expected[name]
+                    problems.append(f"wrong shape of {here}: {right} expected, got {shape}")
         shards.append(Shard(path, tuple(tensors)))
     where = {published_name(key): f", for which the index names {left[key]}" for key in left}
     missing = [name for name in expected if name not in found]
@@ -309,17 +307,16 @@ def _files_without_index(directory: Path) -> list[Path]:
             )
     if files:
         return files
-    kinds = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-    pickles = sorted(path.name for kind in kinds for path in directory.glob(kind))
+    names = sorted(path.name for path in directory.glob("*"))
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         raise ValueError(
             f"checkpoint must hold its weights as safetensors, {directory} has only pickle "
             f"files, which run code when loaded: {', '.join(pickles)}"
         )
-    kinds = ("*.gguf", "*.h5", "*.msgpack", "*.onnx")
-    others = [path.name for kind in kinds for path in directory.glob(kind)] or ["none"]
+    found = [name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx"))]
     raise FileNotFoundError(
-        f"checkpoint must contain *.safetensors, got {', '.join(others)} in {directory}"
+        f"checkpoint must contain *.safetensors, got {', '.join(found) or 'none'} in {directory}"
     )
 
 

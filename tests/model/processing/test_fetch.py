@@ -44,8 +44,8 @@ def serve(monkeypatch):
                 return
             with connection:
                 asked = b""
-                while not asked.endswith(b"\r\n\r\n"):
-                    asked += connection.recv(1)
+                while not asked.endswith(b"\r\n\r\n") and (byte := connection.recv(1)):
+                    asked += byte
                 requests.append(asked.decode())
                 said = answers[min(number, len(answers) - 1)]
                 try:
@@ -60,6 +60,7 @@ def serve(monkeypatch):
         return requests
 
     yield install
+    listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a connection
     listener.close()
 
 
