@@ -1,5 +1,6 @@
 """Downloads: https only, bounded, refused while offline. A server on 127.0.0.1 stands for all."""
 
+import contextlib
 import gzip
 import itertools
 import socket
@@ -60,7 +61,8 @@ def serve(monkeypatch):
         return requests
 
     yield install
-    listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a connection
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a connection
     listener.close()
 
 
