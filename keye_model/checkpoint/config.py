@@ -73,13 +73,18 @@ class KeyeVisionConfig:
         _check_sizes(self, "vision_config")
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
-            if len(value) != 3 or not all(_is_number(one) for one in value):
+            if len(value) != 3 or not all(is_number(one) for one in value):
                 raise ValueError(f"{name} must hold three numbers, got {list(value)}")
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {list(self.image_std)}")
         if self.hidden_act != "gelu_pytorch_tanh":
             raise NotImplementedError(
                 f"vision_config.hidden_act must be 'gelu_pytorch_tanh', got {self.hidden_act!r}"
+            )
+        if self.position_grid < 1:
+            raise ValueError(
+                "vision_config.image_size must be at least patch_size, got "
+                f"{self.image_size} and {self.patch_size}"
             )
         if self.num_channels != 3:
             raise NotImplementedError(
@@ -130,10 +135,12 @@ class KeyeTextConfig:
                 "text_config.num_attention_heads must be a multiple of num_key_value_heads, got "
                 f"{self.num_attention_heads} and {self.num_key_value_heads}"
             )
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.head_dim:
+        sizes = self.mrope_section if isinstance(self.mrope_section, (list, tuple)) else ()
+        whole = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes)
+        if not whole or sum(sizes) * 2 != self.head_dim:
             raise ValueError(
                 "text_config.mrope_section must be three sizes that sum to head_dim / 2 = "
-                f"{self.head_dim // 2}, got {list(self.mrope_section)}"
+                f"{self.head_dim // 2}, got {list(sizes) or self.mrope_section!r}"
             )
 
 
@@ -185,15 +192,21 @@ class KeyeConfig:
         if not isinstance(raw.get("vision_config"), dict):
             raise ValueError("config.json must contain the object 'vision_config'")
         text = raw.get("text_config") or raw
+        if not isinstance(text, dict):
+            raise ValueError(f"config.json must have an object 'text_config', got {text!r}")
         vision = _fields(KeyeVisionConfig, raw["vision_config"], "vision_config")
         if variant.timed_positions and vision.tokens_per_second is None:
             raise ValueError("config.json must contain 'vision_config.tokens_per_second'")
         for key in ("use_sliding_window", "attention_bias"):
             if text.get(key):
                 raise NotImplementedError(f"config.json must have {key} false, got {text[key]!r}")
-        tied = {"tie_word_embeddings": bool(raw.get("tie_word_embeddings", False))}
+        tied = {"tie_word_embeddings": raw.get("tie_word_embeddings") or False}
         decoder = _fields(KeyeTextConfig, tied | text | _rope(text), "text_config")
         ids = _fields(_TokenIds, raw, "config.json")
+        size = decoder.vocab_size
+        for name, token in dataclasses.asdict(ids).items():
+            if token is not None and not (type(token) is int and 0 <= token < size):
+                raise ValueError(f"config.json must have {name} below {size}, got {token!r}")
         return cls(decoder, vision, variant, **dataclasses.asdict(ids), dtype=_dtype(raw, text))
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +237,8 @@ class _TokenIds:
 
 
 def _variant(raw: dict[str, Any]) -> Variant:
-    names = [raw.get("model_type"), *(raw.get("architectures") or [])]
+    classes = raw.get("architectures") or []
+    names = [raw.get("model_type"), *(classes if isinstance(classes, list) else [classes])]
     found = {_VARIANTS.get(str(name).lower().replace("_", "")) for name in names if name}
     if len(found) != 1 or None in found:
         raise ValueError(
@@ -238,12 +252,17 @@ def _variant(raw: dict[str, Any]) -> Variant:
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `mrope_section`, from either spelling of the rope keys."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling must be an object, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("mrope", "default"):
         raise NotImplementedError(f"rope_scaling.type must be 'mrope' or 'default', got {kind!r}")
-    found = {"mrope_section": tuple(rope["mrope_section"])} if "mrope_section" in rope else {}
+    section = rope.get("mrope_section")
     theta = text.get("rope_theta", rope.get("rope_theta"))
-    return found if theta is None else found | {"rope_theta": float(theta)}
+    return {
+        "rope_theta": float(theta) if is_number(theta) else theta,
+        "mrope_section": tuple(section) if isinstance(section, list) else section,
+    }
 
 
 def _dtype(raw: dict[str, Any], text: dict[str, Any]) -> torch.dtype:
@@ -266,14 +285,18 @@ def _fields(cls: type, raw: dict[str, Any], where: str) -> Any:
 
 
 def _check_sizes(config: Any, where: str) -> None:
-    """Every plain integer field is a positive size."""
+    """Every plain integer field is a positive size, every number positive, every switch a bool."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type == "int" and (type(value) is not int or value < 1):
             raise ValueError(f"{where}.{field.name} must be a positive integer, got {value!r}")
-        if field.type == "float" and not (isinstance(value, (int, float)) and value > 0):
+        number = field.type == "float" or (field.type == "float | None" and value is not None)
+        if number and not (is_number(value) and value > 0):
             raise ValueError(f"{where}.{field.name} must be a positive number, got {value!r}")
+        if field.type == "bool" and type(value) is not bool:
+            raise ValueError(f"{where}.{field.name} must be true or false, got {value!r}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value from a JSON file is a finite number, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

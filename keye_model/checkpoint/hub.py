@@ -39,13 +39,14 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
     name = os.fspath(path_or_id)
     if not name:
         raise ValueError("path_or_id must be a directory or a Hub id, got ''")
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return directory
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
     looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if directory.exists() or not looks_like_id:
+    if os.path.exists(path) or not looks_like_id:
+        hint = ", a file: give the directory that holds it" if os.path.isfile(path) else ""
         raise FileNotFoundError(
-            f"path_or_id must be an existing directory or a Hub id 'owner/name', got {name!r}"
+            f"path_or_id must be an existing directory or a Hub id 'owner/name', got {name!r}{hint}"
         )
     patterns = CONFIG_FILES + (WEIGHT_FILES if weights else ())
     try:
@@ -73,21 +74,53 @@ def read_json(directory: Path, filename: str, *, required: bool = True) -> dict[
     """Read one JSON object of a checkpoint; None if it is absent and not ``required``.
 
     Raises:
-        FileNotFoundError: The file is required and absent.
+        FileNotFoundError: The file is required and absent, or a link to nothing.
         ValueError: The file is not a JSON object.
     """
     path = directory / filename
-    if not path.is_file():
-        if required:
-            raise FileNotFoundError(f"checkpoint must contain {filename}, got none in {directory}")
+    if not required and not os.path.lexists(path):
         return None
+    check_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be valid JSON, got an error at {error}") from error
+    except (ValueError, RecursionError) as error:
+        what = LFS_POINTER if is_lfs_pointer(path) else f"an error at {error}"
+        raise ValueError(f"{path} must be valid JSON, got {what}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
+
+
+def check_file(path: Path) -> None:
+    """Refuse a checkpoint without the file ``path``, and say where the checkpoint may be instead.
+
+    Raises:
+        FileNotFoundError: There is no such file, or it is a link to nothing.
+    """
+    if path.is_file():
+        return
+    name, directory = path.name, path.parent
+    if path.is_symlink():
+        raise FileNotFoundError(
+            f"{path} must be a file, got a link to nothing: its download may have been cut short"
+        )
+    hint = "" if any(directory.glob("*")) else ", which is empty"
+    if (directory / "adapter_config.json").is_file():
+        hint = ", which holds an adapter: give the directory of its base model"
+    # A clone inside of another folder, or the folder that the Hub's cache has for a repository.
+    below = sorted(p for where in ("*", "snapshots/*") for p in directory.glob(f"{where}/{name}"))
+    if below:
+        hint = f"; there is one in {below[0].parent}"
+    raise FileNotFoundError(f"checkpoint must contain {name}, got none in {directory}{hint}")
+
+
+LFS_POINTER = "a Git LFS pointer instead of the file's content: fetch that with `git lfs pull`"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file only says which large file a clone without Git LFS left out."""
+    with open(path, "rb") as file:
+        return file.read(23) == b"version https://git-lfs"
 
 
 def added_tokens(directory: Path) -> dict[str, int]:

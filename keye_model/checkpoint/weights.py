@@ -7,6 +7,8 @@ safetensors files are read: a pickle runs the code inside it.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig
-from keye_model.checkpoint.hub import read_json
+from keye_model.checkpoint.hub import LFS_POINTER, check_file, is_lfs_pointer, read_json
 
 _PREFIXES = (  # published -> ours; the first that fits counts
     ("visual.vision_model.embeddings.", "model.visual."),
@@ -49,8 +51,7 @@ _UNUSED = (  # published, never read by a forward pass; present or absent
 )
 _STALE_BUFFERS = ("rotary_emb.inv_freq", "position_ids", "cos_cached", "sin_cached")
 _DTYPES = ("BF16", "F16", "F32")  # as safetensors spells them; others need scales we do not know
-_INDEX = "model.safetensors.index.json"
-
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -136,9 +137,10 @@ def load_model(
         dtype: Of all parameters; tensors of another floating dtype are cast.
 
     Raises:
-        FileNotFoundError: There are no weights, or a file of the index is missing.
-        ValueError: Tensors are missing, unexpected, doubled or of a wrong shape or dtype; a file
-            is broken; the index leaves the directory; or there are only pickle files.
+        FileNotFoundError: There are no weights, or a shard is missing.
+        ValueError: Tensors are missing, unexpected, doubled, of a wrong shape or dtype, or not
+            where the index says; a file is broken; the index leaves the directory; or there are
+            only pickle files.
     """
     shards = find_tensors(directory, config)
     with torch.device("meta"):
@@ -157,40 +159,49 @@ def find_tensors(directory: Path, config: KeyeConfig) -> list[Shard]:
         As `load_model`. One error names every tensor that is wrong.
     """
     expected = tensor_shapes(config)
+    files, placed = _files(directory)
+    left = dict(placed)
     found: dict[str, Path] = {}
     shards, shapes, problems = [], {}, []
-    for path in _files(directory):
+    for path in files:
         tensors = []
         with _opened(path) as file:
             for key in file.keys():  # noqa: SIM118 - a file handle, not a dict
                 name = published_name(key)
+                left.pop(key, None)
                 if _ignored(name, config):
                     continue
-                header = file.get_slice(key)
+                here = f"{key} in {path.name}"
                 if name not in expected:
-                    problems.append(f"unexpected {key} in {path.name}")
+                    problems.append(f"unexpected {here}")
                     continue
                 if name in found:
                     problems.append(f"doubled {name}, in {found[name].name} and {path.name}")
                     continue
-                found[name], shapes[name] = path, tuple(header.get_shape())
+                header = file.get_slice(key)
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                found[name], shapes[name] = path, shape
                 tensors.append((key, name))
-                if header.get_dtype() not in _DTYPES:
-                    problems.append(
-                        f"wrong dtype of {key}: one of {', '.join(_DTYPES)} expected, got "
-                        f"{header.get_dtype()}"
-                    )
-                if shapes[name] != expected[name]:
-                    problems.append(
-                        f"wrong shape of {key}: {expected[name]} expected, got {shapes[name]}"
-                    )
+                if placed and placed.get(key) != path.name:
+                    where = placed.get(key, "nowhere")
+                    problems.append(f"misplaced {here}: the index says {where}")
+                if dtype not in _DTYPES:
+                    one = ", ".join(_DTYPES)
+                    problems.append(f"wrong dtype of {here}: one of {one} expected, got {dtype}")
+                if shape != expected[name]:
+                    right = expected[name]
+                    problems.append(f"wrong shape of {here}: {right} expected, got {shape}")
         shards.append(Shard(path, tuple(tensors)))
-    problems += [f"missing {name}" for name in expected if name not in found]
+    where = {published_name(key): f", for which the index names {left[key]}" for key in left}
+    missing = [name for name in expected if name not in found]
+    missing += [name for name in where if name not in expected and not _ignored(name, config)]
+    problems += [f"missing {name}{where.get(name, '')}" for name in missing]
     if problems:
-        hint = _other_line(shapes.get("mlp_AR.pre_norm.weight"), config)
+        hints = _other_line(shapes.get("mlp_AR.pre_norm.weight"), config)
+        hints += _other_files(directory, files)
         raise ValueError(
             f"{directory} must hold the tensors that its config.json describes, got "
-            + "\n  ".join([f"{len(problems)} differences:", *hint, *problems])
+            + "\n  ".join([f"{len(problems)} differences:", *hints, *problems])
         )
     return shards
 
@@ -256,27 +267,21 @@ def _other_line(pre_norm: tuple[int, ...] | None, config: KeyeConfig) -> list[st
     ]
 
 
-def _files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, else all there are."""
+def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a checkpoint, and where its index says that each tensor is.
+
+    As in transformers, `model.safetensors` counts before any index, so that an index which another
+    checkpoint left behind names no old shards; then the files of the index; else all there are.
+    """
+    if os.path.lexists(directory / _SINGLE):
+        return [directory / _SINGLE], {}
     index = read_json(directory, _INDEX, required=False)
     if index is None:
-        files = sorted(directory.glob("*.safetensors"))
-        single = directory / "model.safetensors"
-        if files:
-            return [single] if single in files else files
-        pickles = sorted(
-            p.name for kind in ("*.bin", "*.pt", "*.pth") for p in directory.glob(kind)
-        )
-        if pickles:
-            raise ValueError(
-                f"checkpoint must hold its weights as safetensors, {directory} has only pickle "
-                f"files, which run code when loaded: {', '.join(pickles)}"
-            )
-        raise FileNotFoundError(f"checkpoint must contain *.safetensors, got none in {directory}")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+        return _files_without_index(directory), {}
+    placed = index.get("weight_map")
+    if not isinstance(placed, dict) or not placed:
         raise ValueError(f"{directory / _INDEX} must contain the object 'weight_map'")
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted({str(name) for name in placed.values()})
     outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
     if outside:
         raise ValueError(
@@ -287,16 +292,53 @@ def _files(directory: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{directory} must hold the files its index names, {', '.join(missing)} missing"
         )
-    return [directory / name for name in names]
+    return [directory / name for name in names], dict(placed)
+
+
+def _files_without_index(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    numbered = [re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", path.name) for path in files]
+    for stem, total in {(match[1], match[3]) for match in numbered if match}:
+        names = [f"{stem}{i + 1:05}-of-{total}.safetensors" for i in range(int(total))]
+        missing = [name for name in names if directory / name not in files]
+        if missing:
+            raise FileNotFoundError(
+                f"{directory} must hold all shards of {total}, {', '.join(missing[:9])} missing"
+            )
+    if files:
+        return files
+    names = sorted(path.name for path in directory.glob("*"))
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        raise ValueError(
+            f"checkpoint must hold its weights as safetensors, {directory} has only pickle "
+            f"files, which run code when loaded: {', '.join(pickles)}"
+        )
+    found = [name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx"))]
+    raise FileNotFoundError(
+        f"checkpoint must contain *.safetensors, got {', '.join(found) or 'none'} in {directory}"
+    )
+
+
+def _other_files(directory: Path, files: list[Path]) -> list[str]:
+    """Say which weights were not read, where the tensors of those that were do not fit."""
+    single = files == [directory / _SINGLE]
+    if single and (directory / _INDEX).exists():
+        return [f"{_SINGLE} was read, as in transformers; delete it to load what {_INDEX} names"]
+    others = sorted(path.name for path in directory.glob("*.safetensors") if path not in files)
+    start = f"not read, since {_SINGLE if single else _INDEX} decides: "
+    return [start + ", ".join(others)] if others else []
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    check_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} must be a complete safetensors file, got: {error}") from error
+        what = LFS_POINTER if is_lfs_pointer(path) else f"an error: {error}"
+        raise ValueError(f"{path} must be a complete safetensors file, got {what}") from error
 
 
 def _affine(name: str, width: int) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 from vllm.config.multimodal import MultiModalDummyOptions
@@ -132,11 +131,10 @@ class KeyeProcessor(ProcessorMixin):
         self, videos: Sequence[tuple[Any, Mapping[str, Any]]], options: Mapping[str, Any]
     ) -> list[VideoPatches]:
         cutter = self.inner.video_processor
-        frames = [_channels_first(video) for video, _ in videos]
         if options:
-            return cutter.patches_of_each(frames, **options)
+            return cutter.patches_of_each([video for video, _ in videos], **options)
         films = []
-        for video, (_, metadata) in zip(frames, videos, strict=True):
+        for video, metadata in videos:
             times = _times(metadata, len(video))
             if times is None:
                 films.append(cutter.patches_from_frames(video))
@@ -147,15 +145,6 @@ class KeyeProcessor(ProcessorMixin):
 
 class KeyeVL1_5Processor(KeyeProcessor):
     """Under the name that a 1.5 checkpoint's files ask for."""
-
-
-def _channels_first(frames: Any) -> Any:
-    """Arrays [frames, height, width, 3] as tensors [frames, 3, height, width]."""
-    if isinstance(frames, np.ndarray):
-        frames = torch.from_numpy(frames)
-    if isinstance(frames, torch.Tensor) and frames.shape[1] != 3 and frames.shape[-1] == 3:
-        frames = frames.permute(0, 3, 1, 2)
-    return frames
 
 
 def _times(metadata: Mapping[str, Any], num_frames: int) -> list[float] | None:

@@ -1,4 +1,4 @@
-"""Pictures as Keye-VL sees them: loading, the two resize rules, and cutting into patches.
+"""Pictures as Keye-VL sees them: the two resize rules, and cutting into patches.
 
 A picture is resized twice on the published path: by the helper package (`helper_size`,
 keye-vl-utils) and again by the checkpoint's image processor (`processor_size`,
@@ -8,82 +8,21 @@ image_processing_keye.py of Keye-VL-8B-Preview, or the Qwen2-VL rule in the tran
 
 from __future__ import annotations
 
-import io
 import math
 import numbers
-import os
-import struct
-import zlib
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from keye_model.processing.fetch import (
-    decode_base64,
-    decode_data_url,
-    describe,
-    fetch,
-    file_url_path,
-)
+from keye_model.processing.fetch import describe
 from keye_model.processing.items import source_of
+from keye_model.processing.picture import load_image
 
 MAX_RATIO = 200  # longer side / shorter side, in both rules
 MIN_PIXELS = 4 * 28 * 28  # helper's default bound for images, both releases
 MAX_PIXELS = {"1.0": 16384 * 28 * 28, "1.5": 20480 * 28 * 28}  # by keye-vl-utils release
 MAX_TOKENS = 1 << 17  # of a picture after either resize: as much as the longest context
-MAX_IMAGE_BYTES = 256 << 20
-FETCH_TIMEOUT = 60.0  # seconds
-# What Pillow's decoders raise on broken files; each format has its own habits.
-_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError)
-_BROKEN += (struct.error, zlib.error)
-_SHORTEST_BASE64 = 64  # characters; a shorter string is taken for the name of a missing file
-
-
-def load_image(
-    source: Any, *, alpha: Literal["white", "drop"] = "white", local_files_only: bool = False
-) -> Image.Image:
-    """Load one picture as RGB.
-
-    EXIF orientation is not applied, because the published helper does not apply it: a photo that a
-    phone stored lying down with a note to turn it is seen lying down. Turn it beforehand with
-    ``PIL.ImageOps.exif_transpose``. Of a file with several frames the first is taken.
-
-    16-bit grey becomes 8-bit by its high byte (value // 256), as Pillow reads 16-bit colour.
-
-    Args:
-        source: A path, a ``file://`` or ``https://`` URL, a ``data:…;base64,`` URL, a bare base64
-            string, the bytes of an image file, an open binary file (read from its start if it can
-            seek), a PIL image, or a uint8 NumPy array or torch tensor [height, width],
-            [height, width, channels] or [channels, height, width] with 1, 3 or 4 channels (read as
-            channels-last if both fit).
-        alpha: What becomes of a picture with transparency: "white" composites it over white, as
-            keye-vl-utils 1.0.0 does for RGBA (and here for grey and palettes, too), "drop" discards
-            the alpha channel (1.5.x, and both image processors).
-        local_files_only: Refuse https URLs. ``HF_HUB_OFFLINE=1`` does the same.
-
-    Raises:
-        FileNotFoundError: The path does not exist.
-        ValueError: Empty, truncated, not an image, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``
-            (which Pillow itself would only warn about), or 32-bit samples, whose white is unknown.
-        TypeError: Another kind of source, or an array that is not uint8.
-        RuntimeError: A URL that could not be fetched, or offline.
-    """
-    if alpha not in ("white", "drop"):
-        raise ValueError(f"alpha must be 'white' or 'drop', got {alpha!r}")
-    name = describe(source)
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        image = _from_array(source)
-    elif isinstance(source, Image.Image):
-        image = source
-    else:
-        image = _open(_read(source, name, local_files_only), name)
-    try:
-        image.load()
-    except _BROKEN as error:
-        raise ValueError(f"image must be a complete image file, got {name}: {error}") from error
-    return _as_rgb(_as_bytes(image, name), alpha)
 
 
 def fetch_image(
@@ -280,101 +219,3 @@ def _check_tokens(high: int, wide: int, factor: int) -> None:
             f"a picture or frame must have at most {MAX_TOKENS} tokens (a whole context) after "
             f"resizing, got {tokens}: lower min_pixels, max_pixels or the resized size"
         )
-
-
-def _read(source: Any, name: str, local_files_only: bool) -> bytes:
-    """The bytes of an image file."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if hasattr(source, "read"):
-        if hasattr(source, "seekable") and source.seekable():
-            source.seek(0)  # an earlier reading may have left it at its end
-        data = source.read()
-        if not isinstance(data, bytes):
-            raise TypeError(f"image file must be opened in binary mode, got {name}")
-        return data
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(
-            "image must be a path, URL, base64 string, bytes, open file, PIL image, array or "
-            f"tensor, got {name}"
-        )
-    text = os.fsdecode(source)
-    scheme = text[:8].lower()
-    if scheme.startswith(("http://", "https://")):
-        return fetch(
-            text,
-            max_bytes=MAX_IMAGE_BYTES,
-            timeout=FETCH_TIMEOUT,
-            local_files_only=local_files_only,
-        )
-    if scheme.startswith("data:"):
-        return decode_data_url(text)
-    path = file_url_path(text) if scheme.startswith("file://") else os.path.expanduser(text)
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            return file.read()
-    data = decode_base64(text) if len(text) >= _SHORTEST_BASE64 else None
-    if data is None:
-        raise FileNotFoundError(f"image must be an existing file, got {name}")
-    return data
-
-
-def _as_bytes(image: Image.Image, name: str) -> Image.Image:
-    """The picture with 8-bit samples; Pillow would clip others to black and white."""
-    # Older releases of Pillow open 16-bit grey PNGs as mode I.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"image must have 8 or 16 bits a sample, got mode {image.mode!r} (32 bits) in {name}: "
-            "scale it to 0 to 255 and convert it to mode 'L'"
-        )
-    return image
-
-
-def _as_rgb(image: Image.Image, alpha: str) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")  # before RGB, so that a transparent palette brings no warning
-    if alpha == "drop":
-        return image.convert("RGB")
-    canvas = Image.new("RGB", image.size, (255, 255, 255))
-    canvas.paste(image, mask=image.getchannel("A"))
-    return canvas
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    if not data:
-        raise ValueError(f"image must not be empty, got zero bytes from {name}")
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"image must be an image file that Pillow can read, got {name}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"image must have at most {limit} pixels, got {name}: {error}") from error
-    except _BROKEN as error:
-        raise ValueError(f"image must be a complete image file, got {name}: {error}") from error
-    if limit is not None and image.width * image.height > limit:
-        raise ValueError(
-            f"image must have at most {limit} pixels, got {image.width}x{image.height} in {name}"
-        )
-    return image
-
-
-def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu().numpy() if array.dtype == torch.uint8 else array
-    shape = tuple(array.shape)
-    if array.dtype not in (np.uint8, torch.uint8):
-        raise TypeError(f"an image array must be uint8 (0 to 255), got {array.dtype}")
-    if len(shape) == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    channels = array.shape[2] if len(shape) == 3 else 1
-    if len(shape) not in (2, 3) or channels not in (1, 3, 4) or 0 in shape:
-        raise ValueError(
-            "an image array must have shape [height, width], [height, width, channels] or "
-            f"[channels, height, width] with 1, 3 or 4 channels, got {shape}"
-        )
-    array = np.ascontiguousarray(array)
-    return Image.fromarray(array[..., 0] if len(shape) == 3 and channels == 1 else array)

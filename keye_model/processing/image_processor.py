@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from keye_model.checkpoint.config import is_number
 from keye_model.checkpoint.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.fetch import describe
-from keye_model.processing.image import load_image, normalize, patchify, processor_size
+from keye_model.processing.image import normalize, patchify, processor_size
 from keye_model.processing.patches import ImagePatches
+from keye_model.processing.picture import load_image
 
 
 class KeyeImageProcessor:
@@ -81,6 +83,8 @@ class KeyeImageProcessor:
                 f"{raw['temporal_patch_size']!r}"
             )
         size = raw.get("size") or {}  # how converted checkpoints spell the bounds
+        if not isinstance(size, dict):
+            raise ValueError(f"preprocessor_config.json: size must be an object, got {size!r}")
         found = {
             "min_pixels": raw.get("min_pixels", size.get("shortest_edge")),
             "max_pixels": raw.get("max_pixels", size.get("longest_edge")),
@@ -170,7 +174,8 @@ class KeyeImageProcessor:
             )
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
-            if len(value) != 3 or not all(isinstance(v, (int, float)) for v in value):
+            values = value if isinstance(value, (list, tuple)) else ()
+            if len(values) != 3 or not all(is_number(one) for one in values):
                 raise ValueError(f"{where}{name} must hold three numbers, got {value!r}")
         if min(self.image_std) <= 0:
             raise ValueError(f"{where}image_std must be positive, got {self.image_std!r}")

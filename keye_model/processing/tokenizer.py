@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import end_ids, read_json
+from keye_model.checkpoint.hub import LFS_POINTER, check_file, end_ids, is_lfs_pointer, read_json
 
 # What the Hugging Face tokenizers call cleaning up: no space before these.
 _CLEAN_UP = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -25,12 +25,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ValueError: It is not a tokenizer.
     """
     path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must contain tokenizer.json, got none in {directory}")
+    check_file(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises the bare class
-        raise ValueError(f"{path} must be a tokenizer, got an error: {error}") from error
+        what = LFS_POINTER if is_lfs_pointer(path) else f"an error: {error}"
+        raise ValueError(f"{path} must be a tokenizer, got {what}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -8,7 +8,6 @@ decodes, converts only the wanted frames to RGB, and keeps none of them.
 from __future__ import annotations
 
 import io
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from keye_model.processing.fetch import decode_data_url, describe, fetch, file_url_path
+from keye_model.processing.fetch import describe
+from keye_model.processing.source import read_source
 
 MAX_VIDEO_BYTES = 2 << 30  # of a URL, and of an open file that cannot seek
 MAX_FRAME_PIXELS = 1 << 26  # 8192x8192; a header can claim any size
@@ -48,18 +48,24 @@ class VideoFile:
         """Read the times of all frames; nothing is decoded yet.
 
         Args:
-            source: A path, a ``file://``, ``https://`` or ``data:…;base64,`` URL, the bytes of a
-                file, or an open binary file (read from its start).
+            source: What `read_source` finds: a path, a ``file:``, ``https:`` or ``data:`` URL, a
+                bare base64 string, the bytes of a file, or an open binary file.
             local_files_only: Refuse https URLs. ``HF_HUB_OFFLINE=1`` does the same.
 
         Raises:
-            FileNotFoundError: The path does not exist.
+            FileNotFoundError: The path does not exist, or is no regular file.
             ValueError: Empty, not a video, no video stream, no frames, or frames too large.
             TypeError: Another kind of source.
-            RuntimeError: A URL that could not be fetched, or offline.
+            PermissionError, RuntimeError: As `read_source`.
         """
         self.name = f"video {describe(source)}"
-        self._source = _local(source, self.name, local_files_only)
+        self._source = read_source(
+            source,
+            "video",
+            max_bytes=MAX_VIDEO_BYTES,
+            timeout=FETCH_TIMEOUT,
+            local_files_only=local_files_only,
+        )
         self._by_order = False
         if not self._scan_packets():
             self._scan_frames()
@@ -237,49 +243,3 @@ def _until_broken(packets: Iterator[Any]) -> Iterator[Any]:
         yield from packets
     except av.error.InvalidDataError:
         return
-
-
-def _local(source: Any, name: str, local_files_only: bool) -> str | bytes | Any:
-    """A path that exists, bytes, or an open file that can seek."""
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        scheme = text[:8].lower()
-        if scheme.startswith("data:"):
-            data = decode_data_url(text)
-        elif scheme.startswith(("http://", "https://")):
-            data = fetch(
-                text,
-                max_bytes=MAX_VIDEO_BYTES,
-                timeout=FETCH_TIMEOUT,
-                local_files_only=local_files_only,
-            )
-        else:
-            return _existing(text, name)
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-    elif isinstance(source, io.TextIOBase):
-        raise TypeError(f"{name} must be opened in binary mode")
-    elif not hasattr(source, "read"):
-        raise TypeError(
-            "video must be a path, URL, bytes, open file, list of frames, array or tensor, got "
-            f"{describe(source)}"
-        )
-    elif source.seekable():
-        return source
-    else:
-        data = source.read(MAX_VIDEO_BYTES + 1)
-        if len(data) > MAX_VIDEO_BYTES:
-            raise ValueError(f"{name} must hold at most {MAX_VIDEO_BYTES} bytes, got more")
-    if not data:
-        raise ValueError(f"{name} must not be empty, got zero bytes")
-    return data
-
-
-def _existing(text: str, name: str) -> str:
-    is_url = text.lower().startswith("file://")
-    path = file_url_path(text) if is_url else os.path.expanduser(text)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{name} must be an existing file")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{name} must not be empty, got zero bytes")
-    return path

@@ -21,10 +21,11 @@ from keye_model.checkpoint.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.budget import TokenBudget
 from keye_model.processing.fetch import describe
-from keye_model.processing.image import load_image, normalize, patchify, processor_size
+from keye_model.processing.image import normalize, patchify, processor_size
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.items import checked_item
 from keye_model.processing.patches import Frame, VideoPatches
+from keye_model.processing.picture import array_pixels, load_image
 from keye_model.processing.slow_fast import FrameSizes, frame_sizes, resize_bilinear
 from keye_model.processing.video_file import VideoFile
 from keye_model.processing.video_loading import sample_1_5, sample_preview
@@ -287,16 +288,18 @@ def frame_bytes(frame: Any) -> torch.Tensor:
         frame: What `load_image` takes, or a floating-point tensor or array of whole numbers 0 to
             255, as keye-vl-utils 1.0.0 returns them.
     """
-    if isinstance(frame, np.ndarray):
-        frame = torch.from_numpy(frame)
-    if isinstance(frame, torch.Tensor):
-        if frame.is_floating_point():
-            whole = frame.clamp(0, 255).round()
-            if not torch.equal(whole, frame):
-                raise ValueError("floating-point frames must hold whole numbers from 0 to 255")
-            frame = whole.to(torch.uint8)
-        if frame.dim() == 3 and frame.shape[0] == 3 and frame.dtype == torch.uint8:
-            return frame.cpu()
+    if isinstance(frame, np.ndarray) and np.issubdtype(frame.dtype, np.floating):
+        frame = torch.from_numpy(frame.astype(np.float64))
+    if isinstance(frame, torch.Tensor) and frame.is_floating_point() and not frame.is_meta:
+        whole = frame.detach().clamp(0, 255).round()
+        if not torch.equal(whole, frame):
+            raise ValueError("floating-point frames must hold whole numbers from 0 to 255")
+        frame = whole.to(torch.uint8)
+    if isinstance(frame, (np.ndarray, torch.Tensor)):
+        pixels = array_pixels(frame)
+        if pixels.shape[2] == 3:
+            usable = pixels.flags.writeable and min(pixels.strides) >= 0  # what PyTorch can wrap
+            return torch.from_numpy(pixels if usable else pixels.copy()).permute(2, 0, 1)
     picture = load_image(frame, alpha="drop")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -230,6 +231,21 @@ def test_a_missing_vision_key_is_refused(key):
         (vision(num_channels=1), NotImplementedError, "num_channels must be 3, got 1"),
         (vision(hidden_size=1150), ValueError, "hidden_size must be num_attention_heads times a"),
         (vision(patch_size=14.0), ValueError, "patch_size must be a positive integer, got 14.0"),
+        (vision(image_size=7), ValueError, "image_size must be at least patch_size, got 7 and 14"),
+        (vision(tokens_per_second="2"), ValueError, "tokens_per_second must be a positive number"),
+        ({"text_config": [1]}, ValueError, r"must have an object 'text_config', got \[1\]"),
+        ({"architectures": 5}, ValueError, "must describe .* and architectures 5"),
+        ({"rope_scaling": "mrope"}, ValueError, "rope_scaling must be an object, got 'mrope'"),
+        ({"rope_scaling": {"mrope_section": 64}}, ValueError, "mrope_section must be .* got 64"),
+        ({"rope_scaling": {"mrope_section": ["a", 2, 3]}}, ValueError, r"got \['a', 2, 3\]"),
+        ({"rope_scaling": {"mrope_section": [-16, 40, 40]}}, ValueError, r"got \[-16, 40, 40\]"),
+        ({"rope_theta": "1e6"}, ValueError, "rope_theta must be a positive number, got '1e6'"),
+        ({"rope_theta": math.inf}, ValueError, "rope_theta must be a positive number, got inf"),
+        ({"rms_norm_eps": True}, ValueError, "rms_norm_eps must be a positive number, got True"),
+        ({"tie_word_embeddings": "false"}, ValueError, "must be true or false, got 'false'"),
+        ({"image_token_id": "x"}, ValueError, "image_token_id below 151936, got 'x'"),
+        ({"video_token_id": 151936}, ValueError, "video_token_id below 151936, got 151936"),
+        ({"vision_start_token_id": -1}, ValueError, "vision_start_token_id below 151936, got -1"),
     ],
     ids=lambda value: None if isinstance(value, type) else str(value)[:48],
 )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from keye_model.checkpoint import weights
 from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig
@@ -192,8 +192,10 @@ def test_every_difference_is_named_at_once(tmp_path):
         "missing model.norm.weight",
         "missing mlp_AR.linear_1.bias",
         "unexpected model.layers.0.self_attn.q_proj.bias in model-0000",
-        "wrong shape of model.layers.1.self_attn.k_norm.weight: (128,) expected, got (64,)",
-        "wrong dtype of lm_head.weight: one of BF16, F16, F32 expected, got I8",
+        "wrong shape of model.layers.1.self_attn.k_norm.weight in model-0000",
+        ".safetensors: (128,) expected, got (64,)",
+        "wrong dtype of lm_head.weight in model-0000",
+        ".safetensors: one of BF16, F16, F32 expected, got I8",
     ):
         assert line in message
 
@@ -247,6 +249,137 @@ def test_missing_shards(tmp_path):
         (tmp_path / f"model-0000{i}-of-00003.safetensors").unlink()
     names = "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors missing"
     with pytest.raises(FileNotFoundError, match=f"must hold the files its index names, {names}"):
+        load(tmp_path)
+
+
+def test_one_file_goes_before_a_stale_index(tmp_path):
+    """As in transformers: never the old shards that somebody's index still names."""
+    write(tmp_path, {name: torch.zeros_like(tensor) for name, tensor in tensors().items()})
+    save_file(tensors(), tmp_path / "model.safetensors")
+    assert_loaded(load(tmp_path))
+    for shard in tmp_path.glob("model-0*"):
+        shard.unlink()
+    assert_loaded(load(tmp_path))
+    (tmp_path / INDEX).write_text("{")
+    assert_loaded(load(tmp_path))
+
+
+def test_one_file_that_does_not_fit_beside_an_index(tmp_path):
+    write(tmp_path, tensors())
+    save_file({"lora.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors was read, .* delete it to load what"):
+        load(tmp_path)
+
+
+def test_shards_that_the_index_does_not_name(tmp_path):
+    """They are not read; where a tensor is missing, their names may say why."""
+    write(tmp_path, tensors())
+    shard = tmp_path / "model-00003-of-00003.safetensors"
+    save_file({"model.norm.weight": torch.zeros(256)}, shard)
+    assert_loaded(load(tmp_path))
+    index = json.loads((tmp_path / INDEX).read_text())
+    holder = tmp_path / index["weight_map"]["model.norm.weight"]
+    kept = {k: t.clone() for k, t in load_file(holder).items() if k != "model.norm.weight"}
+    save_file(kept, holder)
+    with pytest.raises(ValueError, match="must hold the tensors") as caught:
+        load(tmp_path)
+    assert f"not read, since {INDEX} decides: {shard.name}\n" in str(caught.value)
+    assert f"missing model.norm.weight, for which the index names {holder.name}" in str(
+        caught.value
+    )
+
+
+def test_an_index_that_disagrees_with_its_files(tmp_path):
+    write(tmp_path, tensors())
+    index = json.loads((tmp_path / INDEX).read_text())
+    placed = index["weight_map"]
+    first, second = sorted(set(placed.values()))
+    moved = next(name for name in placed if placed[name] == first)
+    forgotten = next(name for name in placed if placed[name] == second)
+    placed[moved] = second
+    del placed[forgotten]
+    placed["model.layers.9.mlp.up_proj.weight"] = second
+    placed["visual.vision_model.head.probe"] = second  # nobody misses it
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="got 3 differences") as caught:
+        load(tmp_path)
+    for line in (
+        f"misplaced {moved} in {first}: the index says {second}",
+        f"misplaced {forgotten} in {second}: the index says nowhere",
+        f"missing model.layers.9.mlp.up_proj.weight, for which the index names {second}",
+    ):
+        assert line in str(caught.value)
+
+
+def test_a_tensor_in_two_shards_of_an_index(tmp_path):
+    write(tmp_path, tensors())
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    extra, tensor = next(iter(load_file(first).items()))
+    both = {name: one.clone() for name, one in load_file(second).items()} | {extra: tensor}
+    save_file(both, second)
+    with pytest.raises(ValueError, match=f"doubled {extra}, in {first.name} and {second.name}"):
+        load(tmp_path)
+
+
+def test_missing_shards_without_an_index(tmp_path):
+    write(tmp_path, tensors(), num_shards=4)
+    (tmp_path / INDEX).unlink()
+    for i in (2, 4):
+        (tmp_path / f"model-0000{i}-of-00004.safetensors").unlink()
+    names = "model-00002-of-00004.safetensors, model-00004-of-00004.safetensors missing"
+    with pytest.raises(FileNotFoundError, match=f"must hold all shards of 00004, {names}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_git_lfs_pointer(tmp_path, name):
+    write(tmp_path, tensors())
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4976687216\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(ValueError, match=rf"/{name} must be a complete .* Git LFS pointer .* pull"):
+        load(tmp_path)
+
+
+def test_a_link_to_nothing(tmp_path):
+    """What a download that was cut short leaves behind."""
+    write(tmp_path, tensors())
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "0123")
+    with pytest.raises(
+        FileNotFoundError, match=r"/model\.safetensors must be a file, got a link to"
+    ):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to(tmp_path / "blobs" / "0123")
+    with pytest.raises(FileNotFoundError, match=f"files its index names, {shard.name} missing"):
+        load(tmp_path)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shard.name} must be a file, got a link to noth"):
+        load(tmp_path)
+
+
+def test_the_layout_of_the_hub_cache(tmp_path):
+    """Snapshots hold links to blobs whose names say nothing."""
+    source, snapshot = write(tmp_path / "source", tensors()), tmp_path / "snapshots" / "abc"
+    (tmp_path / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(source.iterdir()):
+        path.rename(tmp_path / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert_loaded(load(snapshot))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "tf_model.h5", "flax_model.msgpack"])
+def test_weights_of_another_format_are_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=rf"contain \*.safetensors, got {name} in /"):
+        load(tmp_path)
+
+
+def test_a_directory_in_place_of_a_file(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"must contain model\.safetensors, got none in /"):
         load(tmp_path)
 
 

@@ -1,7 +1,5 @@
-"""Loading, both resize rules, patches, and the image processor."""
+"""Both resize rules, patches, and pictures as the published helper loads and resizes them."""
 
-import base64
-import io
 import math
 
 import numpy as np
@@ -16,7 +14,6 @@ from keye_model.processing.image import (
     MIN_PIXELS,
     fetch_image,
     helper_size,
-    load_image,
     normalize,
     patchify,
     processor_size,
@@ -42,12 +39,6 @@ SIZE_IDS = ["x".join(map(str, row[0])) for row in SIZES]
 def _noise(height, width, channels=3, seed=0):
     shape = (height, width, channels) if channels else (height, width)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def _encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def _tokens(size):
@@ -202,214 +193,6 @@ def test_patches_statistics_differ_by_channel():
     pixels = torch.full((2, 3, 1, 1), 255, dtype=torch.uint8)
     out = normalize(pixels, (0.0, 0.5, 1.0), (1.0, 0.5, 2.0))
     assert out[:, :, 0, 0].tolist() == [[1.0, 1.0, 0.0]] * 2
-
-
-@pytest.fixture
-def pixels():
-    return _noise(9, 7)
-
-
-@pytest.fixture
-def file(tmp_path, pixels):
-    path = tmp_path / "a picture.png"
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        lambda p: p,
-        lambda p: str(p),
-        lambda p: f"file://{p}",
-        lambda p: p.as_uri(),  # the blank is %20
-        lambda p: p.read_bytes(),
-        lambda p: memoryview(p.read_bytes()),
-        lambda p: io.BytesIO(p.read_bytes()),
-        lambda p: "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(),
-        lambda p: base64.b64encode(p.read_bytes()).decode(),
-        lambda p: Image.open(p),
-        lambda p: np.array(Image.open(p)),
-        lambda p: np.array(Image.open(p)).transpose(2, 0, 1),
-        lambda p: torch.from_numpy(np.array(Image.open(p))),
-        lambda p: torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1),
-    ],
-    ids=[
-        *("path", "str", "file_url", "escaped_url", "bytes", "memoryview", "open_file"),
-        *("data_url", "base64", "pil", "array", "array_chw", "tensor", "tensor_chw"),
-    ],
-)
-def test_load_sources(file, pixels, source):
-    image = load_image(source(file))
-    assert image.mode == "RGB"
-    assert np.array_equal(np.array(image), pixels)
-
-
-@pytest.mark.parametrize("channels", [0, 1])
-def test_load_grey_arrays(channels):
-    grey = _noise(5, 6, channels)
-    expected = grey.reshape(5, 6, 1).repeat(3, axis=2)
-    assert np.array_equal(np.array(load_image(grey)), expected)
-
-
-def test_load_alpha():
-    rgba = _noise(4, 5, 4)
-    alpha = rgba[..., 3:] / 255
-    white = rgba[..., :3] * alpha + 255 * (1 - alpha)
-    assert np.abs(np.array(load_image(rgba), float) - white).max() <= 1
-    assert np.array_equal(np.array(load_image(rgba, alpha="drop")), rgba[..., :3])
-    with pytest.raises(ValueError, match="alpha must be 'white' or 'drop', got 'keep'"):
-        load_image(rgba, alpha="keep")
-
-
-@pytest.mark.filterwarnings("error")
-def test_load_transparent_palette_and_grey():
-    """Over white for "white", the colours alone for "drop", and nothing said by Pillow."""
-    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
-    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    data = _encoded(palette, transparency=bytes([0, 255, 0]))  # one alpha for each colour
-    grey = Image.fromarray(np.array([[[9, 0], [8, 255], [7, 0]]], np.uint8), "LA")
-    keyed = _encoded(Image.fromarray(np.array([[9, 8, 9]], np.uint8)), transparency=9)
-    for source, colours in (
-        (data, [[10, 20, 30], [40, 50, 60], [70, 80, 90]]),
-        (grey, [[9] * 3, [8] * 3, [7] * 3]),
-        (keyed, [[9] * 3, [8] * 3, [9] * 3]),
-    ):
-        assert np.array(load_image(source, alpha="drop"))[0].tolist() == colours
-        white = [[255] * 3, colours[1], [255] * 3]
-        assert np.array(load_image(source))[0].tolist() == white
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "I;16B", "I"])
-def test_load_16_bit_grey_by_its_high_byte(kind):
-    levels = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
-    source = Image.fromarray(levels)
-    if kind == "I;16B":
-        source = Image.frombytes(kind, (5, 1), levels.astype(">u2").tobytes())
-    elif kind == "I":  # how older releases of Pillow open such a PNG
-        source = Image.fromarray(levels.astype(np.int32))
-        source.format = "PNG"
-    else:
-        source = _encoded(source, kind)
-    assert np.array(load_image(source))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
-
-
-@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
-def test_load_32_bit_samples(dtype, mode):
-    picture = Image.fromarray(np.zeros((2, 2), dtype))
-    with pytest.raises(ValueError, match=f"8 or 16 bits a sample, got mode '{mode}' .* 0 to 255"):
-        load_image(picture)
-    with pytest.raises(ValueError, match=f"got mode '{mode}' .* in [0-9]+ bytes"):
-        load_image(_encoded(picture, "TIFF"))
-
-
-def test_load_open_file_twice(file, pixels):
-    with file.open("rb") as opened:
-        for _ in range(2):
-            assert np.array_equal(np.array(load_image(opened)), pixels)
-
-    class Pipe(io.BytesIO):
-        def seekable(self):
-            return False
-
-    assert load_image(Pipe(file.read_bytes())).size == (7, 9)
-
-
-def test_load_exif_orientation_is_not_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    path = tmp_path / "turned.jpg"
-    Image.fromarray(_noise(20, 30)).save(path, exif=exif)
-    assert load_image(path).size == (30, 20)
-
-
-def test_load_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"existing file, got '.*/nothing\.png'"):
-        load_image(tmp_path / "nothing.png")
-    with pytest.raises(FileNotFoundError, match="existing file, got 'test'"):
-        load_image("test")  # four characters of valid base64
-
-
-def test_load_empty_file(tmp_path):
-    path = tmp_path / "empty.jpg"
-    path.touch()
-    with pytest.raises(ValueError, match=r"zero bytes from '.*/empty\.jpg'"):
-        load_image(path)
-
-
-@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_load_truncated_file(tmp_path, kind):
-    data = _encoded(Image.fromarray(_noise(40, 50)), kind)
-    path = tmp_path / "half"
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"complete image file, got '.*/half'"):
-        load_image(path)
-    with pytest.raises(ValueError, match="image must be"):
-        load_image(data[:12])
-
-
-def test_load_truncated_picture_opened_by_the_caller():
-    data = _encoded(Image.fromarray(_noise(40, 50)), "JPEG")
-    with pytest.raises(ValueError, match="complete image file, got JpegImageFile object"):
-        load_image(Image.open(io.BytesIO(data[: len(data) // 2])))
-
-
-@pytest.mark.parametrize("source", [b"not a picture", "data:image/png;base64,aGVsbG8="])
-def test_load_not_an_image(source):
-    with pytest.raises(ValueError, match="image file that Pillow can read, got"):
-        load_image(source)
-
-
-@pytest.mark.parametrize("url", ["data:image/png,abc", "data:image/png;base64,###", "data:"])
-def test_load_bad_data_url(url):
-    with pytest.raises(ValueError, match="data URL must be"):
-        load_image(url)
-
-
-# Of 2000 pixels: Pillow raises at a limit below 1000 and only warns up to 2000.
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("limit", [600, 1000])
-def test_load_decompression_bomb(monkeypatch, limit):
-    data = _encoded(Image.fromarray(_noise(40, 50)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=f"at most {limit} pixels, got .*{len(data)} bytes"):
-        load_image(data)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert load_image(data).size == (50, 40)
-
-
-@pytest.mark.parametrize(
-    "array",
-    [np.zeros((4, 4, 3), np.float32), torch.zeros(3, 4, 4), np.zeros((4, 4), bool)],
-    ids=["float_array", "float_tensor", "bool"],
-)
-def test_load_arrays_must_be_bytes(array):
-    with pytest.raises(TypeError, match=r"must be uint8 \(0 to 255\), got"):
-        load_image(array)
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 2, 2), (1, 3, 4, 4), (0, 4, 3)], ids=str)
-def test_load_array_shapes(shape):
-    with pytest.raises(ValueError, match=r"1, 3 or 4 channels, got \("):
-        load_image(np.zeros(shape, np.uint8))
-
-
-@pytest.mark.parametrize("source", [None, 3, ["a.png"]], ids=str)
-def test_load_other_kinds(source):
-    with pytest.raises(TypeError, match="image must be a path, URL, base64 string"):
-        load_image(source)
-
-
-def test_load_text_file_object():
-    with pytest.raises(TypeError, match="opened in binary mode"):
-        load_image(io.StringIO("text"))
-
-
-def test_load_long_sources_are_shortened():
-    with pytest.raises(FileNotFoundError) as caught:
-        load_image("/nowhere/" + "x" * 5000)
-    assert len(str(caught.value)) < 200
 
 
 def test_fetch_image_published_sizes_and_filter():

@@ -1,6 +1,7 @@
 """The checkpoint's image processor."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -141,6 +142,10 @@ def test_image_processor_attributes_hold_from_the_next_picture_on():
         ({"min_pixels": 0}, "min_pixels must be a positive integer, got 0"),
         ({"patch_size": 14.0}, "patch_size must be a positive integer, got 14.0"),
         ({"image_mean": [0.5]}, r"image_mean must hold three numbers, got \[0.5\]"),
+        ({"image_mean": 0.5}, "image_mean must hold three numbers, got 0.5"),
+        ({"image_mean": [True] * 3}, r"image_mean must hold three numbers, got \[True"),
+        ({"image_std": [0.5, 0.5, math.nan]}, "image_std must hold three numbers, got .*nan"),
+        ({"size": 5}, "size must be an object, got 5"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std must be positive"),
         ({"resample": 9}, "resample must be 0 to 5, got 9"),
     ],

@@ -171,7 +171,8 @@ def test_video_file_sources(make_video, tmp_path):
             return False
 
     data_url = "data:video/mp4;base64," + base64.b64encode(data).decode()
-    sources = [str(path), path, f"file://{path}", path.as_uri(), data_url, data, moved, Pipe(data)]
+    sources = [str(path), path, f"file://{path}", path.as_uri(), data, moved, Pipe(data)]
+    sources += [data_url, data_url.partition(",")[2], f" {path}\n"]
     for source in sources:
         assert len(list(VideoFile(source).read(range(3)))) == 3
     assert not moved.closed
@@ -184,7 +185,7 @@ def test_video_file_url(make_video, monkeypatch):
         seen.append((url, limits["local_files_only"]))
         return make_video(3)
 
-    monkeypatch.setattr(video_file, "fetch", fetch)
+    monkeypatch.setattr("keye_model.processing.source.fetch", fetch)
     assert len(VideoFile("https://example.org/a.mp4")) == 3
     assert seen == [("https://example.org/a.mp4", False)]
 
@@ -220,9 +221,13 @@ def test_video_file_cover_picture_is_no_video(tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("/no/such/film.mp4", FileNotFoundError, "video '/no/such/film.mp4' must be an existing"),
+        (
+            "/no/such/film.mp4",
+            FileNotFoundError,
+            "video must be an existing file, got '/no/such/film.mp4'",
+        ),
         (Path("/tmp"), FileNotFoundError, "must be an existing file"),
-        (b"", ValueError, "video 0 bytes must not be empty"),
+        (b"", ValueError, "video must not be empty, got zero bytes from 0 bytes"),
         (b"no film at all" * 99, ValueError, "video 1386 bytes must be a video file that FFmpeg"),
         (_audio_only(), ValueError, "must have a video stream, got none"),
         (
@@ -233,7 +238,7 @@ def test_video_file_cover_picture_is_no_video(tmp_path):
         (b"ffconcat version 1.0\nfile /etc/hosts\n", ValueError, "FFmpeg can read"),
         (7, TypeError, "video must be a path, URL, bytes, open file, list of frames.*int"),
         ("http://example.org/a.mp4", ValueError, "must start with https://"),
-        ("data:video/mp4;base64,###", ValueError, "a data URL must be 'data:<type>;base64,<data>'"),
+        ("data:video/mp4;base64,!", ValueError, "a data URL must be 'data:<type>;base64,<data>'"),
         ("data:video/mp4;base64,", ValueError, "must not be empty, got zero bytes"),
     ],
     ids=[
@@ -249,7 +254,7 @@ def test_video_file_bad_source(source, error, message):
 def test_video_file_empty_file(tmp_path):
     path = tmp_path / "empty.mp4"
     path.touch()
-    with pytest.raises(ValueError, match=r"empty\.mp4' must not be empty, got zero bytes"):
+    with pytest.raises(ValueError, match=r"must not be empty, got zero bytes from '.*empty\.mp4'"):
         VideoFile(path)
 
 

@@ -299,7 +299,11 @@ def test_from_pretrained(tmp_path, checkpoints):
         ({"video": np.zeros((1, 3, 56, 56))}, TypeError, "an image array must be uint8"),
         ({"video": [1, 2]}, TypeError, "image must be a path"),
         ({"video": ["/no/such.png"]}, FileNotFoundError, "got '/no/such.png'"),
-        ({"video": "/no/such.mp4"}, FileNotFoundError, "video '/no/such.mp4' must be an existing"),
+        (
+            {"video": "/no/such.mp4"},
+            FileNotFoundError,
+            "video must be an existing file, got '/no/such.mp4'",
+        ),
         ({"video": _noise(2, 56, 56, 3), "timestamps": [0]}, ValueError, "one time for each of 2"),
         ({"video": _noise(2, 56, 56, 3), "timestamps": [1, 1]}, ValueError, "must be ascending"),
         ({"video": _noise(2, 56, 56, 3), "timestamps": [0, math.nan]}, ValueError, "ascending"),
@@ -380,3 +384,21 @@ def test_bad_processor():
         KeyeVideoProcessor(version="2.0")
     with pytest.raises(NotImplementedError, match="must be 28 for videos, got 32"):
         KeyeVideoProcessor(KeyeImageProcessor(patch_size=16))
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.5"])
+def test_small_frames_are_seen_alike_however_they_come(version):
+    """[2, 3, 11, 3]: two frames of 3 rows and 11 pixels each, whatever holds them."""
+    film = _noise(2, 3, 11, 3)
+    processor = KeyeVideoProcessor(version=version)
+    pictures = [Image.fromarray(frame) for frame in film]
+    expected = processor.patches_from_frames(pictures)
+    for video in (film, torch.from_numpy(film), list(film), torch.from_numpy(film).float()):
+        found = processor.patches_from_frames(video)
+        assert (found.frames, found.grid_thw) == (expected.frames, expected.grid_thw)
+        assert torch.equal(found.pixels, expected.pixels)
+    expected = processor.patches({"type": "video", "video": pictures})
+    for video in (film, torch.from_numpy(film), list(film)):
+        assert torch.equal(
+            processor.patches({"type": "video", "video": video}).pixels, expected.pixels
+        )
