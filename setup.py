@@ -9,6 +9,7 @@ No headers of torch are needed: a wheel fits every torch, and the build takes no
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,9 +120,11 @@ def write_ninja(target: Path) -> None:
         raise CannotBuild(f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
     gencode = " ".join(f"-gencode=arch=compute_{name},code=sm_{name}" for name in names)
     sources = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings.cpp"]
+    up = os.path.relpath(ROOT, BUILD)  # the checkout's own path may have spaces
+    nvcc, python, pybind11 = (shlex.quote(str(path)) for path in (nvcc, python, pybind11))
     lines = [
         f"nvcc = {nvcc}",
-        f"flags = {FLAGS} -I{ROOT}/csrc/include",
+        f"flags = {FLAGS} -I{up}/csrc/include",
         f"host = -isystem {python} -isystem {pybind11} "
         f"-DKEYE_ARCHITECTURES='\"{' '.join(names)}\"'",
         "rule device",
@@ -137,7 +140,7 @@ def write_ninja(target: Path) -> None:
     ]
     for source in sources:
         rule = "device" if source.suffix == ".cu" else "host"
-        lines.append(f"build {source.stem}.o: {rule} {source}")
+        lines.append(f"build {source.stem}.o: {rule} {up}/csrc/{source.name}")
     objects = " ".join(f"{source.stem}.o" for source in sources)
     lines.append(f"build {target.name}: link {objects}")
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")

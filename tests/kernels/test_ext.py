@@ -184,6 +184,22 @@ def test_build_that_is_asked_for_fails_loudly(checkout):
     assert "KEYE_CUDA must be 0, 1 or unset, got 'yes'" in done.stderr
 
 
+def test_build_in_a_folder_with_a_space(checkout):
+    folder = checkout.rename(checkout.with_name("a checkout"))
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && exec echo sm_80\n'
+        'for each; do case $each in *.d | *.o | *.so) : >"$each" ;; esac; done\n'
+    )
+    nvcc.chmod(0o755)
+    done = build_in(folder, PATH=f"{nvcc.parent}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    if not (folder / "keye_kernels" / f"_C{cuda_kernels.SUFFIX}").exists():
+        reason = (folder / "keye_kernels" / "_not_built.txt").read_text()
+        assert reason.startswith(("ninja is not", "pybind11 is not", "the headers of"))
+
+
 def test_nvcc_makes_what_the_kernels_count_on():
     """Built anew where sources changed. Spilled registers and warnings are errors of the build."""
     if not cuda_kernels.has_nvcc():
