@@ -48,11 +48,11 @@ def page() -> str:
     source = re.search(r'^Source = "(.+)"', PROJECT, re.MULTILINE)[1]
 
     def link(match: re.Match) -> str:
-        path = match[1]
-        return f"]({source}/blob/main/{path})" if (ROOT / path).exists() else match[0]
+        path, place = match.groups()
+        return f"]({source}/blob/main/{path}{place})" if (ROOT / path).exists() else match[0]
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"\]\(([\w./-]+)\)", link, text)
+    return re.sub(r"\]\(([\w./-]+)((?:#[\w-]+)?)\)", link, text)
 
 
 def find_nvcc() -> str:

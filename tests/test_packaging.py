@@ -1,12 +1,12 @@
 """What users get: the contents of sdist and wheel, the metadata, what a failed build says."""
 
 import email
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = [".clang-format", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in"]
+FILES += ["Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py"]
 FOLDERS = [".ci", "benchmarks", "csrc", "docs", "examples", "keye_kernels", "keye_model", "tests"]
 # What builds, tests and benchmarks leave behind.
 LEFT_BEHIND = ("__pycache__", "*.so", "_not_built.txt", "results", ".*_cache", "*.egg-info")
@@ -36,7 +38,7 @@ def build(kind, source, target):
     done = subprocess.run(
         [sys.executable, "-c", BUILD, kind, target],
         cwd=source,
-        env={"KEYE_CUDA": "0", "PATH": ""},
+        env=os.environ | {"KEYE_CUDA": "0"},
         capture_output=True,
         text=True,
     )
@@ -50,9 +52,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packaging") / "checkout"
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
-    for path in ROOT.iterdir():
-        if path.is_file() and path.name not in {*GENERATED, ".git"}:
-            shutil.copy(path, folder)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder)
     return folder, files_of(folder)
 
 
@@ -69,8 +70,8 @@ def unpacked(checkout):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     target = folder.parent / "unpacked"
-    with tarfile.open(build("sdist", folder, folder.parent)) as sdist:
-        sdist.extractall(target)
+    sdist = build("sdist", folder, folder.parent)
+    subprocess.run([sys.executable, "-m", "tarfile", "-e", sdist, target], check=True)
     [inside] = target.iterdir()
     return inside
 
@@ -136,14 +137,25 @@ def test_links_of_the_package_page(metadata):
     page = metadata.get_payload()
     assert metadata["Description-Content-Type"] == "text/markdown"
     source = next(x for x in metadata.get_all("Project-URL") if x.startswith("Source, "))[8:]
-    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
+    links = re.findall(r"\]\(([^#)\s][^)\s]*)\)", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
     assert links
     for link in links:
         assert link.startswith("https://"), link
         if link.startswith(source):
-            assert (ROOT / link.removeprefix(f"{source}/blob/main/")).exists(), link
+            path = link.removeprefix(f"{source}/blob/main/").partition("#")[0]
+            assert (ROOT / path).exists(), link
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.replace(f"{source}/blob/main/", "").strip() == readme.strip()
+
+
+def test_links_that_are_made_absolute(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setitem(setup_py["page"].__globals__, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a-b.md").touch()
+    text = "[a](docs/a-b.md), [b](docs/a-b.md#the-end), [c](https://c.example), [d](#d), x[0](y)"
+    (tmp_path / "README.md").write_text(text)
+    base = "https://github.com/keye-kernels/keye-kernels/blob/main/docs/a-b.md"
+    assert setup_py["page"]() == text.replace("docs/a-b.md", base)
 
 
 def test_old_setuptools_is_told_what_is_needed(tmp_path):
@@ -156,7 +168,7 @@ def test_old_setuptools_is_told_what_is_needed(tmp_path):
     (tmp_path / "setuptools" / "command" / "build_ext.py").write_text("build_ext = object\n")
     done = subprocess.run(
         [sys.executable, ROOT / "setup.py", "--version"],
-        env={"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
