@@ -8,14 +8,36 @@ CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h tests/nat
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
 TRANSFORMERS := 4.57.6 5.17.0
+# Interpreters of test-newest: those found here, pyenv's too. PYTHONS="python3.12 ..." names others.
+PYTHONS ?= $(shell PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd:); \
+	export PYENV_VERSION; for minor in 10 11 12 13 14; do \
+	python3.$$minor -c 'import sys; print(sys.executable)' 2>/dev/null; done; true)
+NEWEST = $(VENV)-newest-$*
 
-.PHONY: demo test test-transformers test-vllm bench kernels lint format clean
+.PHONY: demo test test-newest test-transformers test-vllm bench kernels lint format clean
 
 demo: $(VENV)/.installed  ## a picture, a video and a mixed batch through the whole stack (MODEL=<dir or hub id>)
 	$(BIN)/python -m keye_model demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.installed-test  ## the test suite
 	$(BIN)/python -m pytest tests -n 2
+
+test-newest:  ## the suite and the demo with the newest releases that pip gives each Python found; PYTHONS names others
+	@test -n "$(PYTHONS)" || { echo "no python3.10 to python3.14 was found; name some in PYTHONS"; exit 1; }
+	@failed=; for python in $(PYTHONS); do \
+		version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+		$(MAKE) test-newest-$$version PYTHON=$$python || failed="$$failed $$python"; \
+	done; test -z "$$failed" || { echo "failed with the newest releases:$$failed"; exit 1; }
+
+test-newest-%: PYTHON = $(firstword $(filter %/python$*,$(PYTHONS)) python$*)
+test-newest-%:  ## the same for one Python, as test-newest-3.12; some GB, deleted after success
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable
+	$(NEWEST)/bin/python -m keye_model demo
+	$(NEWEST)/bin/python -m pytest tests -n 2
+	rm -rf $(NEWEST)
 
 test-transformers: $(VENV)/.installed-test $(TRANSFORMERS:%=test-transformers-%)  ## every release that is named above, and the installed one; whole models under torch.compile
 	KEYE_TEST_TRANSFORMERS=1 $(BIN)/python -m pytest tests/integrations/test_transformers*.py
@@ -47,7 +69,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/clang-format -i $(CUDA_SOURCES)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest-* $(VLLM_VENV) build *.egg-info
 
 $(VENV)/.installed: $(SOURCES)
 	@echo "installing torch and the rest into $(VENV), once; this takes some minutes"

@@ -1,4 +1,4 @@
-"""Builds the CUDA extension of `csrc` where nvcc is found; all else is in pyproject.toml.
+"""Builds the CUDA extension of `csrc` where nvcc is found; nearly all else is in pyproject.toml.
 
 KEYE_CUDA=1: an extension that cannot be built is an error. KEYE_CUDA=0: none is built. Unset: it is
 built where that works; otherwise the reason is left in keye_kernels/_not_built.txt for `keye info`.
@@ -8,16 +8,20 @@ No headers of torch are needed: a wheel fits every torch, and the build takes no
 
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 BUILD = ROOT / "build" / "csrc"  # kept between builds: only what changed is compiled again
 ARCHITECTURES = ("80", "90a", "100a", "120")
 FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
@@ -27,6 +31,28 @@ FLAGS += " -Werror=all-warnings -Xptxas=-warn-spills,-Werror"
 
 class CannotBuild(Exception):
     """Why there is no extension."""
+
+
+def check_setuptools() -> None:
+    """Of pip only an isolated build heeds the requirement; an older one fails unclearly."""
+    needed = re.search(r'"setuptools>=(\d+)', PROJECT)[1]
+    if int(setuptools.__version__.split(".")[0]) < int(needed):
+        raise SystemExit(
+            f"setuptools must be {needed} or newer to build keye-kernels, got "
+            f"{setuptools.__version__}: python -m pip install 'setuptools>={needed}' ninja pybind11"
+        )
+
+
+def page() -> str:
+    """The README with absolute links: where a package index shows it no file lies beside it."""
+    source = re.search(r'^Source = "(.+)"', PROJECT, re.MULTILINE)[1]
+
+    def link(match: re.Match) -> str:
+        path, place = match.groups()
+        return f"]({source}/blob/main/{path}{place})" if (ROOT / path).exists() else match[0]
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\(([\w./-]+)((?:#[\w-]+)?)\)", link, text)
 
 
 def find_nvcc() -> str:
@@ -50,7 +76,7 @@ def find_ninja() -> str:
             return str(bundled)
     found = shutil.which("ninja")
     if found is None:
-        raise CannotBuild("ninja is not installed")
+        raise CannotBuild("ninja is not installed (pip install ninja)")
     return found
 
 
@@ -58,20 +84,33 @@ def find_includes() -> list[Path]:
     """Headers of Python and of pybind11, torch's copy of which does too."""
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").is_file():
-        raise CannotBuild(f"the headers of Python are not in {python}")
+        raise CannotBuild(f"the headers of Python are not in {python} (python3-dev has them)")
     for package, folder in (("pybind11", "include"), ("torch", "include")):
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             include = Path(spec.origin).parent / folder
             if (include / "pybind11" / "pybind11.h").is_file():
                 return [python, include]
-    raise CannotBuild("pybind11 is not installed")
+    raise CannotBuild("pybind11 is not installed (pip install pybind11)")
 
 
 def architectures(nvcc: str) -> list[str]:
     """Those of ARCHITECTURES that this nvcc knows: 100a and 120 came with CUDA 12.8."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    try:
+        asked = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    except OSError as error:
+        raise CannotBuild(f"{nvcc} cannot be run: {error.strerror}") from None
+    if asked.returncode:
+        raise CannotBuild(f"{nvcc} --list-gpu-code fails: {first_error(asked.stderr)}")
+    known = asked.stdout.split()
     return [name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in known]
+
+
+def first_error(output: str) -> str:
+    """The first line in which a tool complains; the commands themselves hold `-Werror`."""
+    lines = [line for line in output.splitlines() if " -Werror" not in line]
+    found = (line for line in lines if re.search("error|fatal|no such file|not found", line, re.I))
+    return next(found, "see the output of the build")
 
 
 def write_ninja(target: Path) -> None:
@@ -81,9 +120,11 @@ def write_ninja(target: Path) -> None:
         raise CannotBuild(f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
     gencode = " ".join(f"-gencode=arch=compute_{name},code=sm_{name}" for name in names)
     sources = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings.cpp"]
+    up = os.path.relpath(ROOT, BUILD)  # the checkout's own path may have spaces
+    nvcc, python, pybind11 = (shlex.quote(str(path)) for path in (nvcc, python, pybind11))
     lines = [
         f"nvcc = {nvcc}",
-        f"flags = {FLAGS} -I{ROOT}/csrc/include",
+        f"flags = {FLAGS} -I{up}/csrc/include",
         f"host = -isystem {python} -isystem {pybind11} "
         f"-DKEYE_ARCHITECTURES='\"{' '.join(names)}\"'",
         "rule device",
@@ -99,7 +140,7 @@ def write_ninja(target: Path) -> None:
     ]
     for source in sources:
         rule = "device" if source.suffix == ".cu" else "host"
-        lines.append(f"build {source.stem}.o: {rule} {source}")
+        lines.append(f"build {source.stem}.o: {rule} {up}/csrc/{source.name}")
     objects = " ".join(f"{source.stem}.o" for source in sources)
     lines.append(f"build {target.name}: link {objects}")
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -120,8 +161,7 @@ def compile_extension(target: Path) -> None:
         )
     print(done.stdout, file=sys.stderr)
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
-        raise CannotBuild(f"nvcc failed: {(errors or ['see the output of the build'])[0]}")
+        raise CannotBuild(f"nvcc failed: {first_error(done.stdout)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     # In one step, and as a new file: a process that has the old one loaded keeps it.
     fresh = target.with_suffix(f".{os.getpid()}")
@@ -158,7 +198,10 @@ class BuildExtension(build_ext):
         return {}
 
 
+check_setuptools()
 setup(
+    long_description=page(),
+    long_description_content_type="text/markdown",
     # The sources are found by the build itself; MANIFEST.in puts them into the sdist.
     ext_modules=[Extension("keye_kernels._C", sources=[])],
     cmdclass={"build_ext": BuildExtension},

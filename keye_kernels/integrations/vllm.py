@@ -30,7 +30,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from keye_kernels import _backends, backends, mrope_, rms_norm, silu_mul, varlen_attention
 
 PLUGIN = "keye_kernels"
-RELEASE = "0.32"  # of vLLM: its layers have no stable interface, so no other is assumed to fit
+# Of vLLM: its layers have no stable interface, so no other is assumed to fit.
+RELEASES = ("0.32", "0.33")
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", whose handler prints it
 
@@ -236,10 +237,10 @@ def our_layers() -> Iterator[None]:
 
 
 def check_release() -> None:
-    """Raise RuntimeError unless this release of vLLM is one that the layers are tested with."""
-    if vllm.__version__.split(".")[:2] != RELEASE.split("."):
+    """Raise RuntimeError unless the layers fit this release of vLLM."""
+    if ".".join(vllm.__version__.split(".")[:2]) not in RELEASES:
         raise RuntimeError(
-            f"vllm must be release {RELEASE} for the plugins of keye-kernels, got "
+            f"vllm must be release {' or '.join(RELEASES)} for the plugins of keye-kernels, got "
             f"{vllm.__version__}; VLLM_PLUGINS without them runs vLLM alone"
         )
 

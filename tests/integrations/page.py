@@ -37,8 +37,8 @@ def table() -> str:
 
 def releases() -> list[str]:
     others = re.search(r"^TRANSFORMERS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
-    installed = re.search(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
-    return [*others.split(), installed]
+    constraints = (ROOT / "constraints.txt").read_text()  # a release for each range of Pythons
+    return [*others.split(), *re.findall(r"^transformers==([\d.]+)", constraints, re.M)]
 
 
 def written() -> str:

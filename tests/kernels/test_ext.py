@@ -140,7 +140,8 @@ def checkout(tmp_path):
 
 
 def build_in(folder, **environment):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+    """Builds with what `environment` says, whatever this machine's says of CUDA."""
+    kept = {key: x for key, x in os.environ.items() if not key.startswith(("CUDA_", "KEYE_"))}
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=folder,
@@ -163,7 +164,10 @@ def test_build_is_skipped_with_the_reason(checkout):
 def test_build_that_is_asked_for_fails_loudly(checkout):
     broken = checkout / "bin"
     broken.mkdir()
-    (broken / "nvcc").write_text("#!/bin/sh\necho 'sm_80'; echo 'error: no memory' >&2; exit 1\n")
+    (broken / "nvcc").write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && exec echo sm_80\n'
+        'echo "error: no memory" >&2; exit 1\n'
+    )
     (broken / "nvcc").chmod(0o755)
     path = f"{broken}:{os.environ['PATH']}"
     done = build_in(checkout, KEYE_CUDA="1", PATH=path)
@@ -172,10 +176,28 @@ def test_build_that_is_asked_for_fails_loudly(checkout):
     done = build_in(checkout, PATH=path)
     assert done.returncode == 0, done.stderr
     reason = (checkout / "keye_kernels" / "_not_built.txt").read_text()
-    assert reason.startswith(("nvcc failed: ", "ninja is not", "pybind11 is not", "the headers of"))
+    assert reason == "nvcc failed: error: no memory\n" or reason.startswith(
+        ("ninja is not", "pybind11 is not", "the headers of")
+    )
     done = build_in(checkout, KEYE_CUDA="yes")
     assert done.returncode != 0
     assert "KEYE_CUDA must be 0, 1 or unset, got 'yes'" in done.stderr
+
+
+def test_build_in_a_folder_with_a_space(checkout):
+    folder = checkout.rename(checkout.with_name("a checkout"))
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && exec echo sm_80\n'
+        'for each; do case $each in *.d | *.o | *.so) : >"$each" ;; esac; done\n'
+    )
+    nvcc.chmod(0o755)
+    done = build_in(folder, PATH=f"{nvcc.parent}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    if not (folder / "keye_kernels" / f"_C{cuda_kernels.SUFFIX}").exists():
+        reason = (folder / "keye_kernels" / "_not_built.txt").read_text()
+        assert reason.startswith(("ninja is not", "pybind11 is not", "the headers of"))
 
 
 def test_nvcc_makes_what_the_kernels_count_on():
