@@ -67,6 +67,18 @@ class VideoFile:
     def __len__(self) -> int:
         return len(self.times)
 
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of its frames before turning, of the first one if no header says so."""
+        if 0 in self.coded_size:
+            try:
+                first = next(self.read([0]))
+            except MissingFrames:
+                self.recount()
+                first = next(self.read([0]))
+            self.coded_size = first.shape[:2]
+        return self.coded_size
+
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Decode the frames at ``indices`` (ascending), one at a time: [height, width, 3] uint8.
 
