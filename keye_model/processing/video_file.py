@@ -1,4 +1,4 @@
-"""A video file: when each of its frames is shown, and any of its frames as bytes, by PyAV.
+"""A video file: when each of its frames is shown, and any of its frames as bytes.
 
 A file is read twice. The first pass walks its packets without decoding and notes when each frame is
 shown, so lengths and times come from what is there, never from what a header says. The second
@@ -10,25 +10,39 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import av
 import numpy as np
-from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
+from keye_model.processing.animation import Animation
 from keye_model.processing.fetch import decode_data_url, describe, fetch, file_url_path
+from keye_model.processing.video_stream import (
+    Damaged,
+    ahead,
+    best,
+    can_skip,
+    candidates,
+    decode,
+    decode_wanted,
+    opened,
+    until_broken,
+)
 
 MAX_VIDEO_BYTES = 2 << 30  # of a URL, and of an open file that cannot seek
 MAX_FRAME_PIXELS = 1 << 26  # 8192x8192; a header can claim any size
 FETCH_TIMEOUT = 600.0  # seconds
-_COVER = Disposition.attached_pic | Disposition.timed_thumbnails  # pictures, not films
 
 
 class VideoFile:
     """One video file and the presentation times of its frames, in the order they are shown.
+
+    Of several video streams it is the one that players show (`best`). An animated picture that
+    FFmpeg takes for a still one (WebP) is read by Pillow, over white where it is transparent.
 
     Frames are turned as the file's display matrix asks (quarter turns; mirroring is not applied),
     as a player shows them, but pixels that are not square are not stretched, as in the published
@@ -61,8 +75,17 @@ class VideoFile:
         self.name = f"video {describe(source)}"
         self._source = _local(source, self.name, local_files_only)
         self._by_order = False
-        if not self._scan_packets():
-            self._scan_frames()
+        self._animation: Animation | None = None
+        refused = None
+        try:
+            if not self._scan_packets():
+                self._scan_frames()
+        except ValueError as error:
+            refused = error
+        if refused or len(self) == 1:
+            self._scan_animation()
+        if refused and self._animation is None:
+            raise refused
 
     def __len__(self) -> int:
         return len(self.times)
@@ -82,21 +105,13 @@ class VideoFile:
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Decode the frames at ``indices`` (ascending), one at a time: [height, width, 3] uint8.
 
+        A thread decodes the next frame while the caller has the last one.
+
         Raises:
             MissingFrames: The decoder gives no frame for a packet that was counted. Count again
                 with `recount`, choose anew and read again.
         """
-        wanted = [self._ids[index] for index in indices]
-        size = None
-        with self._open() as (container, stream):
-            frames = self._by_ordinal if self._by_order else self._by_time
-            for frame, repeats in frames(container, stream, wanted):
-                self._check_size(frame.width, frame.height)
-                size = size or (frame.width, frame.height)
-                pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-                pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
-                for _ in range(repeats):
-                    yield pixels
+        return ahead(self._read([self._ids[index] for index in indices]))
 
     def recount(self) -> None:
         """Decode once from start to end and count the frames that really come out.
@@ -108,42 +123,80 @@ class VideoFile:
         """
         self._scan_frames()
 
+    def _read(self, wanted: list[int]) -> Generator[np.ndarray, None, None]:
+        if self._animation is not None:
+            with self._file() as file:
+                yield from self._animation.read(file, wanted)
+            return
+        done, size = 0, None
+        for sparing in (True, False):
+            try:
+                with self._open() as (container, stream):
+                    convert = VideoReformatter()
+                    for frame, repeats in self._frames(container, stream, wanted[done:], sparing):
+                        self._check_size(frame.width, frame.height)
+                        size = size or (frame.width, frame.height)
+                        pixels = convert.reformat(frame, *size, "rgb24").to_ndarray()
+                        turns = round(frame.rotation / 90) % 4
+                        pixels = np.ascontiguousarray(np.rot90(pixels, turns))
+                        for _ in range(repeats):
+                            yield pixels
+                        done += repeats
+                return
+            except Damaged:
+                if not sparing:
+                    raise MissingFrames(self.name) from None
+
     def _scan_packets(self) -> bool:
-        """Take the times of the packets; False if they do not tell one frame from another."""
-        with self._open() as (container, stream):
-            shown: list[int | None] = []
-            keys = []
-            for packet in _until_broken(container.demux(stream)):
+        """Choose the stream and take the times of its packets; False if they do not tell all."""
+        with self._file() as file, opened(file, self.name) as container:
+            films = candidates(container, self.name)
+            packets: dict[int, list[tuple[int | None, bool]]] = {film.index: [] for film in films}
+            for packet in until_broken(container.demux(films)):
                 # Discarded packets lie outside an edit list; a cut-off file ends in a corrupt one.
                 if packet.size and not packet.is_discard and not packet.is_corrupt:
-                    shown.append(packet.pts)
-                    if packet.is_keyframe and packet.pts is not None:
-                        keys.append(packet.pts)
+                    packets[packet.stream_index].append((packet.pts, packet.is_keyframe))
+            film = best(films, [len(packets[film.index]) for film in films])
+            self._index = film.index
+            codec = film.codec_context
+            self._check_size(codec.width, codec.height)
+            self.coded_size = codec.height, codec.width
+            shown = [pts for pts, _ in packets[film.index]]
             if not shown or None in shown or len(set(shown)) != len(shown):
                 return False
             self._ids = sorted(shown)
-            self._keys = sorted(keys)
-            self._set_times(self._ids, stream)
+            self._keys = sorted(pts for pts, is_key in packets[film.index] if is_key)
+            self._set_times(self._ids, _stated_rate(film), float(film.time_base))
             return True
 
     def _scan_frames(self) -> None:
         self._by_order = True
         with self._open() as (container, stream):
-            shown = [frame.pts for frame in _decode(container, stream)]
+            shown = [frame.pts for frame in decode(container, stream)]
             if not shown:
                 raise ValueError(f"{self.name} must have frames that can be decoded, got none")
             self._ids = list(range(len(shown)))
             ascending = None not in shown and all(np.diff(shown) > 0)
-            self._set_times(shown if ascending else None, stream)
+            self._set_times(
+                shown if ascending else None, _stated_rate(stream), float(stream.time_base)
+            )
 
-    def _set_times(self, pts: list[int] | None, stream: Any) -> None:
-        """Times and rate from presentation times in clock ticks, or from the stated rate alone."""
-        stated = float(stream.average_rate or stream.guessed_rate or 0)
+    def _scan_animation(self) -> None:
+        with self._file() as file:
+            animation = Animation.find(file, self._check_size)
+        if animation is not None:
+            self._animation = animation
+            self._ids = list(range(len(animation.milliseconds)))
+            self.coded_size = animation.size
+            self._set_times(animation.milliseconds, 0.0, 0.001)
+
+    def _set_times(self, pts: Sequence[int] | None, stated: float, tick: float) -> None:
+        """Times and rate from presentation times in ticks, or from the stated rate alone."""
         if pts is None and stated <= 0:
             raise ValueError(f"{self.name} must have presentation times or a frame rate, got none")
         count = len(self._ids)
-        tick = float(stream.time_base) if pts else 0.0
         if pts is None:
+            tick = 0.0
             times = np.arange(count) / stated
         else:
             times = np.array([p - pts[0] for p in pts], dtype=np.float64) * tick
@@ -157,25 +210,48 @@ class VideoFile:
         self.constant_rate = bool(np.all(np.abs(times - regular) <= tick + 1e-6))
         self.times = regular if self.constant_rate else times
 
-    def _by_time(self, container: Any, stream: Any, wanted: list[int]) -> Iterator[tuple[Any, int]]:
-        """Frames shown at ``wanted`` and how often each is; skips stretches that hold none."""
-        frames = _decode(container, stream)
+    def _frames(
+        self, container: Any, stream: Any, wanted: list[int], sparing: bool
+    ) -> Iterator[tuple[Any, int]]:
+        """Wanted frames and how often each is; stretches that hold none are skipped.
+
+        Args:
+            wanted: Presentation times, or places in order if frames have none.
+            sparing: Skip single frames, too, where that changes no other.
+
+        Raises:
+            Damaged: A wanted frame does not come out, or not without those that were skipped.
+        """
+        if self._by_order:
+            yield from self._by_ordinal(container, stream, wanted)
+            return
+        sparing = sparing and can_skip(stream)
+
+        def decoded() -> Iterator[Any]:
+            if sparing:
+                return decode_wanted(container, stream, set(wanted))
+            return decode(container, stream)
+
+        frames = decoded()
         last = -1
         for key, group in groupby(wanted, key=lambda pts: bisect_right(self._keys, pts) - 1):
             if key > last + 1:
-                container.seek(self._keys[key], stream=stream)
-                frames = _decode(container, stream)
+                try:
+                    container.seek(self._keys[key], stream=stream)
+                    frames = decoded()
+                except av.error.FFmpegError:
+                    pass  # not all formats can; it is further on in any case
             last = key
             for pts, same in groupby(group):
                 frame = next((f for f in frames if f.pts is not None and f.pts >= pts), None)
                 if frame is None or frame.pts != pts:
-                    raise MissingFrames(self.name)
+                    raise Damaged
                 yield frame, len(list(same))
 
     def _by_ordinal(
         self, container: Any, stream: Any, wanted: list[int]
     ) -> Iterator[tuple[Any, int]]:
-        frames = enumerate(_decode(container, stream))
+        frames = enumerate(decode(container, stream))
         for ordinal, same in groupby(wanted):
             frame = next((f for i, f in frames if i == ordinal), None)
             if frame is None:
@@ -186,40 +262,23 @@ class VideoFile:
             yield frame, len(list(same))
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
+    def _file(self) -> Iterator[Any]:
+        """The source as an open binary file, at its start."""
         if isinstance(self._source, bytes):
-            file = io.BytesIO(self._source)
+            yield io.BytesIO(self._source)
         elif isinstance(self._source, str):
-            file = open(self._source, "rb")  # noqa: SIM115 (closed below, unlike a caller's file)
+            with open(self._source, "rb") as file:
+                yield file
         else:
-            file = self._source
-            file.seek(0)
-        try:
-            # PyAV sees an open file and no name, and playlists may open nothing: the empty list of
-            # protocols is spelled with a name that none of them has.
-            with av.open(
-                file, metadata_errors="replace", container_options={"protocol_whitelist": "none"}
-            ) as container:
-                films = [s for s in container.streams.video if not s.disposition & _COVER]
-                if not films:
-                    raise ValueError(f"{self.name} must have a video stream, got none")
-                stream = films[0]
-                if stream.codec_context is None:
-                    raise ValueError(
-                        f"{self.name} must use a known video codec, got an unknown one"
-                    )
-                codec = stream.codec_context
-                self._check_size(codec.width, codec.height)
-                self.coded_size = codec.height, codec.width
-                stream.thread_type = "AUTO"
-                yield container, stream
-        except av.error.FFmpegError as error:
-            raise ValueError(
-                f"{self.name} must be a video file that FFmpeg can read: {error.strerror}"
-            ) from error
-        finally:
-            if file is not self._source:
-                file.close()
+            self._source.seek(0)
+            yield self._source
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[Any, Any]]:
+        with self._file() as file, opened(file, self.name) as container:
+            stream = container.streams[self._index]
+            stream.thread_type = "AUTO"
+            yield container, stream
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > MAX_FRAME_PIXELS:
@@ -233,22 +292,8 @@ class MissingFrames(Exception):
     """A file has fewer frames than packets; its argument is the video's name."""
 
 
-def _decode(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames in the order they are shown; packets that do not decode are passed over."""
-    for packet in _until_broken(container.demux(stream)):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError:
-            continue
-        yield from frames
-
-
-def _until_broken(packets: Iterator[Any]) -> Iterator[Any]:
-    """Packets up to the end of the file or to the point where it stops making sense."""
-    try:
-        yield from packets
-    except av.error.InvalidDataError:
-        return
+def _stated_rate(stream: Any) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 0)
 
 
 def _local(source: Any, name: str, local_files_only: bool) -> str | bytes | Any:

@@ -26,8 +26,8 @@ def film(make_video, tmp_path):
 
 @pytest.fixture
 def undecoded(monkeypatch):
-    monkeypatch.setattr(VideoFile, "read", lambda *_: pytest.fail("decoded"))
-    monkeypatch.setattr(video_file, "_decode", lambda *_: pytest.fail("decoded"))
+    for name in ("decode", "decode_wanted"):
+        monkeypatch.setattr(video_file, name, lambda *_: pytest.fail("decoded"))
 
 
 def _frames(request):
