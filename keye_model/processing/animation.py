@@ -1,9 +1,10 @@
-"""Animated pictures that FFmpeg takes for still ones, by Pillow, which composes their frames."""
+"""Animated WebP, by Pillow, which composes its frames: FFmpeg reads it from its newest releases on.
+
+Animated GIF, PNG and AVIF are videos to FFmpeg.
+"""
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_FORMATS = ("WEBP", "AVIF", "PNG", "GIF")
-# What Pillow raises on broken files; each format has its own habits.
-_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError)
-_BROKEN += (struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow raises on a broken file.
+_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Animation:
-    """The frames of an animated picture that can be read.
+    """The frames of a WebP picture that can be read; one if it is a still one.
 
     Attributes:
         size: Height and width.
@@ -31,39 +30,35 @@ class Animation:
 
     @classmethod
     def find(cls, file: Any, name: str, check_size: Callable[[int, int], None]) -> Animation | None:
-        """The animation in an open file; None if there is none.
+        """The frames of an open file; None if it is no WebP.
 
         Args:
             name: How errors call it.
             check_size: Called with width and height before a frame is decoded.
 
         Raises:
-            ValueError: A WebP picture that is not whole.
+            ValueError: Pillow cannot read it.
         """
         head = file.read(12)
-        file.seek(0)
+        if head[:4] != b"RIFF" or head[8:] != b"WEBP":
+            return None
         try:
-            picture = Image.open(file, formats=_FORMATS)
+            picture = Image.open(file, formats=("WEBP",))
         except _BROKEN as error:
-            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-                raise ValueError(
-                    f"{name} must be a whole WebP file that Pillow can read"
-                ) from error
-            return None
-        if getattr(picture, "n_frames", 1) < 2:
-            return None
+            raise ValueError(f"{name} must be a whole WebP file, got a broken one") from error
         check_size(*picture.size)
         times, now = [], 0
         for frame in _frames(picture):
             times.append(now)
-            duration = round(frame.info.get("duration", 0))
+            duration = frame.info.get("duration", 0)
             now += duration if duration > 10 else 100  # as browsers do
-        return cls(picture.size[::-1], tuple(times)) if len(times) > 1 else None
+        if not times:
+            raise ValueError(f"{name} must have frames that can be decoded, got none")
+        return cls(picture.size[::-1], tuple(times))
 
     def read(self, file: Any, places: Sequence[int]) -> Iterator[np.ndarray]:
         """Frames at ascending places: [height, width, 3] uint8, over white where transparent."""
-        frames = _frames(Image.open(file, formats=_FORMATS))
-        for place, frame in enumerate(frames):
+        for place, frame in enumerate(_frames(Image.open(file, formats=("WEBP",)))):
             if repeats := places.count(place):
                 canvas = Image.new("RGBA", frame.size, "white")
                 canvas.alpha_composite(frame.convert("RGBA"))

@@ -40,8 +40,8 @@ FETCH_TIMEOUT = 600.0  # seconds
 class VideoFile:
     """One video file and the presentation times of its frames, in the order they are shown.
 
-    Of several video streams it is the one that players show (`best`). An animated picture that
-    FFmpeg takes for a still one (WebP) is read by Pillow, over white where it is transparent.
+    Of several video streams it is the one that players show (`best`). Animated WebP is read by
+    Pillow, over white where it is transparent.
 
     Frames are turned as the file's display matrix asks (quarter turns; mirroring is not applied),
     as a player shows them, but pixels that are not square are not stretched, as in the published
@@ -74,17 +74,14 @@ class VideoFile:
         self.name = f"video {describe(source)}"
         self._source = _local(source, self.name, local_files_only)
         self._by_order = False
-        self._animation: Animation | None = None
-        refused = None
-        try:
-            if not self._scan_packets():
-                self._scan_frames()
-        except ValueError as error:
-            refused = error
-        if refused or len(self) == 1:
-            self._scan_animation()
-        if refused and self._animation is None:
-            raise refused
+        with self._file() as file:
+            self._animation = Animation.find(file, self.name, self._check_size)
+        if self._animation is not None:
+            self._ids = list(range(len(self._animation.milliseconds)))
+            self.coded_size = self._animation.size
+            self._set_times(self._animation.milliseconds, 0.0, 0.001)
+        elif not self._scan_packets():
+            self._scan_frames()
 
     def __len__(self) -> int:
         return len(self.times)
@@ -181,15 +178,6 @@ class VideoFile:
             self._set_times(
                 shown if ascending else None, _stated_rate(stream), float(stream.time_base)
             )
-
-    def _scan_animation(self) -> None:
-        with self._file() as file:
-            animation = Animation.find(file, self.name, self._check_size)
-        if animation is not None:
-            self._animation = animation
-            self._ids = list(range(len(animation.milliseconds)))
-            self.coded_size = animation.size
-            self._set_times(animation.milliseconds, 0.0, 0.001)
 
     def _set_times(self, pts: Sequence[int] | None, stated: float, tick: float) -> None:
         """Times and rate from presentation times in ticks, or from the stated rate alone."""

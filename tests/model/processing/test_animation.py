@@ -111,7 +111,13 @@ def test_a_still_picture_is_one_frame(processors, form):
         processors["preview"].request(user(item))
 
 
-def test_other_files_are_no_animations():
-    assert Animation.find(io.BytesIO(b"no picture at all" * 9), "film", print) is None
-    sheet = _saved("TIFF", _frames())  # pages, and Pillow's readers of documents are left alone
-    assert Animation.find(io.BytesIO(sheet), "film", print) is None
+def test_webp_without_a_frame_that_decodes(monkeypatch):
+    data = _saved("WEBP", _frames(), duration=100)
+    monkeypatch.setattr("keye_model.processing.animation._frames", lambda _: iter(()))
+    with pytest.raises(ValueError, match="must have frames that can be decoded, got none"):
+        VideoFile(data)
+
+
+def test_other_files_are_not_pillows():
+    for data in (b"no picture at all" * 9, b"", _saved("GIF", _frames())):
+        assert Animation.find(io.BytesIO(data), "film", print) is None
