@@ -131,7 +131,7 @@ def _decode_wanted(container: Any, stream: Any, wanted: Collection[int]) -> Iter
         second_field = is_wanted
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError as error:
+        except av.error.FFmpegError as error:
             raise Damaged from error
         yield from frames
 

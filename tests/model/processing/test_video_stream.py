@@ -142,6 +142,19 @@ def test_the_packet_behind_a_wanted_one_is_decoded():
     assert dict(seen) == skipped
 
 
+@pytest.mark.parametrize("error", ["InvalidDataError", "PatchWelcomeError", "OSError"])
+def test_whatever_a_strict_decoder_says_ends_the_skipping(error):
+    def fail():
+        raise getattr(av.error, error)(1, "of the decoder")
+
+    packet = SimpleNamespace(pts=0, size=1, is_keyframe=True, decode=fail)
+    stream = SimpleNamespace(codec_context=SimpleNamespace(is_open=False))
+    container = SimpleNamespace(demux=lambda _: iter([packet]))
+    with pytest.raises(Damaged):
+        list(decode(container, stream, {0}))
+    assert stream.codec_context.options == {"err_detect": "explode"}
+
+
 @pytest.fixture
 def damaged(films):
     """A film of mpeg4, whose concealment is the same each time, with one packet overwritten."""
