@@ -176,9 +176,7 @@ class Film:
             kinds = (frames_1_5(smallest, fast, times, self._patch_size) for fast in splits)
             return max(map(self.count_tokens, kinds))
 
-        least = min(_tokens(smallest, 1, 0), _tokens(smallest, 0, 1))
-        counts = range(min(clip.count, room // least), 0, -1)
-        return next((n for n in counts if tokens(n) <= room), None)
+        return bisect_right(range(1, clip.count + 1), room, key=tokens) or None
 
     def _preview_size(self, count: int) -> Size:
         return self._resized(*preview_frame_size(*self.file.frame_size, count, self._options))
