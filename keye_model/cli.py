@@ -211,17 +211,24 @@ def _plan(arguments: argparse.Namespace) -> None:
     processor = KeyeProcessor.from_pretrained(
         arguments.model, max_pixels=arguments.max_pixels, **local
     )
-    request = processor.request(_messages(arguments))
+    context = config.text_config.max_position_embeddings
+    request = processor.request(
+        _messages(arguments),
+        max_tokens=context - 1,
+        fit_videos=lambda line: print(f"fitted        {line}"),
+        shapes_only=True,
+    )
     counts = plan(config, [request] * arguments.batch, arguments.max_new_tokens)
     seconds = counts.floor_seconds(arguments.matmul * 1e12, arguments.copy * 1e12)
-    context = config.text_config.max_position_embeddings
-    tokens = f"{counts.prompt_tokens[0]:,} tokens each"
+    # Which frames of a video are slow, and which fast, only decoding tells.
+    at_most = "at most " * bool(config.variant.timestamped_frames and counts.video_tokens)
+    tokens = f"{at_most}{counts.prompt_tokens[0]:,} tokens each"
     if counts.prompt_tokens[0] >= context:
         tokens += ", TOO LONG"
     print(f"prompt        {arguments.batch} x {tokens}, context {context:,}")
     print(
-        f"vision        {counts.image_tokens:,} image tokens, {counts.video_tokens:,} video "
-        f"tokens, {counts.patches:,} patches, longest segment {counts.longest_segment:,}"
+        f"vision        {counts.image_tokens:,} image tokens, {at_most}{counts.video_tokens:,} "
+        f"video tokens, {counts.patches:,} patches, longest segment {counts.longest_segment:,}"
     )
     print(f"weights       {counts.weight_bytes / 1e9:.2f} GB")
     print(

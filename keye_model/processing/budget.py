@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class TokenBudget:
@@ -11,13 +11,15 @@ class TokenBudget:
     Attributes:
         limit: Most tokens of the prompt; None is no limit.
         used: Tokens counted so far.
+        enforced: Whether what does not fit is refused; else it is only counted.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, *, enforced: bool = True) -> None:
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ValueError(f"max_tokens must be a positive integer or None, got {limit!r}")
         self.limit = limit
         self.used = 0
+        self.enforced = enforced
 
     def take(self, tokens: int, what: str) -> None:
         """Count ``tokens`` more, those of ``what``; raises as `check`."""
@@ -30,7 +32,7 @@ class TokenBudget:
         Raises:
             ValueError: They do not fit.
         """
-        if not self._fits(tokens):
+        if self.enforced and not self._fits(tokens):
             got = f"{self.used} and {tokens} more of" if self.used else f"{tokens} of"
             raise ValueError(
                 f"prompt must have at most {self.limit} tokens, got {got} {what}"
@@ -51,6 +53,21 @@ class TokenBudget:
             most = next((n for n in range(count - 2, 0, -2) if self._fits(tokens_of(n))), None)
             advice = f"{key}={most} fits" if most else "a lower max_pixels may fit"
             self.check(tokens, f"{what} with {count} frames", advice)
+
+    def share(self, needs: Sequence[int]) -> int | None:
+        """Most tokens for the first of several videos that need so many; None is no limit.
+
+        All it needs, or an even part of what those leave that need less.
+        """
+        if self.limit is None:
+            return None
+        left = self.limit - self.used
+        for place, need in enumerate(sorted(needs)):
+            even = left // (len(needs) - place)
+            if need > even:
+                return min(needs[0], even)
+            left -= need
+        return needs[0]
 
     def _fits(self, tokens: int) -> bool:
         return self.limit is None or self.used + tokens <= self.limit

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from keye_model.checkpoint.config import Variant
-from keye_model.processing.patches import ImagePatches, VideoPatches
+from keye_model.processing.patches import Frame, ImagePatches, VideoPatches
 from keye_model.processing.tokenizer import TokenIds, encode
 
 
@@ -68,17 +68,21 @@ class Placeholders:
             _, rows, columns = next(images).grid_thw
             return [token] * self._num_tokens(rows, columns)
         if token == self.ids.video:
-            return self._video(next(videos))
+            return self._video(next(videos).frames)
         return [token]
 
-    def _video(self, video: VideoPatches) -> list[int]:
+    def count(self, frames: Sequence[Frame]) -> int:
+        """Tokens of a video of these frames, marks and times included."""
+        return len(self._video(frames))
+
+    def _video(self, frames: Sequence[Frame]) -> list[int]:
         """Placeholders alone (8B-Preview), or each frame behind its mark and its time (1.5)."""
         ids = self.ids
-        counts = [self._num_tokens(frame.rows, frame.columns) for frame in video.frames]
+        counts = [self._num_tokens(frame.rows, frame.columns) for frame in frames]
         if not self.variant.timestamped_frames:
             return [ids.video] * sum(counts)
         tokens: list[int] = []
-        for frame, count in zip(video.frames, counts, strict=True):
+        for frame, count in zip(frames, counts, strict=True):
             tokens.append(ids.frame)
             if frame.timestamp is not None:
                 # As published: the fp32 time, widened, to one decimal; ties go to even.

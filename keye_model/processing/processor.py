@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,7 @@ from keye_model.processing.template import (
     template_reads,
 )
 from keye_model.processing.tokenizer import TokenIds
+from keye_model.processing.video_loading import Progress
 from keye_model.processing.video_processor import VIDEO_KEYWORDS, KeyeVideoProcessor
 from keye_model.processing.vision_info import process_vision_info
 
@@ -180,6 +182,9 @@ class KeyeProcessor:
         continue_final_message: bool = False,
         add_vision_id: bool = False,
         max_tokens: int | None = None,
+        fit_videos: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+        shapes_only: bool = False,
     ) -> Request:
         """Turn one conversation into what the model reads.
 
@@ -200,12 +205,24 @@ class KeyeProcessor:
             max_tokens: Most tokens the prompt may have, say the model's context. What is too long
                 is refused as soon as that is known: a video file of 8B-Preview before its frames
                 are decoded, one of 1.5 before they are resized.
+            fit_videos: Given, a video file that does not fit beside the text, the pictures and the
+                other videos is sampled to the most frames that do, unless its item says how many
+                (``fps``, ``nframes``, ``min_frames``, ``max_frames``): 8B-Preview's by fewer
+                frames, 1.5's by a lower ``video_total_pixels`` and then by fewer frames. Of
+                several, those that need less than an even share have all they need. Called with
+                one line for each video so changed.
+            progress: Called in this thread as ``progress("frames", done, total)`` while a video is
+                decoded and resized, from the start again if it has to be decoded twice.
+            shapes_only: Decode no frame of a video file: its patches are on the meta device, ids
+                and grids as they will be, but for a file to be turned by a quarter (rows and
+                columns change places) and for 1.5 (slow and fast frames are not known: those of
+                the costliest split). Nothing is refused for its length.
 
         Raises:
             ValueError, TypeError, FileNotFoundError, RuntimeError: A message or a source is wrong,
                 or the prompt too long; see `normalize_messages` and `load_image`.
         """
-        budget = TokenBudget(max_tokens)
+        budget = TokenBudget(max_tokens, enforced=not shapes_only)
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         last = messages[-1] if isinstance(messages, (list, tuple)) and messages else None
@@ -222,6 +239,7 @@ class KeyeProcessor:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables={"add_vision_id": True} if add_vision_id else {},
+            of_videos={"fit_videos": fit_videos, "progress": progress, "shapes_only": shapes_only},
         )
         [ids] = self._placeholders.expand([text], images, videos)
         budget.check(len(ids) - budget.used, "the times of its videos' frames")
@@ -459,9 +477,15 @@ class KeyeProcessor:
         messages: Messages,
         budget: TokenBudget,
         thinking: Thinking,
+        of_videos: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ) -> tuple[str, list[ImagePatches], list[VideoPatches]]:
-        """Render a conversation and load what it shows, as keye-vl-utils would."""
+        """Render a conversation and load what it shows, as keye-vl-utils would.
+
+        Args:
+            of_videos: Keywords of `patches_of_items`.
+            options: Keywords of `_render`.
+        """
         text, checked = self._render(messages, thinking, sources=True, **options)
         pictures, films = vision_items(checked, "image"), vision_items(checked, "video")
         num_text = len(text_side.encode(self.tokenizer, text)) - len(pictures) - len(films)
@@ -475,15 +499,12 @@ class KeyeProcessor:
                 local_files_only=self.local_files_only,
             )
             images.append(self.image_processor.patches(picture))
-            budget.take(self._num_tokens(images[-1]), f"image {describe(source_of(item))}")
-        videos = []
-        for item in films:
-            videos.append(self.video_processor.patches(item, budget=budget))
-            budget.take(self._num_tokens(videos[-1]), f"video {describe(item['video'])}")
+            num_tokens = len(images[-1].pixels) // self.image_processor.merge_size**2
+            budget.take(num_tokens, f"image {describe(source_of(item))}")
+        videos = self.video_processor.patches_of_items(
+            films, budget=budget, count_tokens=self._placeholders.count, **of_videos
+        )
         return text, images, videos
-
-    def _num_tokens(self, patches: ImagePatches | VideoPatches) -> int:
-        return len(patches.pixels) // self.image_processor.merge_size**2
 
     def _model_pixels(self, cut: Sequence[ImagePatches | VideoPatches]) -> torch.Tensor | None:
         """Patches as a `Request` holds them; None if there are none."""
@@ -492,7 +513,10 @@ class KeyeProcessor:
         given, known = self.image_processor, self.config.vision_config
         same = tuple(given.image_mean) == tuple(known.image_mean)
         same = same and tuple(given.image_std) == tuple(known.image_std)
-        return _joined(cut) if same else given.normalize(_joined(cut))
+        pixels = _joined(cut)
+        if same or pixels.is_meta:
+            return pixels if same else pixels.float()
+        return given.normalize(pixels)
 
     def _batch(
         self,

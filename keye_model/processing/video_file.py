@@ -1,4 +1,4 @@
-"""A video file: when each of its frames is shown, and any of its frames as bytes, by PyAV.
+"""A video file: when each of its frames is shown, and any of its frames as bytes.
 
 A file is read twice. The first pass walks its packets without decoding and notes when each frame is
 shown, so lengths and times come from what is there, never from what a header says. The second
@@ -9,26 +9,39 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import av
 import numpy as np
-from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
+from keye_model.processing.animation import Animation
 from keye_model.processing.fetch import describe
 from keye_model.processing.source import read_source
+from keye_model.processing.video_stream import (
+    Damaged,
+    ahead,
+    best,
+    can_skip,
+    candidates,
+    decode,
+    opened,
+    until_broken,
+)
 
 MAX_VIDEO_BYTES = 2 << 30  # of a URL, and of an open file that cannot seek
 MAX_FRAME_PIXELS = 1 << 26  # 8192x8192; a header can claim any size
 FETCH_TIMEOUT = 600.0  # seconds
-_COVER = Disposition.attached_pic | Disposition.timed_thumbnails  # pictures, not films
 
 
 class VideoFile:
     """One video file and the presentation times of its frames, in the order they are shown.
+
+    Of several video streams it is the one that players show (`best`). Animated WebP is read by
+    Pillow, over white where it is transparent.
 
     Frames are turned as the file's display matrix asks (quarter turns; mirroring is not applied),
     as a player shows them, but pixels that are not square are not stretched, as in the published
@@ -67,30 +80,40 @@ class VideoFile:
             local_files_only=local_files_only,
         )
         self._by_order = False
-        if not self._scan_packets():
+        with self._file() as file:
+            self._animation = Animation.find(file, self.name, self._check_size)
+        if self._animation is not None:
+            self._ids = list(range(len(self._animation.milliseconds)))
+            self.coded_size = self._animation.size
+            self._set_times(self._animation.milliseconds, 0.0, 0.001)
+        elif not self._scan_packets():
             self._scan_frames()
 
     def __len__(self) -> int:
         return len(self.times)
 
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of its frames before turning, of the first one if no header says so."""
+        if 0 in self.coded_size:
+            try:
+                first = next(self.read([0]))
+            except MissingFrames:
+                self.recount()
+                first = next(self.read([0]))
+            self.coded_size = first.shape[:2]
+        return self.coded_size
+
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Decode the frames at ``indices`` (ascending), one at a time: [height, width, 3] uint8.
+
+        A thread decodes the next frame while the caller has the last one.
 
         Raises:
             MissingFrames: The decoder gives no frame for a packet that was counted. Count again
                 with `recount`, choose anew and read again.
         """
-        wanted = [self._ids[index] for index in indices]
-        size = None
-        with self._open() as (container, stream):
-            frames = self._by_ordinal if self._by_order else self._by_time
-            for frame, repeats in frames(container, stream, wanted):
-                self._check_size(frame.width, frame.height)
-                size = size or (frame.width, frame.height)
-                pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-                pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
-                for _ in range(repeats):
-                    yield pixels
+        return ahead(self._read([self._ids[index] for index in indices]))
 
     def recount(self) -> None:
         """Decode once from start to end and count the frames that really come out.
@@ -102,42 +125,73 @@ class VideoFile:
         """
         self._scan_frames()
 
+    def _read(self, wanted: list[int]) -> Generator[np.ndarray, None, None]:
+        if self._animation is not None:
+            with self._file() as file:
+                yield from self._animation.read(file, wanted)
+            return
+        done, size = 0, None
+        for sparing, seeking in ((True, True), (False, True), (False, False)):
+            try:
+                with self._open() as (container, stream):
+                    convert = VideoReformatter()
+                    for frame, repeats in self._frames(
+                        container, stream, wanted[done:], sparing, seeking
+                    ):
+                        self._check_size(frame.width, frame.height)
+                        size = size or (frame.width, frame.height)
+                        pixels = convert.reformat(frame, *size, "rgb24").to_ndarray()
+                        turns = round(frame.rotation / 90) % 4
+                        pixels = np.ascontiguousarray(np.rot90(pixels, turns))
+                        for _ in range(repeats):
+                            yield pixels
+                        done += repeats
+                return
+            except Damaged:
+                continue
+        raise MissingFrames(self.name)
+
     def _scan_packets(self) -> bool:
-        """Take the times of the packets; False if they do not tell one frame from another."""
-        with self._open() as (container, stream):
-            shown: list[int | None] = []
-            keys = []
-            for packet in _until_broken(container.demux(stream)):
+        """Choose the stream and take the times of its packets; False if they do not tell all."""
+        with self._file() as file, opened(file, self.name) as container:
+            films = candidates(container, self.name)
+            packets: dict[int, list[tuple[int | None, bool]]] = {film.index: [] for film in films}
+            for packet in until_broken(container.demux(films)):
                 # Discarded packets lie outside an edit list; a cut-off file ends in a corrupt one.
                 if packet.size and not packet.is_discard and not packet.is_corrupt:
-                    shown.append(packet.pts)
-                    if packet.is_keyframe and packet.pts is not None:
-                        keys.append(packet.pts)
+                    packets[packet.stream_index].append((packet.pts, packet.is_keyframe))
+            film = best(films, [len(packets[film.index]) for film in films])
+            self._index = film.index
+            codec = film.codec_context
+            self._check_size(codec.width, codec.height)
+            self.coded_size = codec.height, codec.width
+            shown = [pts for pts, _ in packets[film.index]]
             if not shown or None in shown or len(set(shown)) != len(shown):
                 return False
             self._ids = sorted(shown)
-            self._keys = sorted(keys)
-            self._set_times(self._ids, stream)
+            self._keys = sorted(pts for pts, is_key in packets[film.index] if is_key)
+            self._set_times(self._ids, _stated_rate(film), float(film.time_base))
             return True
 
     def _scan_frames(self) -> None:
         self._by_order = True
         with self._open() as (container, stream):
-            shown = [frame.pts for frame in _decode(container, stream)]
+            shown = [frame.pts for frame in decode(container, stream)]
             if not shown:
                 raise ValueError(f"{self.name} must have frames that can be decoded, got none")
             self._ids = list(range(len(shown)))
             ascending = None not in shown and all(np.diff(shown) > 0)
-            self._set_times(shown if ascending else None, stream)
+            self._set_times(
+                shown if ascending else None, _stated_rate(stream), float(stream.time_base)
+            )
 
-    def _set_times(self, pts: list[int] | None, stream: Any) -> None:
-        """Times and rate from presentation times in clock ticks, or from the stated rate alone."""
-        stated = float(stream.average_rate or stream.guessed_rate or 0)
+    def _set_times(self, pts: Sequence[int] | None, stated: float, tick: float) -> None:
+        """Times and rate from presentation times in ticks, or from the stated rate alone."""
         if pts is None and stated <= 0:
             raise ValueError(f"{self.name} must have presentation times or a frame rate, got none")
         count = len(self._ids)
-        tick = float(stream.time_base) if pts else 0.0
         if pts is None:
+            tick = 0.0
             times = np.arange(count) / stated
         else:
             times = np.array([p - pts[0] for p in pts], dtype=np.float64) * tick
@@ -151,25 +205,54 @@ class VideoFile:
         self.constant_rate = bool(np.all(np.abs(times - regular) <= tick + 1e-6))
         self.times = regular if self.constant_rate else times
 
-    def _by_time(self, container: Any, stream: Any, wanted: list[int]) -> Iterator[tuple[Any, int]]:
-        """Frames shown at ``wanted`` and how often each is; skips stretches that hold none."""
-        frames = _decode(container, stream)
-        last = -1
-        for key, group in groupby(wanted, key=lambda pts: bisect_right(self._keys, pts) - 1):
-            if key > last + 1:
+    def _frames(
+        self, container: Any, stream: Any, wanted: list[int], sparing: bool, seeking: bool
+    ) -> Iterator[tuple[Any, int]]:
+        """Wanted frames and how often each is.
+
+        Args:
+            wanted: Presentation times, or places in order if frames have none.
+            sparing: Skip single frames where that changes no other.
+            seeking: Skip stretches that hold no wanted frame.
+
+        Raises:
+            Damaged: A wanted frame does not come out, or not without those that were skipped.
+        """
+        if self._by_order:
+            yield from self._by_ordinal(container, stream, wanted)
+            return
+        times = set(wanted) if sparing and can_skip(stream) else None
+
+        def frames_from(key: int) -> Iterator[Any]:
+            try:
                 container.seek(self._keys[key], stream=stream)
-                frames = _decode(container, stream)
+            except av.error.FFmpegError:
+                return frames  # not all formats can; it is further on in any case
+            return decode(container, stream, times)
+
+        frames = decode(container, stream, times)
+        last = -1
+        for pts, same in groupby(wanted):
+            key = bisect_right(self._keys, pts) - 1
+            sought = seeking and key > last + 1
+            if sought:
+                frames = frames_from(key)
+            frame = _shown_at(frames, pts)
+            back = key
+            while frame is None and sought and back > 0:
+                # A transport stream may be found behind its key frame, or a decoder need more.
+                back = max(back - max(key - back, 1), 0)
+                frames = frames_from(back)
+                frame = _shown_at(frames, pts)
+            if frame is None:
+                raise Damaged
             last = key
-            for pts, same in groupby(group):
-                frame = next((f for f in frames if f.pts is not None and f.pts >= pts), None)
-                if frame is None or frame.pts != pts:
-                    raise MissingFrames(self.name)
-                yield frame, len(list(same))
+            yield frame, len(list(same))
 
     def _by_ordinal(
         self, container: Any, stream: Any, wanted: list[int]
     ) -> Iterator[tuple[Any, int]]:
-        frames = enumerate(_decode(container, stream))
+        frames = enumerate(decode(container, stream))
         for ordinal, same in groupby(wanted):
             frame = next((f for i, f in frames if i == ordinal), None)
             if frame is None:
@@ -180,40 +263,23 @@ class VideoFile:
             yield frame, len(list(same))
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
+    def _file(self) -> Iterator[Any]:
+        """The source as an open binary file, at its start."""
         if isinstance(self._source, bytes):
-            file = io.BytesIO(self._source)
+            yield io.BytesIO(self._source)
         elif isinstance(self._source, str):
-            file = open(self._source, "rb")  # noqa: SIM115 (closed below, unlike a caller's file)
+            with open(self._source, "rb") as file:
+                yield file
         else:
-            file = self._source
-            file.seek(0)
-        try:
-            # PyAV sees an open file and no name, and playlists may open nothing: the empty list of
-            # protocols is spelled with a name that none of them has.
-            with av.open(
-                file, metadata_errors="replace", container_options={"protocol_whitelist": "none"}
-            ) as container:
-                films = [s for s in container.streams.video if not s.disposition & _COVER]
-                if not films:
-                    raise ValueError(f"{self.name} must have a video stream, got none")
-                stream = films[0]
-                if stream.codec_context is None:
-                    raise ValueError(
-                        f"{self.name} must use a known video codec, got an unknown one"
-                    )
-                codec = stream.codec_context
-                self._check_size(codec.width, codec.height)
-                self.coded_size = codec.height, codec.width
-                stream.thread_type = "AUTO"
-                yield container, stream
-        except av.error.FFmpegError as error:
-            raise ValueError(
-                f"{self.name} must be a video file that FFmpeg can read: {error.strerror}"
-            ) from error
-        finally:
-            if file is not self._source:
-                file.close()
+            self._source.seek(0)
+            yield self._source
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[Any, Any]]:
+        with self._file() as file, opened(file, self.name) as container:
+            stream = container.streams[self._index]
+            stream.thread_type = "AUTO"
+            yield container, stream
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > MAX_FRAME_PIXELS:
@@ -227,19 +293,11 @@ class MissingFrames(Exception):
     """A file has fewer frames than packets; its argument is the video's name."""
 
 
-def _decode(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames in the order they are shown; packets that do not decode are passed over."""
-    for packet in _until_broken(container.demux(stream)):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError:
-            continue
-        yield from frames
+def _shown_at(frames: Iterator[Any], pts: int) -> Any | None:
+    """The frame of a presentation time among those to come; None if it is not there."""
+    frame = next((f for f in frames if f.pts is not None and f.pts >= pts), None)
+    return frame if frame is not None and frame.pts == pts else None
 
 
-def _until_broken(packets: Iterator[Any]) -> Iterator[Any]:
-    """Packets up to the end of the file or to the point where it stops making sense."""
-    try:
-        yield from packets
-    except av.error.InvalidDataError:
-        return
+def _stated_rate(stream: Any) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,13 +31,16 @@ from keye_model.processing.video_sampling import (
 KEEP_BYTES = 512 << 20  # a clip whose sampled frames are larger is decoded twice instead of kept
 
 T = TypeVar("T")
+Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
 
 
 def sample_preview(
     item: Mapping[str, Any],
     *,
     local_files_only: bool = False,
-    before_reading: Callable[[VideoFile, int, dict[str, Any]], None] | None = None,
+    video: VideoFile | None = None,
+    choose: Callable[[Clip], int] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[torch.Tensor] | list[Image.Image], float]:
     """Sample and resize the video of one message item by the rules of keye-vl-utils 1.0.0.
 
@@ -47,8 +52,9 @@ def sample_preview(
             ``max_pixels``, ``total_pixels``, ``resized_height`` with ``resized_width``. For
             frames: ``fps``, the rate they were taken at, or ``timestamps``, the time of each in
             seconds; and the keys of an image item, as each goes the way of an image.
-        before_reading: Called with the file, the number of frames chosen and the item's options
-            before the first frame is decoded.
+        video: The item's file, if it was opened before.
+        choose: Called before the first frame is decoded; returns how many to sample instead.
+        progress: Called as ``progress("frames", done, total)`` after each frame.
 
     Returns:
         frames: Of a file: [3, height, width] uint8, all of one size. Of a list: PIL images, the
@@ -57,9 +63,10 @@ def sample_preview(
             published), or the given or default one.
     """
     options = video_options(item)
-    frames, times = _listed_frames(item)
+    frames, times = listed_frames(item)
     if frames is not None:
-        images = [_list_image(item, frame, "1.0", local_files_only) for frame in frames]
+        loaded = (_list_image(item, frame, "1.0", local_files_only) for frame in frames)
+        images = list(_counted(loaded, len(frames), progress))
         images += images[-1:] * (len(images) % 2)
         fps = options.get("fps", DEFAULT_FPS)
         if times is not None and len(times) > 1:
@@ -67,22 +74,25 @@ def sample_preview(
         return images, fps
 
     def sample(video: VideoFile) -> tuple[list[torch.Tensor], float]:
-        indices, total = _choose(video, options, "1.0")
-        if before_reading is not None:
-            before_reading(video, len(indices), options)
+        clip = Clip.of(video, options, "1.0", choose)
         resized: list[torch.Tensor] = []
         size = None
-        for pixels in video.read(indices):
+        for pixels in _counted(video.read(clip.indices), clip.count, progress):
             if size is None:
-                size = preview_frame_size(*pixels.shape[:2], len(indices), options)
+                size = preview_frame_size(*pixels.shape[:2], clip.count, options)
             resized.append(resize_bicubic(_chw(pixels), *size))
-        return resized, len(indices) / total * video.rate
+        return resized, clip.fps
 
-    return _sampled(item["video"], sample, local_files_only)
+    return _sampled(item["video"], video, sample, local_files_only)
 
 
 def sample_1_5(
-    item: Mapping[str, Any], *, local_files_only: bool = False
+    item: Mapping[str, Any],
+    *,
+    local_files_only: bool = False,
+    video: VideoFile | None = None,
+    choose: Callable[[Clip], int] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Collection[torch.Tensor], dict[str, Any]]:
     """Sample the video of one message item by the rules of keye-vl-utils 1.5.x.
 
@@ -92,6 +102,7 @@ def sample_1_5(
             ``resized_height`` with ``resized_width`` for frames alone, of which ``nframes`` or
             ``max_frames`` are taken. ``video_start``, ``video_end`` and ``nframes``, which the
             published helper does not serve, work as there.
+        video, choose, progress: As for `sample_preview`.
 
     Returns:
         frames: [3, height, width] uint8 in their original size; may be iterated more than once.
@@ -101,11 +112,12 @@ def sample_1_5(
             variable rate they are the real presentation times.
     """
     options = video_options(item)
-    frames, times = _listed_frames(item)
+    frames, times = listed_frames(item)
     if frames is not None:
         rate = options.get("fps", DEFAULT_FPS)
         indices = frame_indices(0, len(frames) - 1, frame_count(len(frames), rate, options, "1.5"))
-        images = [_list_image(item, frames[i], "1.5", local_files_only) for i in indices]
+        loaded = (_list_image(item, frames[i], "1.5", local_files_only) for i in indices)
+        images = list(_counted(loaded, len(indices), progress))
         if len({image.size for image in images}) > 1:
             raise ValueError("the frames of a video must be equally large after resizing")
         if times is None and "fps" in options:
@@ -116,11 +128,11 @@ def sample_1_5(
         )
 
     def sample(video: VideoFile) -> tuple[Collection[torch.Tensor], dict[str, Any]]:
-        indices, _ = _choose(video, options, "1.5")
-        clip = _Clip(video, indices)
-        return clip, _options_1_5(clip, [float(video.times[i]) for i in indices], options)
+        clip = Clip.of(video, options, "1.5", choose)
+        frames = _Frames(clip, progress)
+        return frames, _options_1_5(frames, clip.times, options)
 
-    return _sampled(item["video"], sample, local_files_only)
+    return _sampled(item["video"], video, sample, local_files_only)
 
 
 def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -136,52 +148,110 @@ def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor
     return resized.clamp_(0, 255).round_().to(torch.uint8)[0]
 
 
-class _Clip:
-    """Sampled frames of a file, [3, height, width] uint8: kept by the first reading if they fit."""
+@dataclass(frozen=True)
+class Clip:
+    """What of a file is sampled: ``count`` frames spread evenly from ``first`` to ``last``."""
 
-    def __init__(self, video: VideoFile, indices: list[int]) -> None:
-        self._video = video
-        self._indices = indices
+    video: VideoFile
+    first: int
+    last: int
+    count: int
+
+    @classmethod
+    def of(
+        cls,
+        video: VideoFile,
+        options: Mapping[str, Any],
+        version: str,
+        choose: Callable[[Clip], int] | None = None,
+    ) -> Clip:
+        """By the rules of a release, or as many frames as ``choose`` makes of those.
+
+        Raises:
+            ValueError: As `clip_range` and `frame_count`.
+        """
+        first, last = clip_range(video.times, video.rate, video.constant_rate, options)
+        count = frame_count(last - first + 1, video.rate, options, version)
+        clip = cls(video, first, last, count)
+        return replace(clip, count=choose(clip)) if choose else clip
+
+    @property
+    def indices(self) -> list[int]:
+        return frame_indices(self.first, self.last, self.count)
+
+    @property
+    def times(self) -> list[float]:
+        """Seconds from the first frame of the file."""
+        return [float(self.video.times[index]) for index in self.indices]
+
+    @property
+    def fps(self) -> float:
+        """Rate of the sampled frames, frames over the clip's length."""
+        return self.count / (self.last - self.first + 1) * self.video.rate
+
+
+class _Frames:
+    """Frames of a clip, [3, height, width] uint8: kept by the first reading if they fit.
+
+    Attributes:
+        size: Height and width, known once they were read.
+    """
+
+    def __init__(self, clip: Clip, progress: Progress | None) -> None:
+        self._clip = clip
+        self._progress = progress
         self._kept: list[torch.Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return self._clip.count
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         if self._kept is not None:
             yield from self._kept
             return
         kept: list[torch.Tensor] | None = []
-        for pixels in self._video.read(self._indices):
-            if pixels.nbytes * len(self._indices) > KEEP_BYTES:
+        read = self._clip.video.read(self._clip.indices)
+        for pixels in _counted(read, len(self), self._progress):
+            if pixels.nbytes * len(self) > KEEP_BYTES:
                 kept = None
             frame = _chw(pixels)
+            self.size = tuple(pixels.shape[:2])
             if kept is not None:
                 kept.append(frame)
             yield frame
         self._kept = kept
 
 
-def _sampled(source: Any, sample: Callable[[VideoFile], T], local_files_only: bool) -> T:
-    """Open a video file and sample it, again by what really decodes if packets were not frames."""
-    video = VideoFile(source, local_files_only=local_files_only)
+def _counted(items: Iterable[T], total: int, progress: Progress | None) -> Iterator[T]:
+    """The items, and ``progress`` told after each has been used."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        if progress is not None:
+            progress("frames", done, total)
+
+
+@contextmanager
+def naming(video: VideoFile) -> Iterator[None]:
+    """Errors of value inside name the video."""
     try:
-        try:
-            return sample(video)
-        except MissingFrames:
-            video.recount()
-            return sample(video)
+        yield
     except ValueError as error:
         if video.name in str(error):
             raise
         raise ValueError(f"{video.name}: {error}") from error
 
 
-def _choose(video: VideoFile, options: Mapping[str, Any], version: str) -> tuple[list[int], int]:
-    """Indices of the sampled frames, and how many frames the clip has that they stand for."""
-    first, last = clip_range(video.times, video.rate, video.constant_rate, options)
-    total = last - first + 1
-    return frame_indices(first, last, frame_count(total, video.rate, options, version)), total
+def _sampled(
+    source: Any, video: VideoFile | None, sample: Callable[[VideoFile], T], local_files_only: bool
+) -> T:
+    """Sample a video file, again by what really decodes if packets were not frames."""
+    video = video or VideoFile(source, local_files_only=local_files_only)
+    with naming(video):
+        try:
+            return sample(video)
+        except MissingFrames:
+            video.recount()
+            return sample(video)
 
 
 def _options_1_5(
@@ -210,7 +280,12 @@ def _options_1_5(
     return found if times is None else found | {"timestamps": torch.tensor(times).float()}
 
 
-def _listed_frames(item: Mapping[str, Any]) -> tuple[list[Any] | None, list[float] | None]:
+def is_file(item: Mapping[str, Any]) -> bool:
+    """Whether the video of an item is a file; raises as `listed_frames`."""
+    return listed_frames(item)[0] is None
+
+
+def listed_frames(item: Mapping[str, Any]) -> tuple[list[Any] | None, list[float] | None]:
     """The frames of a list, array or tensor and their times; None if the video is a file."""
     video, times = item.get("video"), item.get("timestamps")
     if video is None:

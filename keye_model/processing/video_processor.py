@@ -8,7 +8,7 @@ the transformers port) gives slow and fast frames a size each and writes times i
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,16 +20,15 @@ from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.budget import TokenBudget
-from keye_model.processing.fetch import describe
+from keye_model.processing.film import Film, frames_1_5, seconds_between
 from keye_model.processing.image import normalize, patchify, processor_size
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.items import checked_item
 from keye_model.processing.patches import Frame, VideoPatches
 from keye_model.processing.picture import array_pixels, load_image
 from keye_model.processing.slow_fast import FrameSizes, frame_sizes, resize_bilinear
-from keye_model.processing.video_file import VideoFile
-from keye_model.processing.video_loading import sample_1_5, sample_preview
-from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR, preview_frame_size
+from keye_model.processing.video_loading import Progress, sample_1_5, sample_preview
+from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR
 
 VIDEO_KEYWORDS = {"1.0": {"fps"}, "1.5": {*FrameSizes._fields, "timestamps", "frame_types"}}
 
@@ -81,38 +80,90 @@ class KeyeVideoProcessor:
         )
         return cls(images, version=images.version, local_files_only=local_files_only)
 
-    def patches(
-        self, item: Mapping[str, Any], *, budget: TokenBudget | None = None
-    ) -> VideoPatches:
-        """Sample, resize and cut up the video of one message item.
+    def patches(self, item: Mapping[str, Any]) -> VideoPatches:
+        """`patches_of_items` of one item."""
+        return self.patches_of_items([item])[0]
+
+    def patches_of_items(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        *,
+        budget: TokenBudget | None = None,
+        count_tokens: Callable[[Sequence[Frame]], int] | None = None,
+        fit_videos: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+        shapes_only: bool = False,
+    ) -> list[VideoPatches]:
+        """Sample, resize and cut up the videos of a prompt's message items.
 
         The same as `process_vision_info` followed by `patches_from_frames`.
 
         Args:
-            item: ``{"type": "video", "video": source, ...}``; see `sample_preview` and
-                `sample_1_5` for the sources and keys of each line.
-            budget: What the prompt has left. A video that does not fit is refused before its frames
-                are decoded (8B-Preview, a file) or resized (1.5).
+            items: Each ``{"type": "video", "video": source, ...}``; see `sample_preview` and
+                `sample_1_5` for the sources and keys of each line. All are opened before the first
+                frame is decoded.
+            budget: What the prompt has left; the videos are counted. One that does not fit is
+                refused before its frames are decoded (8B-Preview, a file) or resized (1.5).
+            count_tokens: Tokens of a video of such frames; by default those of the pixels alone.
+            fit_videos, progress, shapes_only: As in `KeyeProcessor.request`.
 
         Raises:
             FileNotFoundError, ValueError, TypeError, RuntimeError: As `VideoFile`, or a key is out
                 of range.
         """
-        item = checked_item(item, "video", "a video item", self.version)
         budget = budget or TokenBudget()
-        if self.version == "1.0":
-            frames, fps = sample_preview(
-                item,
+        count_tokens = count_tokens or self._pixel_tokens
+        films = [
+            Film(
+                checked_item(item, "video", "a video item", self.version),
+                self.version,
+                patch_size=self.image_processor.patch_size,
+                resized=self._preview_size,
+                count_tokens=count_tokens,
                 local_files_only=self.local_files_only,
-                before_reading=partial(self._check_preview, budget),
             )
-            return self._preview_patches(frames, fps)
-        frames, options = sample_1_5(item, local_files_only=self.local_files_only)
-        num_fast = int(options["frame_types"].sum())
-        slow, fast = (options[f"{k}height"] * options[f"{k}width"] for k in ("", "fast_"))
+            for item in items
+        ]
+        done: dict[int, VideoPatches] = {}
+        # Those of a fixed length come first; what they leave is shared among the others.
+        fitted = [fit_videos is not None and film.elastic for film in films]
+        waiting = sorted(range(len(films)), key=fitted.__getitem__)
+        for at, place in enumerate(waiting):
+            film, room = films[place], None
+            if fitted[place]:
+                room = budget.share([films[other].tokens for other in waiting[at:]])
+            if shapes_only and film.file is not None:
+                frames, seconds = film.frames(room)
+                video = VideoPatches(self._empty(frames, "meta"), frames, seconds)
+            else:
+                video = self._sampled(film, budget, room, progress)
+            budget.take(count_tokens(video.frames), film.name)
+            if room is not None and (change := film.change(video.frames)):
+                fit_videos(f"{change}, to fit a prompt of {budget.limit:,} tokens")
+            done[place] = video
+        return [done[place] for place in range(len(films))]
+
+    def _sampled(
+        self, film: Film, budget: TokenBudget, room: int | None, progress: Progress | None
+    ) -> VideoPatches:
+        """The video decoded; ``room`` as in `Film.frames`."""
+        given = {
+            "video": film.file,
+            "choose": partial(film.choose, budget, room),
+            "progress": progress,
+            "local_files_only": self.local_files_only,
+        }
+        if self.version == "1.0":
+            return self._preview_patches(*sample_preview(film.item, **given))
+        frames, options = sample_1_5(film.item, **given)
+        if room is not None:
+            fast = [bool(kind) for kind in options["frame_types"]]
+            sizes = film.sizes(frames.size, fast, options["timestamps"].tolist(), room)
+            options |= sizes._asdict()
+        kinds = self._kinds_1_5(len(frames), **options)
         budget.check(
-            ((len(frames) - num_fast) * slow + num_fast * fast) // FACTOR**2,
-            f"video {describe(item['video'])} with {len(frames)} frames",
+            film.count_tokens(kinds),
+            f"{film.name} with {len(frames)} frames",
             "a lower video_total_pixels or max_frames may fit",
         )
         return self._patches_1_5(frames, **options)
@@ -212,20 +263,6 @@ class KeyeVideoProcessor:
         resized = (_resize_pillow(frame_bytes(frame), *size, images.resample) for frame in frames)
         return VideoPatches(self._cut(resized, kinds), kinds, 1 / fps)
 
-    def _check_preview(
-        self, budget: TokenBudget, video: VideoFile, count: int, options: Mapping[str, Any]
-    ) -> None:
-        """Refuse a file by its header's frame size; turned by a quarter, it has as many tokens."""
-
-        def tokens_of(number: int) -> int:
-            size = preview_frame_size(*video.coded_size, number, options)
-            height, width = self._preview_size(*size)
-            return number * height * width // FACTOR**2
-
-        if 0 not in video.coded_size:
-            key = "nframes" if "nframes" in options else "max_frames"
-            budget.check_frames(count, tokens_of, video.name, key)
-
     def _preview_size(self, height: int, width: int) -> tuple[int, int]:
         images = self.image_processor
         return processor_size(
@@ -246,7 +283,27 @@ class KeyeVideoProcessor:
         **sizes: int,
     ) -> VideoPatches:
         """Slow frames to one size, fast ones to another, with no second resize."""
-        count = len(frames)
+        if not sizes:
+            fast = [] if frame_types is None else [bool(kind) for kind in frame_types]
+            size = next(iter(frames)).shape[1:]
+            num_fast = fast.count(True)
+            sizes = frame_sizes(*size, len(frames) - num_fast, num_fast)._asdict()
+        kinds = self._kinds_1_5(len(frames), timestamps, frame_types, **sizes)
+        patch = self.image_processor.patch_size
+        resized = (
+            resize_bilinear(frame, kind.rows * patch, kind.columns * patch)
+            for frame, kind in zip(frames, kinds, strict=True)
+        )
+        seconds = seconds_between([kind.timestamp for kind in kinds])
+        return VideoPatches(self._cut(resized, kinds), kinds, seconds)
+
+    def _kinds_1_5(
+        self,
+        count: int,
+        timestamps: Sequence[float] | torch.Tensor | None = None,
+        frame_types: Sequence[int] | torch.Tensor | None = None,
+        **sizes: int,
+    ) -> tuple[Frame, ...]:
         fast = [False] * count if frame_types is None else [bool(kind) for kind in frame_types]
         times = [None] * count if timestamps is None else [float(time) for time in timestamps]
         for name, values in (("frame_types", fast), ("timestamps", times)):
@@ -254,31 +311,25 @@ class KeyeVideoProcessor:
                 raise ValueError(
                     f"{name} must have one value for each of {count} frames, got {len(values)}"
                 )
-        if not sizes:
-            first = next(iter(frames))
-            counts = fast.count(False), fast.count(True)
-            sizes = frame_sizes(*first.shape[1:], *counts)._asdict()
-        size = _checked_sizes(sizes)
-        patch = self.image_processor.patch_size
-        slow_size, fast_size = (size.height, size.width), (size.fast_height, size.fast_width)
-        chosen = [fast_size if is_fast else slow_size for is_fast in fast]
-        kinds = tuple(
-            Frame(height // patch, width // patch, time, is_fast)
-            for (height, width), time, is_fast in zip(chosen, times, fast, strict=True)
-        )
-        resized = (resize_bilinear(frame, *to) for frame, to in zip(frames, chosen, strict=True))
-        span = times[-1] - times[0] if None not in times else 0.0
-        seconds = span / (count - 1) if span > 0 else 1 / DEFAULT_FPS
-        return VideoPatches(self._cut(resized, kinds), kinds, seconds)
+        return frames_1_5(_checked_sizes(sizes), fast, times, self.image_processor.patch_size)
 
     def _cut(self, frames: Iterable[torch.Tensor], kinds: Sequence[Frame]) -> torch.Tensor:
         """Patches of resized frames in one tensor, filled as the frames come."""
-        patch = self.image_processor.patch_size
+        pixels = self._empty(kinds)
         counts = [kind.rows * kind.columns for kind in kinds]
-        pixels = torch.empty((sum(counts), 3, patch, patch), dtype=torch.uint8)
         for out, frame in zip(pixels.split(counts), frames, strict=True):
-            out.copy_(patchify(frame[None], patch))
+            out.copy_(patchify(frame[None], self.image_processor.patch_size))
         return pixels
+
+    def _empty(self, kinds: Sequence[Frame], device: str = "cpu") -> torch.Tensor:
+        """Room for the patches of frames."""
+        count = sum(kind.rows * kind.columns for kind in kinds)
+        patch = self.image_processor.patch_size
+        return torch.empty((count, 3, patch, patch), dtype=torch.uint8, device=device)
+
+    def _pixel_tokens(self, frames: Sequence[Frame]) -> int:
+        patches = sum(frame.rows * frame.columns for frame in frames)
+        return patches // self.image_processor.merge_size**2
 
 
 def frame_bytes(frame: Any) -> torch.Tensor:

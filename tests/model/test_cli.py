@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import keye_kernels
+from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.cli import main
 from keye_model.engine.cuda_graph import why_no_graphs
+from keye_model.processing.processor import KeyeProcessor
+from keye_model.processing.video_file import VideoFile
 
 
 def run(capsys, *arguments):
@@ -129,6 +132,32 @@ def test_plan(capsys, preview_checkpoint, media):
     kept = 8192 * 2 * 2 * 128 * 4  # two layers, keys and values of one head, fp32
     assert f"with CUDA graphs 8,192 tokens or more, {kept / 1e9:.3f} GB" in out
     assert "not a measurement" in out
+
+
+def test_plan_decodes_no_video(capsys, monkeypatch, checkpoints, media):
+    paths = {line: checkpoints[line.name] for line in (PREVIEW, V1_5)}
+    question = [{"type": "video", "video": media["video"]}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": question}]
+    request = KeyeProcessor.from_pretrained(paths[PREVIEW]).request(messages)
+    monkeypatch.setattr(VideoFile, "read", lambda *_: pytest.fail("decoded"))
+    _, out, _ = run(capsys, "plan", "--model", paths[PREVIEW], "--video", media["video"], "What?")
+    assert f"1 x {len(request.input_ids)} tokens each" in out
+    assert f"{len(request.pixel_values_videos) // 4} video tokens" in out
+    _, out, _ = run(capsys, "plan", "--model", paths[V1_5], "--video", media["video"], "What?")
+    assert "1 x at most " in out
+    assert "image tokens, at most " in out
+
+
+def test_plan_fits_videos_as_generate_does(capsys, preview_checkpoint, media):
+    options = ("--model", preview_checkpoint, *("--video", media["video"]) * 9)
+    status, out, _ = run(capsys, "plan", *options, "What happens?")
+    assert status == 0
+    assert "fitted        video '" in out
+    assert "TOO LONG" not in out
+    status, out, _ = run(capsys, "plan", *options, "--max-frames", 4, "What happens?")
+    assert status == 0
+    assert "fitted" not in out
+    assert "TOO LONG" in out
 
 
 def test_demo(capsys):

@@ -13,8 +13,8 @@ LINES = {"preview": PREVIEW, "1.5": V1_5}
 class Films:
     """Stands for the video processor: a message item holds patches that were made beforehand."""
 
-    def patches(self, item, **_):
-        return item["video"]
+    def patches_of_items(self, items, **_):
+        return [item["video"] for item in items]
 
 
 def film_of(*frames, seconds=0.5, value=0):
