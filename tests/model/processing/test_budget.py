@@ -27,6 +27,15 @@ def test_limit_is_the_length_of_the_prompt(processor, film):
             processor.request(messages, max_tokens=length - 1)
 
 
+def test_a_budget_of_one_token():
+    TokenBudget(1).take(1, "text")
+    with pytest.raises(ValueError, match="prompt must have at most 1 tokens, got 2 of text"):
+        TokenBudget(1).take(2, "text")
+    for limit in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"a positive integer or None, got {limit}"):
+            TokenBudget(limit)
+
+
 def test_text_and_images(preview):
     with pytest.raises(ValueError, match=r"at most 3 tokens, got \d+ of text$"):
         preview.request(user(text_item("Hello")), max_tokens=3)
