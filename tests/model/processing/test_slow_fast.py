@@ -232,6 +232,11 @@ def test_slow_tokens_is_the_first_past_the_budget(num_slow, num_fast):
     assert _slow_tokens(num_slow, num_fast, 37632, 602112, budget) == expected
 
 
+def test_the_least_of_a_fast_frame_is_whole_tokens():
+    """100 000 pixels are 127.55 tokens, of which a fast frame has 127: 201 + 100 x 127 > 12900."""
+    assert _slow_tokens(1, 100, 100_000, 602112, 12900 * 784) == 201
+
+
 @pytest.mark.parametrize(
     ("size", "counts", "expected"),
     [
