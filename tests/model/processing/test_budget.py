@@ -27,6 +27,27 @@ def test_limit_is_the_length_of_the_prompt(processor, film):
             processor.request(messages, max_tokens=length - 1)
 
 
+def test_a_budget_of_one_token():
+    TokenBudget(1).take(1, "text")
+    with pytest.raises(ValueError, match="prompt must have at most 1 tokens, got 2 of text"):
+        TokenBudget(1).take(2, "text")
+    for limit in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"a positive integer or None, got {limit}"):
+            TokenBudget(limit)
+
+
+@pytest.mark.parametrize(
+    ("limit", "advice"),
+    [(235, "nframes=22 fits"), (199, "nframes=18 fits"), (100, "nframes=8 fits"),
+     (39, "nframes=2 fits"), (29, "a lower max_pixels may fit")],
+)  # fmt: skip
+def test_the_most_frames_that_fit(limit, advice):
+    """Of ten tokens a frame and ten more."""
+    budget = TokenBudget(limit)
+    with pytest.raises(ValueError, match=f"got 250 of a film with 24 frames; {advice}$"):
+        budget.check_frames(24, lambda count: 10 * count + 10, "a film", "nframes")
+
+
 def test_text_and_images(preview):
     with pytest.raises(ValueError, match=r"at most 3 tokens, got \d+ of text$"):
         preview.request(user(text_item("Hello")), max_tokens=3)

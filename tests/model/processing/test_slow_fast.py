@@ -121,6 +121,17 @@ def test_frame_similarity_equals_loops():
     assert found == float(np.float32(expected))
 
 
+@pytest.mark.parametrize("side", [SIDE, 448])
+def test_every_patch_is_converted(side):
+    """In blocks, of which 448 x 448 pixels fill two and begin a third."""
+    for colour in ((255, 0, 0), (0, 0, 255), (200, 100, 50)):  # memory of one may serve the next
+        frame = torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, side, side)
+        hsv = np.array(_opencv_hsv(*colour), dtype=np.float32)
+        look = look_at(frame)
+        assert (look.hsv == hsv[:, None, None]).all()
+        assert look.norms == pytest.approx(np.full((side // 28) ** 2, math.hypot(*hsv) * 28))
+
+
 def test_patches_are_alike_above_a_cosine_of_07():
     """White is (0, 0, 255) in HSV, green (h, 255, 255): 0.70014 at h = 51, 0.69987 at 52."""
     white = look_at(_flat(255, 255, 255))
@@ -219,6 +230,11 @@ def test_slow_tokens_is_the_first_past_the_budget(num_slow, num_fast):
         768,
     )
     assert _slow_tokens(num_slow, num_fast, 37632, 602112, budget) == expected
+
+
+def test_the_least_of_a_fast_frame_is_whole_tokens():
+    """100 000 pixels are 127.55 tokens, of which a fast frame has 127: 201 + 100 x 127 > 12900."""
+    assert _slow_tokens(1, 100, 100_000, 602112, 12900 * 784) == 201
 
 
 @pytest.mark.parametrize(
