@@ -98,12 +98,12 @@ def qk_norm_mrope_store(
     slots = slot_mapping.tolist()
     check_range("slot_mapping", slots, -1, num_pages * page_size)
     heads = qkv.unflatten(1, (-1, head_dim))
-    qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
-    weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     angles = _mrope_angles(positions, mrope_section, theta, interleaved=False)
-    qk = rms_norm(qk, weight, eps)
+    qk = qkv.new_empty(len(qkv), num_heads + num_kv_heads, head_dim)
+    q = rms_norm(q, q_weight, eps, out=qk[:, :num_heads])
+    k = rms_norm(k, k_weight, eps, out=qk[:, num_heads:])
     _rotate(qk, angles, out=qk)
-    q, k = qk.split((num_heads, num_kv_heads), dim=1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     out.copy_(q)
     if min(slots, default=0) < 0:
