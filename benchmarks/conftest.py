@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import options
 from benchmarks.environment import environment, slug
 from benchmarks.measure import Measure
 from benchmarks.report import Report, write_text
@@ -29,6 +30,26 @@ def pytest_addoption(parser):
     group.addoption(
         "--nvtx", action="store_true", help="no timing: one call each in NVTX ranges, for ncu, nsys"
     )
+    group.addoption(
+        "--tokens", type=options.tokens, metavar="N[,N...]", help="tokens or patches of each op"
+    )
+    group.addoption("--heads", type=options.heads, metavar="H[:K]", help="heads, of keys K")
+    group.addoption("--dtype", type=options.dtype, help="fp32, fp16 or bf16")
+
+
+def pytest_configure(config):
+    """Before bench files are imported: their cases are made then."""
+    names = ("tokens", "heads", "dtype")
+    options.chosen = options.Options(*(config.getoption(f"--{name}", None) for name in names))
+    options.chosen.apply()
+
+
+def pytest_collection_modifyitems(items):
+    given = ", ".join(options.chosen.given)
+    for item in items if given else []:
+        if "case" not in getattr(getattr(item, "callspec", None), "params", {}):
+            reason = f"{given} does not apply to {item.name.partition('[')[0]}"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +62,10 @@ def _inference():
 def measure(request):
     option = request.config.getoption
     facts = environment()
-    folder = option("--results") or Path(__file__).parent / "results" / slug(facts)
+    place = slug(facts)
+    if options.chosen.given:  # beside the results at the checkpoint's shapes, not over them
+        facts["options"], place = str(options.chosen), f"{place}-own"
+    folder = option("--results") or Path(__file__).parent / "results" / place
     report = None
     if not option("--profile") and not option("--nvtx"):
         save = ON_GPU or option("--save") or option("--results")

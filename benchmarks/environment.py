@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import DEVICE, ON_GPU
+from benchmarks.timing import CORES, DEVICE, ON_GPU
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("triton", "transformers", "liger-kernel", "flashinfer-python", "flash-attn-4")
@@ -24,7 +24,7 @@ def environment() -> dict[str, str]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if ON_GPU
         else "",
-        "cpu": "" if ON_GPU else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu_model()}, {CORES.count} cores, {torch.get_num_threads()} threads",
         "CUDA": torch.version.cuda or "",
         "cuDNN": str(torch.backends.cudnn.version() or ""),
         "Python": platform.python_version(),
@@ -32,6 +32,16 @@ def environment() -> dict[str, str]:
     }
     facts |= {name: _version(name) for name in _PACKAGES}
     return facts | {"commit": _commit(), "sources": _sources()}
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name of the CPU, its architecture where the system does not tell."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(\S.*?)\s*$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def slug(facts: dict[str, str]) -> str:

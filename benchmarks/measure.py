@@ -8,17 +8,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import keye_kernels
+from benchmarks import options
 from benchmarks.cases import Case, all_cases
 from benchmarks.providers import Provider, Providers, only, ours, reason_of
 from benchmarks.ranges import named, ranges
 from benchmarks.report import Report, Row
-from benchmarks.shapes import REAL, SMALL
-from benchmarks.timing import DEVICE, ON_GPU, Inputs, Make, Run, race
+from benchmarks.shapes import REAL, SMALL, own_shapes
+from benchmarks.timing import (
+    CORES,
+    DEVICE,
+    ON_GPU,
+    Cores,
+    Inputs,
+    Make,
+    Run,
+    Timing,
+    contention,
+    race,
+)
 from keye_kernels import reference
 
 TOLERANCE = 1e-2  # relative RMS; bf16 results of different but right rounding lie near 3e-3
@@ -26,9 +39,21 @@ TOLERANCE = 1e-2  # relative RMS; bf16 results of different but right rounding l
 _PROFILED_CALLS = 3
 
 
-def cases_of(op: str) -> list[Case]:
-    """At the checkpoint's shapes on a GPU, at small ones elsewhere."""
-    return [case for case in all_cases(REAL if ON_GPU else SMALL) if case.op == op]
+def cases_of(op: str) -> list[Any]:
+    """At the checkpoint's shapes on a GPU, at small ones elsewhere, or at those of the options.
+
+    An op that does not understand an option has one case, which is skipped with the reason.
+    """
+    reason = options.chosen.refuses(op)
+    if not reason:
+        shapes = REAL if ON_GPU else SMALL
+        if options.chosen.tokens is not None:
+            shapes = own_shapes(options.chosen.tokens, shapes)
+        found = [case for case in all_cases(shapes) if case.op == op]
+        if found:
+            return found
+        reason = f"{op} has no case of these options: too many tokens"
+    return [pytest.param(op, marks=pytest.mark.skip(reason=reason))]
 
 
 def difference(got: object, want: object, tolerance: float = TOLERANCE) -> str:
@@ -56,6 +81,7 @@ class Measure:
         trace_folder: Instead of timing, write a torch profiler trace of each case here.
         marked: Instead of timing, call each provider once inside named ranges, for an outer
             profiler.
+        cores: Whose load is looked at before and after each case.
     """
 
     def __init__(
@@ -66,7 +92,9 @@ class Measure:
         names: tuple[str, ...] = (),
         trace_folder: Path | None = None,
         marked: bool = False,
+        cores: Cores = CORES,
     ) -> None:
+        self.cores = cores
         self.report, self.seconds, self.names = report, seconds, names
         self.trace_folder, self.marked = trace_folder, marked
 
@@ -89,7 +117,7 @@ class Measure:
                 that writes into them).
             prepare: What only peers are given, from the arguments of our op, and not timed: tables
                 and plans that a model makes once for all layers.
-            size: Place on the x axis of a plot; default: rows of the first tensor.
+            size: Place among the cases of a plot; default: rows of the first tensor.
             differs: As in `compare`.
         """
         shapes = case.arguments(torch.device("meta"))
@@ -143,7 +171,7 @@ class Measure:
             num_bytes: Each input byte that must be read, once, plus each output byte written, once.
                 Intermediate results, padding and second reads are not work.
             flops: Of matrix products alone (a multiply and an add are two), at the real sizes.
-            size: Place on the x axis of a plot.
+            size: Place among the cases of a plot.
             differs: Why a result is wrong, from it and the right one; "" if it is not.
             models: Whose stages and layers get ranges under a profiler.
 
@@ -180,6 +208,7 @@ class Measure:
         right = {name: p for name, p in providers.items() if not faults[name]}
         if not providers:
             return
+        before = self.cores.load()
         timings = race(
             {name: p.run for name, p in right.items()},
             make,
@@ -188,11 +217,21 @@ class Measure:
             contexts={name: p.context for name, p in right.items()},
         )
         limit = self.report.ceilings.limit(row.num_bytes, row.flops) or None
+        loads = before, self.cores.load()
         rows = []
         for name, p in providers.items():
             mine = replace(row, provider=name, ours=p.ours, limit=limit, note=faults[name])
-            rows.append(mine if faults[name] else mine.timed(timings[name]))
+            if not faults[name]:
+                mine = mine.timed(timings[name], self._contended([timings[name]], loads))
+            rows.append(mine)
         self.report.add(rows)
+
+    def _contended(self, timings: list[Timing], loads: tuple[float, float]) -> str:
+        """Why times, or the ceilings they are compared with, mean little; "" if nothing says so."""
+        ceilings = self.report.ceilings.contended
+        return contention(timings, loads, self.cores.count) or (
+            f"the ceilings of this run, {ceilings}" if ceilings else ""
+        )
 
     def stages(
         self,
@@ -212,25 +251,30 @@ class Measure:
         if not runs:
             return
         found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        before = self.cores.load()
         for turn in range(turns + 1):
             for name, run in runs.items():
                 stages = run()
                 if turn > 0:
                     found[name].append(stages)
+        loads = before, self.cores.load()
         rows = []
         for name, measured in found.items():
             measured.sort(key=lambda stages: sum(stages.values()))
             totals = [sum(stages.values()) for stages in measured]
             middle = measured[len(measured) // 2]
+            timing = Timing(sum(middle.values()), (totals[-1] - totals[0]) / 2, len(totals))
+            contended = contention([timing], loads, self.cores.count)
             rows.append(
                 Row(
                     op,
                     case,
                     name,
                     ours=name.startswith("ours"),
-                    seconds=sum(middle.values()),
-                    spread=(totals[-1] - totals[0]) / 2,
+                    seconds=timing.median,
+                    spread=timing.spread,
                     stages=middle,
+                    flag=f"contended: {contended}" if contended else "",
                     note=", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in middle.items()),
                 )
             )

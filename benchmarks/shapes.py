@@ -4,7 +4,12 @@ Widths are always the real ones: they decide what is compiled. What grows is the
 so that is what the small versions cut, down to what one CPU core does in a moment.
 """
 
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 Grid = tuple[int, int, int]  # frames, rows, columns of patches
 
@@ -59,6 +64,7 @@ class Shapes:
     decode: dict[str, Decode]
     decode_rows: list[int]  # of the matrix products of a step
     weight_share: int = 1  # these products have the real width divided by it, and all columns
+    own: bool = False  # of the options --tokens, and not of the checkpoint
 
     @property
     def grids(self) -> dict[str, list[Grid]]:
@@ -68,7 +74,7 @@ class Shapes:
     @property
     def decode_batches(self) -> set[int]:
         """For ops that the context's length does not touch."""
-        return {step.batch for step in self.decode.values()}
+        return set() if self.own else {step.batch for step in self.decode.values()}
 
 
 def num_patches(grids: list[Grid]) -> int:
@@ -78,6 +84,7 @@ def num_patches(grids: list[Grid]) -> int:
 
 VISION = Vision()
 TEXT = Text()
+DTYPE = torch.bfloat16
 
 REAL = Shapes(
     images={
@@ -121,3 +128,37 @@ SMALL = Shapes(
     decode_rows=[3, 9],
     weight_share=16,
 )
+
+
+def own_shapes(tokens: Sequence[int], base: Shapes) -> Shapes:
+    """So many tokens or patches, one image, prompt, cached sequence or matrix of each number."""
+    grids = {f"{n} patches": [grid_of(n)] for n in tokens}
+    prompts = {f"{n} tokens": n for n in tokens}
+    decode = {f"batch 1, {n} tokens": Decode(1, n) for n in tokens}
+    return replace(
+        base, images=grids, videos={}, segments={}, prefill=prompts, decode=decode,
+        decode_rows=list(tokens), own=True,
+    )  # fmt: skip
+
+
+def grid_of(patches: int) -> Grid:
+    """The picture nearest to a square, with even sides where the number allows it."""
+    side = 1 if patches % 4 else 2
+    area = patches // side**2
+    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
+    return 1, side * rows, side * area // rows
+
+
+def choose(heads: tuple[int, int] | None, dtype: torch.dtype | None) -> None:
+    """Set heads of tower and decoder and the dtype of this process, before any case is made.
+
+    Raises:
+        RuntimeError: Cases that hold others were imported already.
+    """
+    global DTYPE, TEXT, VISION
+    if any(name.startswith("benchmarks.cases.") for name in sys.modules):
+        raise RuntimeError("heads and dtype must be chosen before benchmarks.cases are imported")
+    if heads is not None:
+        TEXT = replace(TEXT, num_heads=heads[0], num_kv_heads=heads[1])
+        VISION = replace(VISION, num_heads=heads[0])
+    DTYPE = dtype or DTYPE

@@ -12,10 +12,11 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ _TURN_SECONDS = 4e-3 if ON_GPU else 1e-3  # so that events and clocks cost below
 _MAX_CALLS = 256  # per turn
 _MAX_SETS = 32
 _MIN_TURNS = 5
+_MAX_SPREAD = 0.2  # of the median
 _HEAD_START_CYCLES = 200_000  # about 0.1 ms of GPU time in which the host enqueues the turn
 
 Inputs = dict[str, Any]
@@ -63,14 +65,44 @@ class Ceilings:
     Attributes:
         copy_bandwidth: Bytes per second of a large copy, read and written bytes both counted.
         matmul_rate: FLOP per second of a large bf16 matrix product on random data.
+        contended: Why neither means much; "" if nothing says so.
     """
 
     copy_bandwidth: float
     matmul_rate: float
+    contended: str = ""
 
     def limit(self, num_bytes: int, flops: int) -> float:
         """Seconds that so many bytes or so many FLOP take at the least, whichever is longer."""
         return max(num_bytes / self.copy_bandwidth, flops / self.matmul_rate)
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The CPU cores this process may use, and how many processes want one.
+
+    Attributes:
+        count: Cores.
+        load: Gives the load average of the last minute.
+    """
+
+    count: int
+    load: Callable[[], float]
+
+
+CORES = Cores(len(os.sched_getaffinity(0)), lambda: os.getloadavg()[0])
+
+
+def contention(timings: Iterable[Timing], loads: Iterable[float], cores: int) -> str:
+    """Why these times say more about the neighbours than about the code; "" if nothing says so."""
+    spread = max((t.spread / t.median for t in timings if t.median), default=0.0)
+    load = max(loads, default=0.0)
+    reasons = []
+    if spread > _MAX_SPREAD:
+        reasons.append(f"spread {100 * spread:.0f} %")
+    if load > cores:
+        reasons.append(f"load {load:.1f} on {cores} core{'s' if cores > 1 else ''}")
+    return ", ".join(reasons)
 
 
 def race(
@@ -109,8 +141,9 @@ def race(
     return {name: turn.summary(times[name]) for name, turn in turns.items()}
 
 
-def measure_ceilings() -> Ceilings:
+def measure_ceilings(cores: Cores = CORES) -> Ceilings:
     """Copy bandwidth and bf16 matmul rate of this machine, as it is now."""
+    before = cores.load()
     size = 2**29 if ON_GPU else 2**25
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
@@ -119,7 +152,8 @@ def measure_ceilings() -> Ceilings:
 
     copied = race({"copy": lambda: target.copy_(source)}, dict, seconds=0.3)["copy"]
     multiplied = race({"matmul": lambda: a @ b}, dict, seconds=0.5)["matmul"]
-    return Ceilings(2 * size / copied.median, 2 * edge**3 / multiplied.median)
+    contended = contention((copied, multiplied), (before, cores.load()), cores.count)
+    return Ceilings(2 * size / copied.median, 2 * edge**3 / multiplied.median, contended)
 
 
 class _Turn:

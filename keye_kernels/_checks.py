@@ -96,9 +96,9 @@ def check_finite(name: str, value: float, *, above: float | None = None) -> floa
 
 def check_eps(name: str, value: float) -> float:
     """Check that ``value`` is a finite number of at least 0; returns it as a float."""
-    number = _as_float(value)
-    if number is None or not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {_shown(value)}")
+    number = check_finite(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
     return number
 
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.shapes import VISION, Grid, Shapes, num_patches
-
-DTYPE = torch.bfloat16
+from benchmarks.shapes import DTYPE, VISION, Grid, Shapes, num_patches
 
 
 def _merge_patches(

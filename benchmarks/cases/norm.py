@@ -6,9 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.shapes import TEXT, VISION, Shapes, num_patches
-
-DTYPE = torch.bfloat16
+from benchmarks.shapes import DTYPE, TEXT, VISION, Shapes, num_patches
 
 
 def _norm(

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.shapes import TEXT, Shapes
+from benchmarks.shapes import DTYPE, TEXT, Shapes
 
-DTYPE = torch.bfloat16
 KV_TOKEN = 2 * TEXT.num_kv_heads * TEXT.head_dim * DTYPE.itemsize  # bytes, one layer
 QO_TOKEN = 2 * TEXT.num_heads * TEXT.head_dim * DTYPE.itemsize
 

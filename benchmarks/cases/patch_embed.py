@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.shapes import VISION, Grid, Shapes, num_patches
+from benchmarks.shapes import DTYPE, VISION, Grid, Shapes, num_patches
 
-DTYPE = torch.bfloat16
 PATCH = 3 * VISION.patch_size**2  # pixels, 588
 
 

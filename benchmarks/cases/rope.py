@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.shapes import TEXT, VISION, Grid, Shapes, num_patches
+from benchmarks.shapes import DTYPE, TEXT, VISION, Grid, Shapes, num_patches
 
-DTYPE = torch.bfloat16
 POSITION = 8  # bytes
 
 

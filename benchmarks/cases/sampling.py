@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.shapes import TEXT, Shapes
+from benchmarks.shapes import DTYPE, TEXT, Shapes
 
-DTYPE = torch.bfloat16
 KINDS = {  # temperature, top_k, top_p, repetition_penalty
     "greedy": (0.0, TEXT.vocab_size, 1.0, None),
     "greedy, penalty": (0.0, TEXT.vocab_size, 1.0, 1.2),

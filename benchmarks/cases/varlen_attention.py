@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, attention_loop_flops
-from benchmarks.shapes import VISION, Shapes
+from benchmarks.shapes import DTYPE, VISION, Shapes
 from keye_kernels import attention_schedule
 
-DTYPE = torch.bfloat16
 _LONGEST = 2**16  # a longer segment takes seconds per call for every provider
 
 

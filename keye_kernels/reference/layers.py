@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from keye_kernels._checks import Grid
-from keye_kernels._matrices import matrices
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,10 +24,14 @@ def blocks(x: torch.Tensor) -> Iterator[slice]:
 
 
 def _row_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Rows of tensors of the same leading dims, in blocks as above, [rows, width] each."""
-    for group in matrices(*tensors):
-        for rows in blocks(group[0]):
-            yield tuple(tensor[rows] for tensor in group)
+    """Tensors of the same leading dims in blocks as above, of all these dims where they are one."""
+    if tensors[0].dim() == 1:
+        yield tensors
+        return
+    if all(tensor.is_contiguous() for tensor in tensors):
+        tensors = tuple(tensor.flatten(0, -2) for tensor in tensors)
+    for rows in blocks(tensors[0]):
+        yield tuple(tensor[rows] for tensor in tensors)
 
 
 def rms_norm(
@@ -47,7 +50,7 @@ def rms_norm(
     out = torch.empty_like(x) if out is None else out
     for x_rows, out_rows in _row_blocks(x, out):
         # Without a weight F.rms_norm computes in fp32 and rounds once.
-        torch.mul(F.rms_norm(x_rows, weight.shape, None, eps), weight, out=out_rows)
+        torch.mul(F.rms_norm(x_rows, x.shape[-1:], None, eps), weight, out=out_rows)
     return out
 
 

@@ -101,11 +101,11 @@ def qk_norm_mrope_store(
     heads = qkv.unflatten(1, (-1, head_dim))
     qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
-    angles = _mrope_angles(positions, mrope_section, theta, interleaved=False)
     normed = torch.empty_like(qk)
     for rows in blocks(qk):
         # Without a weight F.rms_norm computes in fp32 and rounds once.
         torch.mul(F.rms_norm(qk[rows], (head_dim,), None, eps), weight, out=normed[rows])
+    angles = _mrope_angles(positions, mrope_section, theta, interleaved=False)
     _rotate(normed, angles, out=normed)
     q, k = normed.split((num_heads, num_kv_heads), dim=1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out

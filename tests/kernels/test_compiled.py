@@ -39,6 +39,35 @@ def test_one_launch_of_each_op_compiles_well_elsewhere(cache):
     }
 
 
+def test_lse_of_paged_attention_costs_no_spills(cache):
+    code = """
+import dataclasses, json
+from functools import partial
+from benchmarks import compiled
+from benchmarks.cases import all_cases
+from benchmarks.shapes import REAL
+
+def with_lse(arguments, device):
+    return arguments(device) | {"return_lse": True}
+
+wanted = {("paged_decode_attention", "batch 8, 16k"), ("paged_prefill_attention", "1k tokens")}
+cases = [
+    dataclasses.replace(case, arguments=partial(with_lse, case.arguments))
+    for case in all_cases(REAL) if (case.op, case.name) in wanted
+]
+launches = compiled.launches_of(cases, 90)
+print(json.dumps(list(compiled.compile_all([(launch, 90) for launch in launches]))))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = cache
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    kernels = json.loads(done.stdout)
+    assert len(kernels) == 3
+    assert not faults(kernels), "\n".join(faults(kernels))
+
+
 def test_attention_fits_into_the_least_shared_memory(cache):
     kernels = compile_kernels([120], ops=["paged_prefill_attention"], cache=cache)
     assert kernels

@@ -159,9 +159,9 @@ def test_errors(device):
     with pytest.raises(ValueError, match=r"out must have shape \(2, 3, 4\), got \(6, 4\)"):
         kk.silu_mul(x, out=x.view(6, 8)[:, :4])
     for eps in (-1e-6, float("nan"), float("inf"), "1e-6", None, True, 10**400):
-        with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got"):
+        with pytest.raises(ValueError, match=r"eps must be (a finite number|at least 0), got"):
             kk.rms_norm(x, weight, eps)
-        with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got"):
+        with pytest.raises(ValueError, match=r"eps must be (a finite number|at least 0), got"):
             kk.layer_norm(x, weight, weight, eps)
     with pytest.raises(ValueError, match=r"eps must be .*, got a tensor of shape \(\)"):
         kk.rms_norm(x, weight, torch.tensor(1e-6))
