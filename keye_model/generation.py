@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -57,6 +58,8 @@ class Generation:
         limits: Bounds of memory.
         runners: The model's: its steps are captured where that is possible, and kept for its next
             run. None: they are launched one by one.
+        progress: Called as ``progress(stage, done, total)`` while prompts are launched: tokens of
+            "vision" and of "prefill".
 
     Attributes:
         timings: Of the run so far.
@@ -77,6 +80,7 @@ class Generation:
         eos_token_ids: Collection[int],
         limits: Limits | None = None,
         runners: Runners | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if not requests:
             raise ValueError("requests must hold at least one prompt, got none")
@@ -88,6 +92,7 @@ class Generation:
         self._limits = limits or Limits()
         self._device = lm_head.weight.device
         self._runners = runners
+        self._progress = progress or (lambda *_: None)
         self._runner: Runner | None = None
         self._waiting = deque(range(len(requests)))
         self._running: list[Running] = []
@@ -153,11 +158,17 @@ class Generation:
         requests = [self._requests[state.request] for state in admitted]
         packed = pack(requests, self._model.config)
         started = self._mark()
-        hidden = self._model.embed(packed, self._limits.max_patches_per_call, self._runner.vision)
+        hidden = self._model.embed(
+            packed,
+            self._limits.max_patches_per_call,
+            self._runner.vision,
+            partial(self._progress, "vision"),
+        )
         positions = upload(packed.positions, self._device)
         embedded = self._mark()
         last = []
         for start, pieces in _chunks(packed.seqlens, self._limits.max_prefill_tokens):
+            self._progress("prefill", start, sum(packed.seqlens))
             lengths = [length for _, length, _ in pieces]
             step = cache.step([admitted[k].handle for k, _, _ in pieces], lengths)
             chunk = slice(start, start + sum(lengths))
