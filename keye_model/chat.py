@@ -141,6 +141,10 @@ class Conversation:
             except (KeyboardInterrupt, *ERRORS):
                 if self._attached:
                     note("what is attached waits for the next message; /undo drops the last")
+                elif self._turns:
+                    note(
+                        "the message is forgotten; /undo forgets the last question too, /reset all"
+                    )
                 raise
         return False
 

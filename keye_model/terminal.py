@@ -9,8 +9,6 @@ import threading
 from types import TracebackType
 from typing import TextIO
 
-from tqdm import tqdm
-
 # The characters that a terminal obeys: C0 but for tab and line feed, DEL, C1; and those that
 # reorder what is read, so that a file's name may look like another's.
 _CODES = {*range(0x20), *range(0x7F, 0xA0)} - {0x09, 0x0A}
@@ -50,6 +48,8 @@ def say(text: str, end: str = "\n") -> None:
 
 def note(text: str) -> None:
     """Write a line to standard error, past any progress bar."""
+    from tqdm import tqdm  # not for `keye --help`
+
     tqdm.write(printable(text, sys.stderr), file=sys.stderr)
 
 
@@ -100,6 +100,8 @@ class Progress:
             self._thread.join()
 
     def _draw(self) -> None:
+        from tqdm import tqdm
+
         bar = None
         while not self._closed.wait(self._interval):
             stage, done, total = self._state

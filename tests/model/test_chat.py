@@ -204,6 +204,7 @@ def test_a_failed_or_stopped_answer_leaves_the_conversation_sane(talk, media):
     assert done.out == "said\nso far\nall\n"
     assert done.err.count("(stopped)") == 2
     assert "keye: error: out of memory" in done.err
+    assert done.err.count("what is attached waits for the next message") == 2
     assert done.status == 1
 
 

@@ -381,7 +381,7 @@ def test_progress_on_a_terminal_ends_before_the_answer(
 
         return real_request(self, messages, progress=slow, **options)
 
-    monkeypatch.setattr("keye_model.terminal.tqdm", Bar)
+    monkeypatch.setattr("tqdm.tqdm", Bar)
     monkeypatch.setattr(Keye, "stream", stream)
     monkeypatch.setattr(KeyeProcessor, "request", request)
     monkeypatch.setattr("sys.stderr", screen.stream)
@@ -485,6 +485,10 @@ NO_TORCH = "sys.modules['torch'] = None"  # importing it raises
 
 def test_the_parser_and_its_mistakes_do_without_torch(tmp_path):
     (tmp_path / "not a model").mkdir()
+    # A Ctrl-C before `main` runs is a traceback: little is imported until then.
+    heavy = "keye_kernels huggingface_hub importlib.metadata numpy tqdm".split()
+    slow = f"import keye_model.cli; assert not {{*{heavy}}} & {{*sys.modules}}"
+    assert as_process("KEYE --help", setup=slow)[0] == 0
     for command, status, text in (
         ("KEYE", 0, "generate"),
         ("KEYE --help", 0, "generate"),
