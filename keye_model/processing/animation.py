@@ -30,15 +30,25 @@ class Animation:
     milliseconds: tuple[int, ...]
 
     @classmethod
-    def find(cls, file: Any, check_size: Callable[[int, int], None]) -> Animation | None:
+    def find(cls, file: Any, name: str, check_size: Callable[[int, int], None]) -> Animation | None:
         """The animation in an open file; None if there is none.
 
         Args:
+            name: How errors call it.
             check_size: Called with width and height before a frame is decoded.
+
+        Raises:
+            ValueError: A WebP picture that is not whole.
         """
+        head = file.read(12)
+        file.seek(0)
         try:
             picture = Image.open(file, formats=_FORMATS)
-        except _BROKEN:
+        except _BROKEN as error:
+            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+                raise ValueError(
+                    f"{name} must be a whole WebP file that Pillow can read"
+                ) from error
             return None
         if getattr(picture, "n_frames", 1) < 2:
             return None

@@ -28,7 +28,6 @@ from keye_model.processing.video_stream import (
     can_skip,
     candidates,
     decode,
-    decode_wanted,
     opened,
     until_broken,
 )
@@ -129,11 +128,13 @@ class VideoFile:
                 yield from self._animation.read(file, wanted)
             return
         done, size = 0, None
-        for sparing in (True, False):
+        for sparing, seeking in ((True, True), (False, True), (False, False)):
             try:
                 with self._open() as (container, stream):
                     convert = VideoReformatter()
-                    for frame, repeats in self._frames(container, stream, wanted[done:], sparing):
+                    for frame, repeats in self._frames(
+                        container, stream, wanted[done:], sparing, seeking
+                    ):
                         self._check_size(frame.width, frame.height)
                         size = size or (frame.width, frame.height)
                         pixels = convert.reformat(frame, *size, "rgb24").to_ndarray()
@@ -144,8 +145,8 @@ class VideoFile:
                         done += repeats
                 return
             except Damaged:
-                if not sparing:
-                    raise MissingFrames(self.name) from None
+                continue
+        raise MissingFrames(self.name)
 
     def _scan_packets(self) -> bool:
         """Choose the stream and take the times of its packets; False if they do not tell all."""
@@ -183,7 +184,7 @@ class VideoFile:
 
     def _scan_animation(self) -> None:
         with self._file() as file:
-            animation = Animation.find(file, self._check_size)
+            animation = Animation.find(file, self.name, self._check_size)
         if animation is not None:
             self._animation = animation
             self._ids = list(range(len(animation.milliseconds)))
@@ -211,13 +212,14 @@ class VideoFile:
         self.times = regular if self.constant_rate else times
 
     def _frames(
-        self, container: Any, stream: Any, wanted: list[int], sparing: bool
+        self, container: Any, stream: Any, wanted: list[int], sparing: bool, seeking: bool
     ) -> Iterator[tuple[Any, int]]:
-        """Wanted frames and how often each is; stretches that hold none are skipped.
+        """Wanted frames and how often each is.
 
         Args:
             wanted: Presentation times, or places in order if frames have none.
-            sparing: Skip single frames, too, where that changes no other.
+            sparing: Skip single frames where that changes no other.
+            seeking: Skip stretches that hold no wanted frame.
 
         Raises:
             Damaged: A wanted frame does not come out, or not without those that were skipped.
@@ -225,28 +227,33 @@ class VideoFile:
         if self._by_order:
             yield from self._by_ordinal(container, stream, wanted)
             return
-        sparing = sparing and can_skip(stream)
+        times = set(wanted) if sparing and can_skip(stream) else None
 
-        def decoded() -> Iterator[Any]:
-            if sparing:
-                return decode_wanted(container, stream, set(wanted))
-            return decode(container, stream)
+        def frames_from(key: int) -> Iterator[Any]:
+            try:
+                container.seek(self._keys[key], stream=stream)
+            except av.error.FFmpegError:
+                return frames  # not all formats can; it is further on in any case
+            return decode(container, stream, times)
 
-        frames = decoded()
+        frames = decode(container, stream, times)
         last = -1
-        for key, group in groupby(wanted, key=lambda pts: bisect_right(self._keys, pts) - 1):
-            if key > last + 1:
-                try:
-                    container.seek(self._keys[key], stream=stream)
-                    frames = decoded()
-                except av.error.FFmpegError:
-                    pass  # not all formats can; it is further on in any case
+        for pts, same in groupby(wanted):
+            key = bisect_right(self._keys, pts) - 1
+            sought = seeking and key > last + 1
+            if sought:
+                frames = frames_from(key)
+            frame = _shown_at(frames, pts)
+            back = key
+            while frame is None and sought and back > 0:
+                # A transport stream may be found behind its key frame, or a decoder need more.
+                back = max(back - max(key - back, 1), 0)
+                frames = frames_from(back)
+                frame = _shown_at(frames, pts)
+            if frame is None:
+                raise Damaged
             last = key
-            for pts, same in groupby(group):
-                frame = next((f for f in frames if f.pts is not None and f.pts >= pts), None)
-                if frame is None or frame.pts != pts:
-                    raise Damaged
-                yield frame, len(list(same))
+            yield frame, len(list(same))
 
     def _by_ordinal(
         self, container: Any, stream: Any, wanted: list[int]
@@ -290,6 +297,12 @@ class VideoFile:
 
 class MissingFrames(Exception):
     """A file has fewer frames than packets; its argument is the video's name."""
+
+
+def _shown_at(frames: Iterator[Any], pts: int) -> Any | None:
+    """The frame of a presentation time among those to come; None if it is not there."""
+    frame = next((f for f in frames if f.pts is not None and f.pts >= pts), None)
+    return frame if frame is not None and frame.pts == pts else None
 
 
 def _stated_rate(stream: Any) -> float:

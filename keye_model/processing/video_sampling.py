@@ -103,7 +103,8 @@ def frame_count(total: int, rate: float, options: Mapping[str, Any], version: st
     """
     least = 2 if version == "1.0" else 1
     if total < least:
-        raise ValueError(f"a clip must have at least {least} frames, got {total}")
+        hint = " (a picture is an image item)" if total == 1 else ""
+        raise ValueError(f"a clip must have at least {least} frames, got {total}{hint}")
     count = (_preview_count if version == "1.0" else _count_1_5)(total, rate, options)
     if not least <= count <= total:
         if "nframes" not in options:  # only this bound can ask for too few

@@ -83,18 +83,8 @@ def until_broken(packets: Iterator[Any]) -> Iterator[Any]:
         return
 
 
-def decode(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames in the order they are shown; packets that do not decode are passed over."""
-    for packet in until_broken(container.demux(stream)):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError:
-            continue
-        yield from frames
-
-
 def can_skip(stream: Any) -> bool:
-    """Whether `decode_wanted` serves the stream."""
+    """Whether `decode` can leave frames out."""
     codec = stream.codec_context
     if codec.name == "hevc":
         # A frame that none of its temporal layer refers to may still serve a higher layer. Bits 3
@@ -104,19 +94,37 @@ def can_skip(stream: Any) -> bool:
     return codec.name in _TELLING
 
 
-def decode_wanted(container: Any, stream: Any, wanted: Collection[int]) -> Iterator[Any]:
-    """Frames in the order they are shown, at least those of the presentation times ``wanted``.
+def decode(container: Any, stream: Any, wanted: Collection[int] | None = None) -> Iterator[Any]:
+    """Frames in the order they are shown; packets that do not decode are passed over.
 
-    Others are skipped by the decoder if no frame refers to them.
+    Args:
+        wanted: Given, other frames than those of these presentation times may be left out: the
+            decoder skips those that no frame refers to.
 
     Raises:
-        Damaged: How a damaged frame is concealed would depend on what was skipped.
+        Damaged: With ``wanted``, a packet does not decode. How that is concealed would depend on
+            what was skipped.
     """
+    if wanted is not None:
+        yield from _decode_wanted(container, stream, wanted)
+        return
+    for packet in until_broken(container.demux(stream)):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            continue
+        yield from frames
+
+
+def _decode_wanted(container: Any, stream: Any, wanted: Collection[int]) -> Iterator[Any]:
     codec = stream.codec_context
     if not codec.is_open:
         codec.options = {"err_detect": "explode"}
-    second_field = False
+    started = second_field = False
     for packet in until_broken(container.demux(stream)):
+        started = started or packet.is_keyframe or not packet.size
+        if not started:  # a seek may end between key frames
+            continue
         is_wanted = packet.pts in wanted
         # The second field of a frame may be a packet of its own.
         codec.skip_frame = "DEFAULT" if is_wanted or second_field else "NONREF"
