@@ -486,7 +486,7 @@ NO_TORCH = "sys.modules['torch'] = None"  # importing it raises
 def test_the_parser_and_its_mistakes_do_without_torch(tmp_path):
     (tmp_path / "not a model").mkdir()
     # A Ctrl-C before `main` runs is a traceback: little is imported until then.
-    heavy = "keye_kernels huggingface_hub importlib.metadata numpy tqdm".split()
+    heavy = ["keye_kernels", "huggingface_hub", "numpy", "tqdm"]
     slow = f"import keye_model.cli; assert not {{*{heavy}}} & {{*sys.modules}}"
     assert as_process("KEYE --help", setup=slow)[0] == 0
     for command, status, text in (
