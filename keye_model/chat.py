@@ -65,14 +65,21 @@ class Conversation:
         self._attached: list[tuple[dict[str, Any], int]] = []
         self._noted: set[str] = set()
         self._saved: set[Path] = set()
+        self._interactive = False
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         return [*self._system, *(message for turn in self._turns for message in turn.messages)]
 
     def run(self) -> int:
-        """Read lines until the input ends; the exit status, 1 if a line of a script failed."""
-        interactive, leaving, failed = sys.stdin.isatty(), False, False
+        """Read lines until the input ends.
+
+        Returns:
+            The exit status: 130 after Ctrl-C, which a person at a terminal is asked to repeat; 1 if
+            a line of a script failed.
+        """
+        interactive = self._interactive = sys.stdin.isatty()
+        leaving = failed = False
         if interactive:
             with suppress(ImportError):
                 import readline  # noqa: F401 - input() edits lines with it
@@ -95,7 +102,9 @@ class Conversation:
                 if self._obey(line):
                     return int(failed and not interactive)
             except KeyboardInterrupt:
-                note(" (stopped)")
+                if not interactive:
+                    return 130
+                note("(stopped)")
             except BrokenPipeError:
                 raise
             except ERRORS as error:
@@ -120,7 +129,7 @@ class Conversation:
 
     def _obey(self, line: str) -> bool:
         """Do what a line says; whether to leave."""
-        command, _, rest = line.partition(" ")
+        command, rest = [*line.split(maxsplit=1), "", ""][:2] if line.startswith("/") else ("", "")
         if command in ("/quit", "/exit") or line.strip() in ("quit", "exit"):
             return True
         if command in ("/image", "/video"):
@@ -170,7 +179,7 @@ class Conversation:
                 try:
                     write_answer(stream, progress, pieces)
                 except KeyboardInterrupt:
-                    if not pieces:
+                    if not pieces or not self._interactive:
                         raise
                     note("(stopped)")
         said = "".join(pieces)

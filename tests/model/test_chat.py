@@ -20,7 +20,7 @@ from tests.model.pseudo_terminal import Session
 def talk(capsys, monkeypatch, preview_checkpoint):
     """Say lines to `keye chat` as a script does; its status, output, errors and requests."""
 
-    def talk(*lines, options=(), outcomes=(), model=preview_checkpoint):
+    def talk(*lines, options=(), outcomes=(), stdin=io.StringIO):
         asked, shown = [], iter(outcomes)
         real_request, real_stream = KeyeProcessor.request, Keye.stream
 
@@ -40,12 +40,27 @@ def talk(capsys, monkeypatch, preview_checkpoint):
         with monkeypatch.context() as patch:
             patch.setattr(KeyeProcessor, "request", request)
             patch.setattr(Keye, "stream", stream)
-            patch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-            arguments = ("--model", model, "--max-new-tokens", 3, "--seed", 0, *options)
+            patch.setattr("sys.stdin", stdin("".join(f"{line}\n" for line in lines)))
+            arguments = (
+                "--model",
+                preview_checkpoint,
+                "--max-new-tokens",
+                3,
+                "--seed",
+                0,
+                *options,
+            )
             status = main(["chat", *map(str, arguments)])
         return SimpleNamespace(status=status, asked=asked, **capsys.readouterr()._asdict())
 
     return talk
+
+
+class Terminal(io.StringIO):
+    """Lines of a person."""
+
+    def isatty(self):
+        return True
 
 
 class Outcome:
@@ -191,6 +206,7 @@ def test_a_failed_or_stopped_answer_leaves_the_conversation_sane(talk, media):
             ["so ", "far", KeyboardInterrupt()],
             ["all"],
         ],
+        stdin=Terminal,
     )  # fmt: skip
     # A failed turn, and one stopped before its first word, are forgotten, and the picture waits;
     # one stopped later is kept as far as it went.
@@ -205,7 +221,14 @@ def test_a_failed_or_stopped_answer_leaves_the_conversation_sane(talk, media):
     assert done.err.count("(stopped)") == 2
     assert "keye: error: out of memory" in done.err
     assert done.err.count("what is attached waits for the next message") == 2
-    assert done.status == 1
+    assert done.status == 0
+
+
+@pytest.mark.parametrize("before", [[], ["so far"]])
+def test_an_interrupt_ends_a_script(talk, before):
+    done = talk("one", "two", outcomes=[[*before, KeyboardInterrupt()], ["never"]])
+    assert (done.status, len(done.asked)) == (130, 1)
+    assert done.out == "".join(f"{piece}\n" for piece in before)
 
 
 def test_undo(talk, media):
@@ -256,7 +279,7 @@ def test_save(talk, tmp_path):
     assert done.status == 1
 
 
-@pytest.mark.parametrize("word", ["/quit", "/exit", "exit", "quit", " quit "])
+@pytest.mark.parametrize("word", ["/quit", "/exit", "exit", "quit", " quit ", "/quit\t"])
 def test_ways_to_leave(talk, word):
     done = talk(word, "Hello")
     assert (done.status, done.asked, done.out) == (0, [], "")
@@ -336,10 +359,6 @@ def test_a_second_interrupt_leaves(session):
 
 
 def test_the_prompt_stays_out_of_a_file(monkeypatch, capsys, preview_checkpoint):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     monkeypatch.setattr(sys, "stdin", Terminal("/quit\n"))
     assert main(["chat", "--model", str(preview_checkpoint)]) == 0
     out, err = capsys.readouterr()
