@@ -96,7 +96,7 @@ _FLAGS = {
 # A name as the library's errors use it: "fps must be …", "max_frames=8 fits", "(max_pixels, fps)".
 _NAMED = re.compile(
     rf"(?<![\w./'\"-])(?:({'|'.join(_FLAGS)})(?= must |=\d)"
-    r"|(fps|(?:min|max|total|video_total)_pixels|max_frames)(?=[,)]| or | may ))"
+    r"|path_or_id|(fps|(?:min|max|total|video_total)_pixels|max_frames)(?=[,)]| or | may ))"
 )
 
 
