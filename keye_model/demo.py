@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from keye_kernels import backends
 from keye_model.checkpoint.config import PREVIEW
+from keye_model.cli.terminal import Progress, say
 from keye_model.demo_checkpoint import build
 from keye_model.keye import Answer, Keye
 
@@ -22,13 +24,13 @@ def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
     with tempfile.TemporaryDirectory(prefix="keye-demo-") as name:
         folder = Path(name)
         if model is None:
-            print("No model named: making a tiny checkpoint with random weights.")
-            print("Its words mean nothing; pass MODEL=<directory or Hub id> for a real one.\n")
+            say("No model named: making a tiny checkpoint with random weights.")
+            say("Its words mean nothing; pass MODEL=<directory or Hub id> for a real one.\n")
             model = build(folder / "checkpoint", PREVIEW)
         keye = Keye.from_pretrained(model)
         config, device = keye.model.config, keye.model.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        print(f"{config.variant.name}, {keye.model.dtype}, on {where}".replace("torch.", ""))
+        say(f"{config.variant.name}, {keye.model.dtype}, on {where}".replace("torch.", ""))
 
         picture = draw_picture(folder / "picture.png")
         video = draw_video(folder / "video.mp4")
@@ -38,32 +40,45 @@ def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
         both[0]["content"].insert(1, {"type": "video", "video": str(video)})
 
         for title, messages in (("A picture", look), ("A video", watch)):
-            print(f"\n{title}: {messages[0]['content'][-1]['text']}\n> ", end="", flush=True)
-            stream = keye.stream(messages, max_new_tokens=max_new_tokens, seed=0)
-            for piece in stream:
-                print(_printable(piece), end="", flush=True)
-            print()
+            say(f"\n{title}: {messages[0]['content'][-1]['text']}\n> ", end="")
+            with Progress() as progress:
+                options = {"max_new_tokens": max_new_tokens, "seed": 0, "progress": progress}
+                stream = keye.stream(messages, **options)
+                for piece in stream:
+                    progress.close()
+                    say(piece, end="")
+            say("")
             _print_costs([stream.answer])
 
-        print("\nA mixed batch: a picture, a video, both at once, and words alone")
+        say("\nA mixed batch: a picture, a video, both at once, and words alone")
         words = [{"role": "user", "content": "How many objects are there?"}]
-        answers = keye.generate([look, watch, both, words], max_new_tokens=max_new_tokens, seed=0)
+        batch = [look, watch, both, words]
+        with Progress() as progress:
+            options["progress"] = progress
+            answers = keye.generate(batch, **options)
         for answer in answers:
-            print(f"> {_printable(answer.text)}")
+            say(f"> {answer.text}")
         _print_costs(answers)
 
-    print("\n" + describe_backends())
+    say("\n" + describe_backends())
 
 
 def describe_backends() -> str:
-    """A line for each op: who serves it here, and why the others do not."""
+    """Who serves the ops here, and why the others do not; ops of one answer stand together."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines = [f"backend of each op for {device} tensors"]
+    groups: dict[tuple[str, ...], list[str]] = {}
     for op, served in backends(device).items():
-        reasons = (f"{name}: {why}" for name, why in served.why_not.items())
-        lines.append(
-            f"  {op:24} {served.backend:10} {'; '.join(reasons)}".replace(f" for {op}", "")
+        reasons = (
+            f"{name}: {why}".replace(f" for {op}", "") for name, why in served.why_not.items()
         )
+        groups.setdefault((str(served.backend), *reasons), []).append(op)
+    lines = [f"backend of each op for {device} tensors"]
+    for (backend, *reasons), ops in groups.items():
+        head = f"  {backend:10}  "
+        lines.append(
+            textwrap.fill(", ".join(ops), 100, initial_indent=head, subsequent_indent=" " * 14)
+        )
+        lines += [f"{'':16}not {reason}" for reason in reasons]
     return "\n".join(lines)
 
 
@@ -92,11 +107,6 @@ def draw_video(path: Path, *, seconds: int = 2, fps: int = 4) -> Path:
     return path
 
 
-def _printable(text: str) -> str:
-    """Random weights say control characters too, which a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def _turn(item: dict, question: str) -> list[dict]:
     return [{"role": "user", "content": [item, {"type": "text", "text": question}]}]
 
@@ -105,11 +115,11 @@ def _print_costs(answers: list[Answer]) -> None:
     usage, t = [answer.usage for answer in answers], answers[0].timings
     prompt, new = sum(u.prompt_tokens for u in usage), sum(u.new_tokens for u in usage)
     images, videos = sum(u.image_tokens for u in usage), sum(u.video_tokens for u in usage)
-    print(f"  {prompt} prompt tokens ({images} image, {videos} video), {new} new tokens")
+    say(f"  {prompt} prompt tokens ({images} image, {videos} video), {new} new tokens")
     stages = {
         "processing": t.processing,
         "vision": t.vision,
         "prefill": t.prefill,
         "decode": t.decode,
     }
-    print("  " + ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in stages.items()))
+    say("  " + ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in stages.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -19,6 +19,8 @@ from keye_model.engine.scheduler import Scheduler
 from keye_model.inputs.request import Request
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class Keye:
         repetition_penalty: float | None = None,
         seed: int | Sequence[int] | None = None,
         stop_strings: str | Sequence[str] | None = None,
+        progress: Progress | None = None,
     ) -> Answer | list[Answer]:
         """Answer one conversation, or several in one packed batch.
 
@@ -185,6 +188,9 @@ class Keye:
             seed: One for all conversations (equal ones then get equal answers), or one for each.
                 None draws them from torch's global generator.
             stop_strings: An answer ends before the first of these.
+            progress: Called as ``progress(stage, done, total)`` while the prompt is read: "frames"
+                of a video that is decoded, then tokens that were handed to the "vision" tower and
+                to the decoder's "prefill". A GPU may still be at work on these.
 
         Returns:
             An `Answer`, or a list of them in the order of the conversations.
@@ -200,6 +206,7 @@ class Keye:
             thinking,
             stop_strings,
             seed,
+            progress,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             temperature=temperature,
@@ -224,6 +231,7 @@ class Keye:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop_strings: str | Sequence[str] | None = None,
+        progress: Progress | None = None,
     ) -> Stream:
         """Answer one conversation piece by piece; arguments as in `generate`.
 
@@ -238,6 +246,7 @@ class Keye:
             thinking,
             stop_strings,
             seed,
+            progress,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             temperature=temperature,
@@ -288,6 +297,7 @@ class _Run:
         thinking: Thinking,
         stop_strings: str | Sequence[str] | None,
         seed: int | Sequence[int] | None,
+        progress: Progress | None,
         **sampling: Any,
     ) -> None:
         self.answers: list[Answer] = []
@@ -302,7 +312,7 @@ class _Run:
         params = [defaults.params(seed=one, **sampling) for one in seeds]
         self._texts = [Detokenizer(keye.processor.tokenizer, stop_strings) for _ in seeds]
         context = keye.model.config.text_config.max_position_embeddings
-        requests = _requests(keye.processor, conversations, thinking, context - 1)
+        requests = _requests(keye.processor, conversations, thinking, context - 1, progress)
         merge = keye.model.config.vision_config.spatial_merge_size**2
         self._prompts = [_prompt_usage(request, merge) for request in requests]
         self._processing = time.perf_counter() - started
@@ -314,6 +324,7 @@ class _Run:
             eos_token_ids=defaults.eos_token_ids,
             limits=keye.limits,
             workspaces=keye.model.workspaces if keye.cuda_graphs else None,
+            progress=progress,
         )
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -368,10 +379,13 @@ def _requests(
     conversations: list[Messages | Request],
     thinking: Thinking,
     max_tokens: int,
+    progress: Progress | None,
 ) -> list[Request]:
     prepared = [isinstance(one, Request) for one in conversations]
     if not any(prepared):
-        return processor.requests(conversations, thinking=thinking, max_tokens=max_tokens)
+        return processor.requests(
+            conversations, thinking=thinking, max_tokens=max_tokens, progress=progress
+        )
     if not all(prepared) or thinking != "auto":
         raise TypeError("messages must be all conversations, or all requests with thinking 'auto'")
     return conversations

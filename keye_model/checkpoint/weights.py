@@ -230,8 +230,9 @@ def destinations(module: nn.Module, config: KeyeConfig) -> dict[str, torch.Tenso
 def copy_tensors(shards: list[Shard], views: dict[str, torch.Tensor]) -> None:
     """Copy every found tensor to its place, one shard and one tensor at a time."""
     total = sum(len(shard.tensors) for shard in shards)
-    # disable=None: a bar on a terminal, nothing in a log.
-    with tqdm(total=total, desc="loading weights", unit="tensor", disable=None) as bar:
+    # A bar on a terminal if it takes over a second (disable=None: nothing in a log).
+    options = {"unit": "tensor", "disable": None, "delay": 1, "leave": False}
+    with tqdm(total=total, desc="loading weights", **options) as bar:
         for shard in shards:
             with _opened(shard.path) as file:
                 for key, name in shard.tensors:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -58,6 +59,8 @@ class Scheduler:
         limits: Bounds of memory.
         workspaces: The model's pool: steps are captured where that is possible, and the graphs kept
             for the next run. None: steps are launched one by one.
+        progress: Called as ``progress(stage, done, total)`` while prompts are launched: tokens of
+            "vision" and of "prefill".
 
     Attributes:
         timings: Seconds of the run so far.
@@ -78,6 +81,7 @@ class Scheduler:
         eos_token_ids: Collection[int],
         limits: Limits | None = None,
         workspaces: WorkspacePool | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         if not requests:
             raise ValueError("requests must hold at least one prompt, got none")
@@ -89,6 +93,7 @@ class Scheduler:
         self._limits = limits or Limits()
         self._device = lm_head.weight.device
         self._workspaces = workspaces
+        self._progress = progress or (lambda *_: None)
         self._workspace: Workspace | None = None
         self._waiting = deque(range(len(requests)))
         self._running: list[Sequence] = []
@@ -164,12 +169,16 @@ class Scheduler:
         packed = pack(requests, self._model.config)
         started = self._mark()
         hidden = self._model.embed(
-            packed, self._limits.max_patches_per_call, self._workspace.encode
+            packed,
+            self._limits.max_patches_per_call,
+            self._workspace.encode,
+            partial(self._progress, "vision"),
         )
         positions = upload(packed.positions, self._device)
         embedded = self._mark()
         last = []
         for start, pieces in _chunks(packed.seqlens, self._limits.max_prefill_tokens):
+            self._progress("prefill", start, sum(packed.seqlens))
             lengths = [length for _, length, _ in pieces]
             step = cache.append([admitted[k].handle for k, _, _ in pieces], lengths)
             chunk = slice(start, start + sum(lengths))

@@ -6,7 +6,7 @@ no value is read back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -53,12 +53,15 @@ class KeyeModel(nn.Module):
         packed: PackedInputs,
         max_patches_per_call: int = MAX_PATCHES_PER_CALL,
         encode: Encode = KeyeVisionModel.encode,
+        progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
         """Embed packed requests, vision features in the place of their placeholders.
 
         Args:
             packed: From `pack`; its tensors may lie on the host.
             max_patches_per_call, encode: `max_patches` and `encode` of `vision_features`.
+            progress: Called around each call of the tower with the image and video tokens that were
+                launched, and those there are.
 
         Returns:
             [num_tokens, hidden_size], in the model's dtype, on its device.
@@ -73,6 +76,9 @@ class KeyeModel(nn.Module):
                 f"{int(packed.input_ids.max())}"
             )
         hidden = self.language_model.embed_tokens(upload(packed.input_ids, self.device))
+        done, total = 0, packed.image_index.numel() + packed.video_index.numel()
+        if progress is not None and total:
+            progress(done, total)
         for pixels, grid, index in (
             (packed.pixel_values, packed.image_grid_thw, packed.image_index),
             (packed.pixel_values_videos, packed.video_grid_thw, packed.video_index),
@@ -88,7 +94,10 @@ class KeyeModel(nn.Module):
             ):
                 last = first + features.shape[0]
                 hidden.index_copy_(0, index[first:last], features)
+                done += last - first
                 first = last
+                if progress is not None:
+                    progress(done, total)
         return hidden
 
     def get_image_features(

@@ -1,0 +1,153 @@
+"""Pictures and videos of the command line: message items from options, EXIF, and what fits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from keye_model.cli import terminal
+from keye_model.inputs.request import Request
+from keye_model.processing.chat import Thinking
+from keye_model.processing.fetch import file_url_path
+from keye_model.processing.image import load_image
+from keye_model.processing.processor import KeyeProcessor
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_HOW_MANY = {"fps", "max_frames"}  # keys with which a video is not made to fit
+
+
+def image_item(source: str, options: argparse.Namespace, processor: KeyeProcessor) -> dict:
+    """A picture as a message item, turned if ``options.exif``; a hint if it should perhaps be."""
+    item = {"type": "image", "image": source, **_pixels(options, processor)}
+    picture = _turned(source, processor, remote=options.exif)
+    if picture is not None and options.exif:
+        picture.filename = source
+        item["image"] = picture
+    elif picture is not None:
+        terminal.note(f"{source} has an EXIF turn, which the model does not see; --exif applies it")
+    return item
+
+
+def video_item(source: str, options: argparse.Namespace, processor: KeyeProcessor) -> dict:
+    """A video as a message item, the options under the keys of the checkpoint's line."""
+    preview = processor.config.variant.video_version == "1.0"
+    if preview:  # whose frames go through the image processor, too
+        _pixels(options, processor)
+    settings = {
+        "fps": options.fps,
+        "max_frames": options.max_frames,
+        "min_pixels": options.min_pixels,
+        "max_pixels": options.max_pixels,
+        "total_pixels" if preview else "video_total_pixels": options.total_pixels,
+    }
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {"type": "video", "video": source, **given}
+
+
+def items(arguments: argparse.Namespace, processor: KeyeProcessor) -> list[dict[str, Any]]:
+    """The pictures and then the videos that a command line names."""
+    pictures = [image_item(source, arguments, processor) for source in arguments.image]
+    return pictures + [video_item(source, arguments, processor) for source in arguments.video]
+
+
+def prepare(
+    processor: KeyeProcessor,
+    messages: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    *,
+    thinking: Thinking = "auto",
+    used: int = 0,
+    strict: bool = True,
+    shapes_only: bool = False,
+    note: Callable[[str], None] = terminal.note,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Request:
+    """Turn a conversation into what the model reads; its videos are made to fit.
+
+    An answer of ``max_new_tokens``, or of half the context if that is less, then fits too. A video
+    whose item says how many frames to take is left as it is.
+
+    Args:
+        used: Tokens of the context that are taken already.
+        strict: Refuse a longer prompt.
+        shapes_only: As `KeyeProcessor.request` has it; refuses nothing for its length.
+        note: Told in one line what was taken of a video that does not fit.
+        progress: As `Keye.stream` has it.
+    """
+    content = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
+    fit = any(item["type"] == "video" and not _HOW_MANY & set(item) for item in content)
+    context = processor.config.text_config.max_position_embeddings
+    room = context - (min(max_new_tokens, context // 2) if fit else 1) - used
+    if room < 1:
+        raise ValueError(f"the context of {context} tokens must have room left, got {used} in use")
+    request = processor.request(
+        messages,
+        thinking=thinking,
+        max_tokens=room,
+        fit_videos=note,
+        progress=progress,
+        shapes_only=shapes_only,
+    )
+    if strict and (tokens := request.input_ids.numel()) > room:
+        raise ValueError(
+            f"prompt must have at most {room} tokens, got {tokens}; fewer or smaller frames and "
+            "pictures make it shorter (max_pixels, max_frames, fps)"
+        )
+    return request
+
+
+def vision_tokens(request: Request, processor: KeyeProcessor) -> int:
+    """Tokens of a request's pictures and videos."""
+    merge = processor.config.vision_config.spatial_merge_size**2
+    return sum(map(math.prod, request.image_grid_thw + request.video_grid_thw)) // merge
+
+
+def _pixels(options: argparse.Namespace, processor: KeyeProcessor) -> dict[str, int]:
+    """The bounds of a picture that are not the image processor's own anyway.
+
+    Raises:
+        ValueError: They exceed the image processor's, by which it would be resized once more.
+    """
+    least, most = processor.image_processor.min_pixels, processor.image_processor.max_pixels
+    given = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+    for name, value in given.items():
+        if value is not None and not least <= value <= most:
+            raise ValueError(
+                f"{name} must be in [{least}, {most}], got {value}; "
+                f"keye chat --{name.replace('_', '-')} moves the bound"
+            )
+    own = {"min_pixels": least, "max_pixels": most}
+    return {name: value for name, value in given.items() if value not in (None, own[name])}
+
+
+def _turned(source: str, processor: KeyeProcessor, *, remote: bool) -> Image.Image | None:
+    """The picture turned by its EXIF orientation; None if it has none.
+
+    Args:
+        remote: Look at pictures that are no files, too: they are fetched for it.
+    """
+    path = file_url_path(source) if source.lower().startswith("file://") else source
+    path = os.path.expanduser(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if os.path.isfile(path):
+                picture = Image.open(path)
+            elif remote:
+                picture = load_image(source, local_files_only=processor.local_files_only)
+            else:
+                return None
+            if picture.getexif().get(_ORIENTATION) not in range(2, 9):
+                return None
+            picture.load()  # where Pillow applies a TIFF's orientation, and forgets it
+            if picture.getexif().get(_ORIENTATION) not in range(2, 9):
+                return None
+            return ImageOps.exif_transpose(picture)
+    except Exception:  # broken, missing or no picture: the processor says so
+        return None

@@ -1,0 +1,310 @@
+"""The conversation of `keye chat`: lines in, answers out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keye_model.cli.attachments import image_item, prepare, video_item, vision_tokens
+from keye_model.cli.options import ERRORS, attachment_parser, with_flags
+from keye_model.cli.terminal import Progress, note, say
+from keye_model.inputs.request import Request
+from keye_model.keye import Answer, Keye, Stream
+from keye_model.processing.processor import KeyeProcessor
+
+_HELP = """\
+/image PATH_OR_URL [--max-pixels N] [--min-pixels N] [--exif]
+/video PATH_OR_URL [--fps F] [--max-frames N] [--max-pixels N] [--min-pixels N] [--total-pixels N]
+            add to the next message; a video without options is made to fit
+/undo       take the last attachment back, else the last question with its answer
+/reset      forget all
+/save FILE  write the conversation as JSON
+/quit       leave, as do exit, quit and Ctrl-D
+Ctrl-C stops an answer. A space before / makes it text."""
+
+
+@dataclass
+class _Turn:
+    """A question and its answer, and the tokens of the context up to here."""
+
+    attached: list[dict[str, Any]]
+    messages: list[dict[str, Any]]
+    tokens: int
+
+
+class Conversation:
+    """What was said, and what waits for the next message.
+
+    Args:
+        processor: Of the checkpoint.
+        arguments: Of the command line: the system message, and defaults for videos.
+        options: Of `Keye.stream`, with ``thinking``.
+
+    Attributes:
+        keye: Answers; attachments need none.
+    """
+
+    def __init__(
+        self, processor: KeyeProcessor, arguments: argparse.Namespace, options: dict[str, Any]
+    ) -> None:
+        self.keye: Keye | None = None
+        self._processor = processor
+        self._arguments = arguments
+        self._options = dict(options)
+        self._thinking = self._options.pop("thinking")
+        system = arguments.system
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._turns: list[_Turn] = []
+        self._attached: list[tuple[dict[str, Any], int]] = []
+        self._noted: set[str] = set()
+        self._saved: set[Path] = set()
+        self._interactive = False
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return [*self._system, *(message for turn in self._turns for message in turn.messages)]
+
+    def run(self) -> int:
+        """Read lines until the input ends.
+
+        Returns:
+            The exit status: 130 after Ctrl-C, which a person at a terminal is asked to repeat; 1 if
+            a line of a script failed.
+        """
+        interactive = self._interactive = sys.stdin.isatty()
+        leaving = failed = False
+        if interactive:
+            with suppress(ImportError):
+                import readline  # noqa: F401 - input() edits lines with it
+            note("/help lists the commands")
+        while True:
+            try:
+                line = _read_line(interactive)
+            except EOFError:
+                if interactive:
+                    note("")
+                return int(failed and not interactive)
+            except KeyboardInterrupt:
+                if leaving or not interactive:
+                    return 130
+                leaving = True
+                note("\nCtrl-C once more leaves, as do Ctrl-D and /quit")
+                continue
+            leaving = False
+            try:
+                if self._obey(line):
+                    return int(failed and not interactive)
+            except KeyboardInterrupt:
+                if not interactive:
+                    return 130
+                note("(stopped)")
+            except BrokenPipeError:
+                raise
+            except ERRORS as error:
+                failed = True
+                note(f"keye: error: {with_flags(str(error))}")
+
+    def attach(self, kind: str, source: str, options: argparse.Namespace) -> None:
+        """Check a picture or video alone and keep it for the next message.
+
+        Raises:
+            ValueError, TypeError, OSError, RuntimeError: It cannot be shown, or does not fit.
+        """
+        make = image_item if kind == "image" else video_item
+        item = make(source, options, self._processor)
+        used = self._turns[-1].tokens if self._turns else 0
+        used += sum(tokens for _, tokens in self._attached)
+        # Which frames of 1.5 are slow, only decoding tells.
+        header = kind == "video" and not self._processor.config.variant.timestamped_frames
+        tokens = self._count(item, used, shapes_only=header)
+        self._attached.append((item, tokens))
+        note(f"attached, {tokens:,} tokens")
+
+    def _obey(self, line: str) -> bool:
+        """Do what a line says; whether to leave."""
+        command, rest = [*line.split(maxsplit=1), "", ""][:2] if line.startswith("/") else ("", "")
+        if command in ("/quit", "/exit") or line.strip() in ("quit", "exit"):
+            return True
+        if command in ("/image", "/video"):
+            self._attach_words(command[1:], _words(rest.strip()))
+        elif command == "/undo":
+            self._undo()
+        elif command == "/reset":
+            self._turns, self._attached = [], []
+        elif command == "/save":
+            self._save(_words(rest.strip()))
+        elif command == "/help":
+            note(_HELP)
+        elif line.startswith("/"):
+            raise ValueError(f"unknown command {command}; /help lists the commands")
+        elif line.strip():
+            try:
+                self._ask(line.strip())
+            except (KeyboardInterrupt, *ERRORS):
+                if self._attached:
+                    note("what is attached waits for the next message; /undo drops the last")
+                elif self._turns:
+                    note(
+                        "the message is forgotten; /undo forgets the last question too, /reset all"
+                    )
+                raise
+        return False
+
+    def _attach_words(self, kind: str, words: list[str]) -> None:
+        parser = attachment_parser(kind)
+        if kind == "video":
+            names = ("fps", "max_frames", "min_pixels", "max_pixels", "total_pixels")
+            parser.set_defaults(**{name: getattr(self._arguments, name) for name in names})
+        options = parser.parse_args(words)
+        self.attach(kind, options.source, options)
+
+    def _ask(self, text: str) -> None:
+        attached = [item for item, _ in self._attached]
+        question = {"role": "user", "content": [*attached, {"type": "text", "text": text}]}
+        with Progress() as progress:
+            try:
+                request = self._prepare([*self.messages, question], progress)
+            except ERRORS:
+                self._drop_broken()
+                raise
+            with closing(self.keye.stream(request, progress=progress, **self._options)) as stream:
+                pieces: list[str] = []
+                try:
+                    write_answer(stream, progress, pieces)
+                except KeyboardInterrupt:
+                    if not pieces or not self._interactive:
+                        raise
+                    note("(stopped)")
+        said = "".join(pieces)
+        tokens, answer = request.input_ids.numel(), stream.answer
+        if answer is None:  # stopped
+            tokens += len(self._processor.tokenizer.encode(said).ids)
+        else:
+            tokens += answer.usage.new_tokens
+            if cut := why_cut(answer, self._processor):
+                note(cut)
+        messages = [question, {"role": "assistant", "content": said}]
+        self._turns.append(_Turn(self._attached, messages, tokens))
+        self._attached = []
+
+    def _prepare(
+        self,
+        messages: list[dict[str, Any]],
+        progress: Progress,
+        used: int = 0,
+        shapes_only: bool = False,
+    ) -> Request:
+        return prepare(
+            self._processor,
+            messages,
+            self._options["max_new_tokens"],
+            thinking=self._thinking,
+            used=used,
+            shapes_only=shapes_only,
+            note=self._note_once,
+            progress=progress,
+        )
+
+    def _count(self, item: dict[str, Any], used: int = 0, shapes_only: bool = False) -> int:
+        """Tokens of one picture or video; raises what showing it would."""
+        messages = [{"role": "user", "content": [item]}]
+        with Progress() as progress:
+            request = self._prepare(messages, progress, used, shapes_only)
+        return vision_tokens(request, self._processor)
+
+    def _drop_broken(self) -> None:
+        """Keep of what is attached only what can be shown: the rest would spoil every message."""
+        kept = []
+        for item, tokens in self._attached:
+            try:
+                self._count(item)
+            except ERRORS:
+                note(f"{_name(item)} is dropped")
+            else:
+                kept.append((item, tokens))
+        self._attached = kept
+
+    def _undo(self) -> None:
+        if self._attached:
+            item, _ = self._attached.pop()
+            note(f"{_name(item)} is dropped")
+        elif self._turns:
+            self._attached = self._turns.pop().attached
+            waits = "; what was attached to it waits again" if self._attached else ""
+            note(f"the last question and its answer are forgotten{waits}")
+        else:
+            raise ValueError("there is nothing to undo")
+
+    def _save(self, words: list[str]) -> None:
+        if len(words) != 1:
+            raise ValueError(f"/save must be followed by one file, got {len(words)}")
+        path = Path(words[0]).expanduser().resolve()
+        # No other file is overwritten. A picture turned by --exif is saved as its path.
+        mode = "w" if path in self._saved else "x"
+        with open(path, mode, encoding="utf-8", errors="backslashreplace") as file:
+            json.dump(
+                self.messages, file, ensure_ascii=False, indent=2, default=lambda p: p.filename
+            )
+            file.write("\n")
+        self._saved.add(path)
+        note(f"saved {len(self.messages)} messages to {words[0]}")
+
+    def _note_once(self, text: str) -> None:
+        """Say what was taken of a video, unless it was said with another room in the prompt."""
+        change = text.partition(", to fit")[0]
+        if change not in self._noted:
+            self._noted.add(change)
+            note(text)
+
+
+def why_cut(answer: Answer, processor: KeyeProcessor) -> str | None:
+    """A line on an answer that was cut off; None if it ended by itself."""
+    if answer.finish_reason != "length":
+        return None
+    usage, context = answer.usage, processor.config.text_config.max_position_embeddings
+    number = f"{usage.new_tokens} token{'s' if usage.new_tokens > 1 else ''}"
+    if usage.prompt_tokens + usage.new_tokens >= context:
+        return f"[cut at {number}; the context of {context} tokens is full]"
+    return f"[cut at {number}; --max-new-tokens]"
+
+
+def write_answer(stream: Stream, progress: Progress, pieces: list[str]) -> None:
+    """Write an answer to standard output as it is made; what was written stands in ``pieces``."""
+    try:
+        for piece in stream:
+            progress.close()
+            pieces.append(piece)
+            say(piece, end="")
+    finally:
+        if pieces:
+            say("")
+
+
+def _read_line(interactive: bool) -> str:
+    prompt = "> " if interactive else ""
+    if interactive and not sys.stdout.isatty():  # where input() would write the prompt to
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
+    return input(prompt).removeprefix("\ufeff").rstrip("\r")
+
+
+def _words(rest: str) -> list[str]:
+    """What stands behind a command, split as a shell does; a file's name may hold spaces."""
+    if os.path.isfile(os.path.expanduser(rest)):
+        return [rest]
+    try:
+        return shlex.split(rest)
+    except ValueError as error:
+        raise ValueError(f"quotes must be closed, got {rest}") from error
+
+
+def _name(item: dict[str, Any]) -> str:
+    source = item[item["type"]]
+    return source if isinstance(source, str) else source.filename

@@ -1,0 +1,215 @@
+"""What the commands of the command line do; `cli.py` reads their options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import keye_kernels
+from keye_model import demo as demonstration
+from keye_model.checkpoint.config import KeyeConfig
+from keye_model.checkpoint.hub import locate
+from keye_model.cli import attachments
+from keye_model.cli.chat import Conversation, why_cut, write_answer
+from keye_model.cli.terminal import Progress, note, say
+from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
+from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
+from keye_model.engine.detokenizer import Detokenizer
+from keye_model.engine.plan import Costs
+from keye_model.engine.plan import plan as count
+from keye_model.engine.sampling import GenerationDefaults
+from keye_model.engine.workspace import KEPT_TOKENS
+from keye_model.keye import Answer, Keye
+from keye_model.processing.processor import KeyeProcessor
+
+_THINKING = {"auto": "auto", "on": True, "off": False}
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Answer one question."""
+    processor, options = _checked(arguments)
+    with Progress() as progress:
+        started = time.perf_counter()
+        request = attachments.prepare(
+            processor,
+            _messages(arguments, processor),
+            arguments.max_new_tokens,
+            thinking=_THINKING[arguments.thinking],
+            progress=progress,
+        )
+        processing = time.perf_counter() - started
+    keye = _load(arguments, processor)
+    with Progress() as progress:
+        stream = keye.stream(request, progress=progress, **options)
+        if arguments.json:
+            for _ in stream:
+                progress.close()
+        else:
+            write_answer(stream, progress, [])
+    if arguments.json:
+        say(json.dumps(dataclasses.asdict(_with_processing(stream.answer, processing))))
+    elif cut := why_cut(stream.answer, processor):
+        note(cut)
+    return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Talk until the input ends."""
+    processor, options = _checked(arguments)
+    options["thinking"] = _THINKING[arguments.thinking]
+    conversation = Conversation(processor, arguments, options)
+    for kind in ("image", "video"):
+        for source in getattr(arguments, kind):
+            conversation.attach(kind, source, arguments)
+    conversation.keye = _load(arguments, processor)
+    return conversation.run()
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Show the stack at work."""
+    demonstration.run(arguments.model, max_new_tokens=arguments.max_new_tokens)
+    return 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Print what is installed, what serves, and a checkpoint's facts."""
+    cuda = torch.cuda.is_available()
+    say(f"keye-kernels  {keye_kernels.__version__}")
+    say(f"python        {platform.python_version()}")
+    for package in ("torch", "triton", "av", "tokenizers"):
+        say(f"{package:13} {_version(package)}")
+    say(f"device        {torch.cuda.get_device_name() if cuda else 'CPU'}")
+    say(f"csrc          {keye_kernels.describe_extension()}")
+    say(demonstration.describe_backends())
+    why_not = why_no_graphs(torch.device("cuda" if cuda else "cpu"))
+    say(f"cuda graphs   {f'no: {why_not}' if why_not else 'yes'}")
+    if arguments.model:
+        config = KeyeConfig.from_pretrained(
+            arguments.model, local_files_only=arguments.local_files_only
+        )
+        weight_bytes = Costs.of(config).weight_bytes
+        say(f"model         {config.variant.name}")
+        say(f"parameters    {weight_bytes // config.dtype.itemsize:,}")
+        say(f"dtype         {str(config.dtype).removeprefix('torch.')}")
+        say(f"context       {config.text_config.max_position_embeddings:,} tokens")
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print what a request will cost."""
+    processor, batch = _processor(arguments), arguments.batch
+    config, new_tokens = processor.config, arguments.max_new_tokens
+    with Progress() as progress:
+        request = attachments.prepare(
+            processor,
+            _messages(arguments, processor),
+            new_tokens,
+            strict=False,
+            shapes_only=True,
+            progress=progress,
+        )
+    counts = count(config, [request] * batch, new_tokens)
+    seconds = counts.floor_seconds(arguments.matmul * 1e12, arguments.copy * 1e12)
+    context = config.text_config.max_position_embeddings
+    # Which frames of a video are slow, and which fast, only decoding tells.
+    at_most = "at most " * bool(config.variant.timestamped_frames and counts.video_tokens)
+    tokens = f"{at_most}{counts.prompt_tokens[0]:,} tokens each"
+    if counts.prompt_tokens[0] >= context:
+        tokens += ", TOO LONG"
+    say(f"prompt        {batch} x {tokens}, context {context:,}")
+    say(
+        f"vision        {counts.image_tokens:,} image tokens, {at_most}{counts.video_tokens:,} "
+        f"video tokens, {counts.patches:,} patches, longest segment {counts.longest_segment:,}"
+    )
+    say(f"weights       {counts.weight_bytes / 1e9:.2f} GB")
+    say(
+        f"cache         {counts.cache_bytes / 1e9:.3f} GB with {new_tokens} new "
+        f"tokens each; with CUDA graphs {KEPT_TOKENS:,} tokens or more, "
+        f"{KEPT_TOKENS * Costs.of(config).cache_bytes / 1e9:.3f} GB, and {GRAPH_BYTES / 1e9:.3f} "
+        "GB left for the graphs"
+    )
+    say(f"activations   {counts.activation_bytes / 1e9:.3f} GB at most")
+    say(f"pixels        {counts.pixel_bytes / 1e9:.3f} GB")
+    say(
+        f"arithmetic    vision {counts.vision_flops / 1e12:.3f} TFLOP, prefill "
+        f"{counts.prefill_flops / 1e12:.3f} TFLOP, last decode step "
+        f"{counts.decode_step_bytes / 1e9:.3f} GB"
+    )
+    say(
+        f"least time    vision {1e3 * seconds['vision']:.2f} ms, prefill "
+        f"{1e3 * seconds['prefill']:.2f} ms, decode step {1e3 * seconds['decode_step']:.2f} ms"
+    )
+    say(
+        f"              at {arguments.matmul:g} TFLOP/s and {arguments.copy:g} TB/s: a floor by "
+        "arithmetic, not a measurement"
+    )
+    return 0
+
+
+def _checked(arguments: argparse.Namespace) -> tuple[KeyeProcessor, dict[str, Any]]:
+    """The processor and the options of an answer: what can be wrong before weights are read."""
+    options = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": False if arguments.greedy else None,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "repetition_penalty": arguments.repetition_penalty,
+        "seed": arguments.seed,
+    }
+    resolve_device("device", arguments.device)
+    processor = _processor(arguments)
+    directory = locate(arguments.model, weights=False, local_files_only=arguments.local_files_only)
+    GenerationDefaults.from_directory(directory).params(**options)
+    Detokenizer(processor.tokenizer, arguments.stop)
+    return processor, options | {"stop_strings": arguments.stop}
+
+
+def _processor(arguments: argparse.Namespace) -> KeyeProcessor:
+    return KeyeProcessor.from_pretrained(
+        arguments.model,
+        min_pixels=arguments.min_pixels,
+        max_pixels=arguments.max_pixels,
+        local_files_only=arguments.local_files_only,
+    )
+
+
+def _load(arguments: argparse.Namespace, processor: KeyeProcessor) -> Keye:
+    model = KeyeForConditionalGeneration.from_pretrained(
+        arguments.model,
+        dtype=arguments.dtype,
+        device_map=resolve_device("device", arguments.device),
+        local_files_only=arguments.local_files_only,
+    )
+    return Keye(model, processor, backend=arguments.backend)
+
+
+def _messages(arguments: argparse.Namespace, processor: KeyeProcessor) -> list[dict[str, Any]]:
+    content = attachments.items(arguments, processor)
+    if arguments.text:
+        content.append({"type": "text", "text": arguments.text})
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    return [*system, {"role": "user", "content": content}]
+
+
+def _with_processing(answer: Answer, seconds: float) -> Answer:
+    """The answer to a request that took so long to prepare before the model was loaded."""
+    t = answer.timings
+    t = dataclasses.replace(
+        t, processing=t.processing + seconds, first_token=t.first_token + seconds
+    )
+    return dataclasses.replace(answer, timings=t)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

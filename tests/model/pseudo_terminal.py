@@ -1,0 +1,71 @@
+"""A terminal for tests: streams of this process on one, or a `keye` of its own on one."""
+
+import contextlib
+import os
+import pty
+import select
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).parents[2])
+PATIENCE = 300  # seconds until a test gives up on a process that says nothing
+
+
+class Screen:
+    """A terminal's screen; ``stream`` is what a program writes to."""
+
+    def __init__(self):
+        self._screen, there = os.openpty()
+        self.stream = open(there, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+
+    def text(self):
+        """All that was written, at most what a terminal holds back unread (4 kB)."""
+        self.stream.flush()
+        written = b""
+        while select.select([self._screen], [], [], 0)[0]:
+            written += os.read(self._screen, 1 << 16)
+        return written.decode().replace("\r\n", "\n")
+
+    def close(self):
+        self.stream.close()
+        os.close(self._screen)
+
+
+class Session:
+    """`python -m keye_model` with a terminal as its standard streams."""
+
+    def __init__(self, *arguments):
+        self._pid, self._terminal = pty.fork()
+        if self._pid == 0:
+            command = [sys.executable, "-m", "keye_model", *map(str, arguments)]
+            os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": ROOT})
+        self.seen, self._waited = "", 0
+
+    def wait_for(self, text):
+        """Read until ``text`` was written behind what was waited for before."""
+        while (found := self.seen.find(text, self._waited)) < 0:
+            assert self._read(), f"the process ended before {text!r}: {self.seen}"
+        self._waited = found + len(text)
+
+    def type(self, text):
+        os.write(self._terminal, text.encode())
+
+    def status(self):
+        """The exit status, once the process has ended."""
+        while self._read():
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+    def close(self):
+        with contextlib.suppress(OSError, ChildProcessError):
+            os.close(self._terminal)  # hangs it up
+            os.waitpid(self._pid, 0)
+
+    def _read(self):
+        assert select.select([self._terminal], [], [], PATIENCE)[0], f"no word: {self.seen}"
+        try:
+            data = os.read(self._terminal, 1 << 16)
+        except OSError:  # Linux says so when the other side is closed
+            return False
+        self.seen += data.decode(errors="replace")
+        return bool(data)
