@@ -192,3 +192,12 @@ def test_a_broken_list_of_tokens(tmp_path, added):
     write(tmp_path, "tokenizer.json", {"added_tokens": added})
     with pytest.raises(ValueError, match="must list 'added_tokens' as objects with 'id' and"):
         GenerationDefaults.from_directory(tmp_path)
+
+
+def test_the_least_and_the_largest_that_are_taken():
+    SamplingParams(1, temperature=0, top_k=0, top_p=1, repetition_penalty=1e-9, seed=0)
+    SamplingParams(1, seed=2**63 - 1)
+    with pytest.raises(ValueError, match=f"seed must be an integer in .*, got {2**63}$"):
+        SamplingParams(1, seed=2**63)
+    with pytest.raises(ValueError, match="max_new_tokens must be a positive integer, got 0"):
+        SamplingParams(0)
