@@ -5,9 +5,9 @@
 #   benchmarks/hardware.sh [minutes=9]
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<gpu>: summary.txt, tests.txt,
-# sanitizer.txt, results.json, table.txt, latency.png, stages.png, ncu.txt. A step that fails or
-# runs out of its time is noted in summary.txt, and the next one starts. Uses the python3 on PATH
-# (PYTHON=... names another). Clocks and other settings of the GPU are left as they are.
+# sanitizer.txt, results.json, results.csv, table.txt, latency.png, stages.png, ncu.txt. A step that
+# fails or runs out of its time is noted in summary.txt, and the next one starts. Uses the python3 on
+# PATH (PYTHON=... names another). Clocks and other settings of the GPU are left as they are.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 minutes=${1:-9}
