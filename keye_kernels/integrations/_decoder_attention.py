@@ -1,39 +1,82 @@
 """A decoder's attention through transformers' own door: `attn_implementation="keye_kernels"`.
 
-A prompt goes to our attention, a padded batch as one packed call. All else is PyTorch's scaled dot
-product attention, as it was: steps of one token (our op for those reads a paged cache, which
-transformers does not have), static caches, sliding windows and other masks of a model.
+A prompt goes to our attention, a batch padded on the left as one packed call. All else is PyTorch's
+scaled dot product attention, as it was: steps of one token (our op for those reads a paged cache,
+which transformers does not have), static caches, sliding windows, padding on the right and other
+masks of a model.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keye_kernels import varlen_attention
-from keye_kernels.integrations._vision import check_dropout, is_consecutive, segments
+from keye_kernels._checks import FLOAT_DTYPES
+from keye_kernels.integrations._layers import Forward
+from keye_kernels.integrations._vision import check_dropout
 
 NAME = "keye_kernels"
 NOTE = "prompts over a dynamic cache; sdpa for steps of one token and for other masks"
+# What attention functions are handed that changes nothing of what they compute.
+_HARMLESS = frozenset([
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "labels", "logits_to_keep", "max_length_k",
+    "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "past_key_value", "past_key_values", "position_embeddings",
+    "position_ids", "return_dict", "sliding_window", "use_cache",
+])  # fmt: skip
 
 
-def register() -> None:
-    """Make the name known to transformers. Again is no harm."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+class Configured:
+    """A configuration that asks for our attention, and else is the model's: live, not a copy.
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    Who asked for "eager" wants the weights of attention and keeps it.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    @property
+    def _attn_implementation(self) -> str:
+        name = self.original._attn_implementation
+        return name if name == "eager" else NAME
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "original" or name.startswith("__"):  # a copy under way has none yet
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+
+def model_forward(_: ModuleType, original: Forward) -> Forward:
+    """The model round the layers makes their mask, for the attention that its configuration names.
+
+    Its configuration is the user's again afterwards: other models are built from it.
+    """
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        config = self.config
+        if isinstance(config, Configured):  # in another thread
+            return original(self, *args, **kwargs)
+        self.config = Configured(config)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.config = config
+
+    return forward
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """Sequence starts of queries and of keys [2, n + 1] int32 where ours serves, else sdpa's mask.
+    """Sequence starts of queries and keys [1, 2, n + 1] int32 where ours serves, else sdpa's mask.
 
     Called once per forward of a model, by transformers' mask functions, with what they know.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     starts = _starts(**kwargs)
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**kwargs) if starts is None else starts
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**kwargs) if starts is None else starts[None]
 
 
 def _starts(
@@ -48,36 +91,62 @@ def _starts(
     kv_offset: int = 0,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
-    from transformers.masking_utils import causal_mask_function
-
     if cache_position is not None:
         # A static cache, whose keys are longer than what they hold, does not allow the skip.
         q_length, device = cache_position.shape[0], cache_position.device
         q_offset = kv_length - q_length if allow_is_causal_skip else None
     if (
-        q_length == 1
+        q_length <= 1
+        or batch_size == 0
         or mask_function is not causal_mask_function
         or local_size is not None
         or kv_offset != 0
         or isinstance(q_offset, torch.Tensor)  # a static cache, in transformers 5
         or q_offset != kv_length - q_length
+        or dtype not in FLOAT_DTYPES
     ):
         return None
-    if attention_mask is not None:
-        # Under torch.compile nobody could look whether the tokens are consecutive.
-        if attention_mask.shape[-1] != kv_length or torch.compiler.is_compiling():
-            return None
-        if not is_consecutive(attention_mask):
-            return None
-    starts_k = segments(attention_mask, batch_size, kv_length, device)
-    # Of each row's keys the queries are the last q_length.
-    row = (starts_k - 1).clamp(min=0) // kv_length
-    within = starts_k - row * kv_length - q_offset
-    starts_q = row * q_length + within.clamp(min=0)
-    return torch.stack([starts_q, starts_k]).int()
+    row = torch.arange(batch_size + 1, device=device, dtype=torch.int32)
+    starts = torch.stack([row * q_length, row * kv_length])
+    if attention_mask is None:
+        return starts
+    if attention_mask.shape != (batch_size, kv_length) or torch.compiler.is_compiling():
+        return None  # under torch.compile nobody could look where the padding is
+    tokens = attention_mask.int()
+    if not (tokens.diff(dim=1) >= 0).all():  # read once per prompt, as transformers' sdpa does
+        return None
+    # Three sequences a row: queries at padding, which see no key and give 0 as they do in sdpa;
+    # keys at padding, which no query sees; the tokens. Of a row's keys the queries are the last.
+    padding = kv_length - tokens.sum(dim=1, dtype=torch.int32)
+    queries, keys = starts[:, :-1]
+    queries_after = queries + (padding - q_offset).clamp(min=0)
+    starts_q = torch.stack([queries, queries_after, queries_after], dim=1).flatten()
+    starts_k = torch.stack([keys, keys, keys + padding], dim=1).flatten()
+    return torch.cat([torch.stack([starts_q, starts_k]), starts[:, -1:]], dim=1)
+
+
+def _check(module: nn.Module, key: torch.Tensor, mask: torch.Tensor | None, more: dict) -> None:
+    """Refuse what neither our op nor sdpa would honour."""
+    left_out = [name for name in more if more[name] is not None and name not in _HARMLESS]
+    if left_out:
+        from keye_kernels.integrations._families import modelings
+
+        if type(module).__module__ in modelings():  # theirs take no more; the rest is the caller's
+            left_out.clear()
+    window = more.get("sliding_window")
+    if window is not None and (mask is None or mask.dim() == 3) and key.shape[2] > window:
+        left_out.append("sliding_window")  # a window that is not in the mask
+    for name in left_out:
+        value = more[name]
+        got = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
+        raise NotImplementedError(
+            f"{name} must be None with attn_implementation={NAME!r}, got {got} from "
+            f"{type(module).__name__}; use attn_implementation='eager'"
+        )
 
 
 def _attention(
@@ -88,26 +157,42 @@ def _attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query, key, value: [batch_size, heads, length, head_dim], the keys with those cached."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    """query, key, value: [batch_size, heads, length, head_dim], the keys with those cached.
 
-    if attention_mask is None or attention_mask.dim() != 2:
+    Raises:
+        NotImplementedError: The model hands attention more than this, such as sinks or a softcap.
+    """
+    _check(module, key, attention_mask, kwargs)
+    if attention_mask is None or attention_mask.dim() != 3:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    if is_causal is False:
+        raise NotImplementedError(
+            f"is_causal must be True or None with attn_implementation={NAME!r} and a causal mask, "
+            f"got False from {type(module).__name__}"
         )
     check_dropout(dropout)
-    batch_size, num_heads, q_length, head_dim = query.shape
-    starts_q, starts_k = attention_mask
+    if torch.is_autocast_enabled(query.device.type):  # which casts these for sdpa
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    batch_size, _, q_length, head_dim = query.shape
     packed = (x.transpose(1, 2).reshape(-1, x.shape[1], head_dim) for x in (query, key, value))
     out = varlen_attention(
         *packed,
-        starts_q,
-        starts_k,
+        *attention_mask[0],
         q_length,
         key.shape[2],
         softmax_scale=scaling,
         causal=True,
     )
-    return out.view(batch_size, q_length, num_heads, head_dim), None
+    return out.view(batch_size, q_length, -1, head_dim), None
+
+
+# Here and not in `apply`: a model that is loaded from a pickle brings `Configured` with it.
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -7,14 +7,12 @@ stays the library's is listed too, with the reason, so that a report can name it
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import nn
 
-from keye_kernels.integrations import _layers, _rotary, _vision
-from keye_kernels.integrations._layers import Forward
-
-Maker = Callable[[ModuleType, Forward], Forward]
+from keye_kernels.integrations import _decoder_attention, _layers, _rotary, _vision
+from keye_kernels.integrations._guard import LINEAR, Part
+from keye_kernels.integrations._layers import GELU, LAYER_NORM, SILU, Maker
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Replacement:
         make: Makes the new forward of the modeling module and of the forward that is there.
         refuse: What is wrong with the configuration of a module, or None.
         missing: Why a release cannot have this replacement, or None; given the class.
+        parts: Children whose weights the new forward reads, in the place of calling them.
         note: What a user should know of it.
     """
 
@@ -35,6 +34,7 @@ class Replacement:
     make: Maker
     refuse: Callable[[nn.Module], str | None] = lambda _: None
     missing: Callable[[type], str | None] = lambda _: None
+    parts: tuple[Part, ...] = ()
     note: str = ""
 
 
@@ -49,7 +49,7 @@ class Family:
         functions: Module functions that get a second way in, for positions instead of cosines:
             name to the op that asks for it.
         decoder: Class whose attention goes through transformers' AttentionInterface, and the class
-            of the model around it.
+            of the model round its layers, which makes their mask.
         left: What stays as it is: class name to reason.
     """
 
@@ -57,17 +57,21 @@ class Family:
     since: int
     replacements: tuple[Replacement, ...]
     functions: dict[str, str]
-    decoder: str | None
+    decoder: tuple[str, str] | None
     left: dict[str, str]
+
+    @property
+    def in_models(self) -> tuple[Replacement, ...]:
+        """What is replaced in single models: the model round a decoder's layers too."""
+        if self.decoder is None:
+            return self.replacements
+        make = _decoder_attention.model_forward
+        return (*self.replacements, Replacement(self.decoder[1:], ("varlen_attention",), make))
 
 
 def _refuse_swiglu(module: nn.Module) -> str | None:
-    if not isinstance(module.act_fn, nn.SiLU) and type(module.act_fn).__name__ != "SiLUActivation":
+    if type(module.act_fn) not in SILU:
         return f"act_fn must be SiLU, got {type(module.act_fn).__name__}"
-    for name in ("gate_proj", "up_proj"):
-        if type(getattr(module, name)) is not nn.Linear:
-            kind = type(getattr(module, name)).__name__
-            return f"{name} must be torch.nn.Linear (no adapter, not quantised), got {kind}"
     return None
 
 
@@ -117,59 +121,61 @@ def _aligned_corners(cls: type) -> str | None:
     return None
 
 
-def _plain(forward: Forward) -> Maker:
-    return lambda *_: forward
-
-
 def _rms_norm(*classes: str) -> Replacement:
-    return Replacement(classes, ("rms_norm",), _plain(_layers.rms_norm_forward))
+    return Replacement(classes, ("rms_norm",), _layers.rms_norm_forward)
 
 
 def _swiglu(*classes: str) -> Replacement:
-    return Replacement(classes, ("silu_mul",), _plain(_layers.swiglu_forward), _refuse_swiglu)
+    parts = (("gate_proj", LINEAR), ("up_proj", LINEAR), ("act_fn", SILU))
+    return Replacement(classes, ("silu_mul",), _layers.swiglu_forward, _refuse_swiglu, parts=parts)
 
 
 def _gelu(name: str, *parts: str) -> Replacement:
-    make = _plain(_layers.gelu_mlp(*parts))
-    return Replacement((name,), ("gelu",), make, _refuse_gelu(parts[1]))
+    make = _layers.gelu_mlp(*parts)
+    known = ((parts[0], LINEAR), (parts[1], GELU))
+    return Replacement((name,), ("gelu",), make, _refuse_gelu(parts[1]), parts=known)
 
 
-def _layer(name: str, op: str, *parts: str, returns_tuple: bool = False) -> Replacement:
-    make = _plain(_layers.layer(*parts, returns_tuple=returns_tuple))
-    return Replacement((name,), (op,), make, note="the first sum goes into the second norm")
+def _layer(
+    name: str, op: str, *parts: str, norms: tuple[str, ...] = (), **more: bool
+) -> Replacement:
+    make = _layers.layer(*parts, norms=norms, **more)
+    known = ((parts[0], norms or LAYER_NORM), (parts[2], norms or LAYER_NORM))
+    note = "the first sum goes into the second norm"
+    return Replacement((name,), (op,), make, parts=known, note=note)
 
 
-def _decoder_layer(name: str, *, returns_tuple: bool = False) -> Replacement:
+def _decoder_layer(name: str, *norms: str, returns_tuple: bool = False) -> Replacement:
     parts = ("input_layernorm", "self_attn", "post_attention_layernorm")
-    return _layer(name, "rms_norm", *parts, returns_tuple=returns_tuple)
+    return _layer(name, "rms_norm", *parts, norms=norms, returns_tuple=returns_tuple)
 
 
 def _decoder_rotary(name: str, *, interleaved: bool = False) -> Replacement:
-    make = _plain(_rotary.decoder_rotary(interleaved=interleaved))
+    make = _rotary.decoder_rotary(interleaved=interleaved)
     return Replacement((name,), ("mrope_",), make, _refuse_decoder_rotary)
 
 
 def _vision_rotary(*classes: str) -> Replacement:
-    make = _plain(_rotary.vision_rotary_forward)
+    make = _rotary.vision_rotary_forward
     return Replacement(classes, ("rope_2d_",), make, _refuse_vision_rotary, _cosines_only)
 
 
-def _attention(name: str, of: Callable[[ModuleType], Forward]) -> Replacement:
-    def make(modeling: ModuleType, _: Forward) -> Forward:
-        return of(modeling)
-
+def _attention(name: str, make: Maker) -> Replacement:
     return Replacement((name,), ("varlen_attention",), make, refuse_attention)
 
 
-def _lengths(name: str, wrap: Callable[[Forward], Forward]) -> Replacement:
-    def make(_: ModuleType, original: Forward) -> Forward:
-        return wrap(original)
-
+def _lengths(name: str, make: Maker) -> Replacement:
     return Replacement((name,), ("varlen_attention",), make, note="lengths once, not per layer")
 
 
 _ONCE = "once per call, in torch.nn.LayerNorm"
+_QWEN2_5_NORMS = ("Qwen2_5_VLRMSNorm", "Qwen2RMSNorm")  # the second in transformers 4
 _PAIRS = "a patch is a pair of frames there, our op takes one"
+
+
+def modelings() -> set[str]:
+    """The modules of transformers that hold the families."""
+    return {f"transformers.models.{family.modeling}" for family in families(5).values()}
 
 
 def families(major: int) -> dict[str, Family]:
@@ -182,8 +188,12 @@ def families(major: int) -> dict[str, Family]:
                 Replacement(
                     ("PaddleOCRVisionEmbeddings",),
                     ("patch_embed",),
-                    _plain(_vision.paddle_embeddings_forward),
+                    _vision.paddle_embeddings_forward,
                     missing=_aligned_corners,
+                    parts=(
+                        ("patch_embedding", _vision.CONV),
+                        ("position_embedding", _vision.EMBEDDING),
+                    ),
                 ),
                 _vision_rotary("PaddleOCRVisionRotaryEmbedding"),
                 _attention(
@@ -197,21 +207,23 @@ def families(major: int) -> dict[str, Family]:
                     "layer_norm1",
                     "self_attn",
                     "layer_norm2",
+                    by_name=False,
                 ),
                 _gelu("PaddleOCRVisionMLP", "fc1", "activation_fn", "fc2"),
                 Replacement(
                     ("PaddleOCRProjector",),
                     ("merge_patches", "gelu"),
-                    _plain(_vision.paddle_projector_forward),
+                    _vision.paddle_projector_forward,
                     _refuse_gelu("act"),
+                    parts=(("pre_norm", LAYER_NORM), ("linear_1", LINEAR), ("act", GELU)),
                 ),
                 _rms_norm("PaddleOCRRMSNorm"),
-                _decoder_layer("PaddleOCRDecoderLayer"),
+                _decoder_layer("PaddleOCRDecoderLayer", "PaddleOCRRMSNorm"),
                 _decoder_rotary("PaddleOCRRotaryEmbedding"),
                 _swiglu("PaddleOCRMLP"),
             ),
             {"apply_rotary_pos_emb": "mrope_", "apply_rotary_pos_emb_vision": "rope_2d_"},
-            "PaddleOCRAttention",
+            ("PaddleOCRAttention", "PaddleOCRTextModel"),
             {"PaddleOCRVisionTransformer": f"post_layernorm: {_ONCE}"},
         ),
         "qwen2_5_vl": Family(
@@ -228,16 +240,25 @@ def families(major: int) -> dict[str, Family]:
                     # In 4.57 all layers would get what is said of windows.
                     _vision.qwen_tower(windows=major >= 5),
                 ),
-                _layer("Qwen2_5_VLVisionBlock", "rms_norm", "norm1", "attn", "norm2"),
+                _layer(
+                    "Qwen2_5_VLVisionBlock",
+                    "rms_norm",
+                    "norm1",
+                    "attn",
+                    "norm2",
+                    norms=_QWEN2_5_NORMS,
+                    by_name=False,
+                ),
                 _swiglu("Qwen2_5_VLMLP"),
                 Replacement(
                     ("Qwen2_5_VLPatchMerger",),
                     ("gelu",),
-                    _plain(_vision.qwen2_5_merger_forward),
+                    _vision.qwen2_5_merger_forward,
                     _refuse_gelu("mlp.1"),
+                    parts=(("mlp", _vision.SEQUENTIAL), ("mlp.0", LINEAR), ("mlp.1", GELU)),
                 ),
-                _rms_norm("Qwen2_5_VLRMSNorm", "Qwen2RMSNorm"),
-                _decoder_layer("Qwen2_5_VLDecoderLayer", returns_tuple=major == 4),
+                _rms_norm(*_QWEN2_5_NORMS),
+                _decoder_layer("Qwen2_5_VLDecoderLayer", *_QWEN2_5_NORMS, returns_tuple=major == 4),
                 _decoder_rotary("Qwen2_5_VLRotaryEmbedding"),
                 _swiglu("Qwen2MLP"),
             ),
@@ -246,7 +267,7 @@ def families(major: int) -> dict[str, Family]:
                 "apply_multimodal_rotary_pos_emb": "mrope_",
                 "apply_rotary_pos_emb_vision": "rope_2d_",
             },
-            "Qwen2_5_VLAttention",
+            ("Qwen2_5_VLAttention", "Qwen2_5_VLTextModel"),
             {"Qwen2_5_VisionPatchEmbed": _PAIRS},
         ),
         "qwen3_vl": Family(
@@ -256,21 +277,22 @@ def families(major: int) -> dict[str, Family]:
                 _vision_rotary("Qwen3VLVisionRotaryEmbedding"),
                 _attention("Qwen3VLVisionAttention", _vision.qwen_attention),
                 _lengths("Qwen3VLVisionModel", _vision.qwen_tower(windows=False)),
-                _layer("Qwen3VLVisionBlock", "layer_norm", "norm1", "attn", "norm2"),
+                _layer("Qwen3VLVisionBlock", "layer_norm", "norm1", "attn", "norm2", by_name=False),
                 _gelu("Qwen3VLVisionMLP", "linear_fc1", "act_fn", "linear_fc2"),
                 Replacement(
                     ("Qwen3VLVisionPatchMerger",),
                     ("layer_norm", "gelu"),
-                    _plain(_vision.qwen3_merger_forward),
+                    _vision.qwen3_merger_forward,
                     _refuse_gelu("act_fn"),
+                    parts=(("norm", LAYER_NORM), ("linear_fc1", LINEAR), ("act_fn", GELU)),
                 ),
                 _rms_norm("Qwen3VLTextRMSNorm"),
-                _decoder_layer("Qwen3VLTextDecoderLayer"),
+                _decoder_layer("Qwen3VLTextDecoderLayer", "Qwen3VLTextRMSNorm"),
                 _decoder_rotary("Qwen3VLTextRotaryEmbedding", interleaved=True),
                 _swiglu("Qwen3VLTextMLP"),
             ),
             {"apply_rotary_pos_emb": "mrope_", "apply_rotary_pos_emb_vision": "rope_2d_"},
-            "Qwen3VLTextAttention",
+            ("Qwen3VLTextAttention", "Qwen3VLTextModel"),
             {
                 "Qwen3VLVisionPatchEmbed": _PAIRS,
                 "Qwen3VLVisionModel": "position table: sampled with aligned corners, in another "
@@ -303,12 +325,12 @@ def families(major: int) -> dict[str, Family]:
             4,
             (
                 _rms_norm("Qwen3RMSNorm"),
-                _decoder_layer("Qwen3DecoderLayer"),
+                _decoder_layer("Qwen3DecoderLayer", "Qwen3RMSNorm"),
                 _decoder_rotary("Qwen3RotaryEmbedding"),
                 _swiglu("Qwen3MLP"),
             ),
             {"apply_rotary_pos_emb": "mrope_"},
-            "Qwen3Attention",
+            ("Qwen3Attention", "Qwen3Model"),
             {},
         ),
     }

@@ -1,60 +1,114 @@
 """Forwards of the pointwise parts that all families have: norms, gated and plain MLPs.
 
-Modules keep their parameters and their other children; only what happens between GEMMs is ours.
+Modules keep their parameters and their children; only what happens between GEMMs is ours. A child
+that is not what we know (`_guard`) is called.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import activations
 
 from keye_kernels import gelu, layer_norm, rms_norm, silu_mul
+from keye_kernels.integrations._guard import LINEAR, fits, is_itself
 
 Forward = Callable[..., Any]
+Maker = Callable[[ModuleType, Forward], Forward]
 
-# By class name, in transformers' activations.
-_APPROXIMATIONS = {"GELUTanh": "tanh", "GELUActivation": "none"}
+LAYER_NORM = frozenset([nn.LayerNorm])
+SILU = frozenset([nn.SiLU, activations.SiLUActivation])
+_APPROXIMATIONS = {activations.GELUTanh: "tanh", activations.GELUActivation: "none"}
+GELU = frozenset([nn.GELU, *_APPROXIMATIONS])
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """All dims but the last as one: what our ops take."""
-    return x.reshape(-1, x.shape[-1])
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def norm(
-    module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None
+    module: nn.Module,
+    x: torch.Tensor,
+    kinds: Collection[type],
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The norm of x, or of x + residual and that sum, by a LayerNorm or an RMSNorm of the model."""
-    added = None if residual is None else rows(residual)
-    if isinstance(module, nn.LayerNorm):
-        y = layer_norm(rows(x), module.weight, module.bias, module.eps, residual=added)
-    else:
-        y = rms_norm(rows(x), module.weight, module.variance_epsilon, residual=added)
-    return y.view(x.shape) if residual is None else (y[0].view(x.shape), y[1].view(x.shape))
+    added = () if residual is None else (residual,)
+    if is_itself(module, kinds):
+        if isinstance(module, nn.LayerNorm):
+            op, vectors, eps = layer_norm, (module.weight, module.bias), module.eps
+        else:
+            op, vectors, eps = rms_norm, (module.weight,), module.variance_epsilon
+        if fits(x, *vectors, *added) and (residual is None or residual.shape == x.shape):
+            if residual is None:
+                return op(rows(x), *vectors, eps).view(x.shape)
+            y, total = op(rows(x), *vectors, eps, residual=rows(residual))
+            return y.view(x.shape), total.view(x.shape)
+    if residual is None:
+        return module(x)
+    total = residual + x
+    return module(total), total
 
 
-def rms_norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return norm(self, hidden_states)
-
-
-def layer(first: str, attention: str, second: str, *, returns_tuple: bool = False) -> Forward:
-    """Norm, attention, norm, MLP under these names, with the first sum inside the second norm."""
-
-    def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        x = norm(getattr(self, first), hidden_states)
-        attended = getattr(self, attention)(x, *args, **kwargs)
-        weights = ()
-        if isinstance(attended, tuple):
-            attended, *weights = attended
-        x, residual = norm(getattr(self, second), attended, residual=hidden_states)
-        x = residual + self.mlp(x)
-        if not returns_tuple:
-            return x
-        return (x, *weights) if kwargs.get("output_attentions") else (x,)
+def rms_norm_forward(_: ModuleType, original: Forward) -> Forward:
+    def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not fits(hidden_states, self.weight):
+            return original(self, hidden_states)
+        y = rms_norm(rows(hidden_states), self.weight, self.variance_epsilon)
+        return y.view(hidden_states.shape)
 
     return forward
+
+
+def layer(
+    first: str,
+    attention: str,
+    second: str,
+    *,
+    norms: Collection[str] = (),
+    by_name: bool = True,
+    returns_tuple: bool = False,
+) -> Maker:
+    """Norm, attention, norm, MLP under these names, with the first sum inside the second norm.
+
+    Args:
+        norms: Classes of the norms in the modeling module, by release. None: nn.LayerNorm.
+        by_name: The layer hands attention its input by name, which hooks see.
+        returns_tuple: As layers of transformers 4 do.
+    """
+
+    def make(modeling: ModuleType, original: Forward) -> Forward:
+        kinds = {getattr(modeling, name) for name in norms if hasattr(modeling, name)} or LAYER_NORM
+        argument = list(inspect.signature(original).parameters)[2]  # behind self, hidden_states
+
+        def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > 1:
+                return original(self, hidden_states, *args, **kwargs)
+            if args:
+                kwargs[argument] = args[0]
+            x = norm(getattr(self, first), hidden_states, kinds)
+            if by_name:
+                attended = getattr(self, attention)(hidden_states=x, **kwargs)
+            else:
+                attended = getattr(self, attention)(x, **kwargs)
+            weights = ()
+            if isinstance(attended, tuple):
+                attended, *weights = attended
+            x, residual = norm(getattr(self, second), attended, kinds, hidden_states)
+            x = residual + self.mlp(x)
+            if not returns_tuple:
+                return x
+            return (x, *weights) if kwargs.get("output_attentions") else (x,)
+
+        return forward
+
+    return make
 
 
 def _linear(linear: nn.Linear, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -64,45 +118,63 @@ def _linear(linear: nn.Linear, x: torch.Tensor, out: torch.Tensor) -> None:
         torch.addmm(linear.bias, x, linear.weight.t(), out=out)
 
 
-def swiglu_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    flat, width = rows(x), self.gate_proj.out_features
-    if torch.is_grad_enabled() and (x.requires_grad or self.gate_proj.weight.requires_grad):
-        # The products below would say the same less clearly.
-        raise RuntimeError(
-            f"{type(self).__name__} must not require a gradient: keye_kernels is forward-only, "
-            "call the model under torch.inference_mode() or torch.no_grad()"
-        )
-    if torch.compiler.is_compiling():  # which takes no `out` that is part of a row
-        gate_up = torch.cat([self.gate_proj(flat), self.up_proj(flat)], dim=1)
-    else:  # to concatenate would cost what the op saves
-        gate_up = flat.new_empty(flat.shape[0], 2 * width)
-        _linear(self.gate_proj, flat, out=gate_up[:, :width])
-        _linear(self.up_proj, flat, out=gate_up[:, width:])
-    return self.down_proj(silu_mul(gate_up).view(*x.shape[:-1], width))
+def swiglu_forward(_: ModuleType, original: Forward) -> Forward:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        if not (
+            is_itself(gate, LINEAR)
+            and is_itself(up, LINEAR)
+            and is_itself(self.act_fn, SILU)
+            and fits(x, gate.weight, up.weight)
+        ):
+            return original(self, x)
+        if torch.is_grad_enabled() and (x.requires_grad or gate.weight.requires_grad):
+            # The products below would say the same less clearly.
+            raise RuntimeError(
+                f"{type(self).__name__} must not require a gradient: keye_kernels is forward-only, "
+                "call the model under torch.inference_mode() or torch.no_grad()"
+            )
+        flat, width = rows(x), gate.out_features
+        if torch.compiler.is_compiling():  # which takes no `out` that is part of a row
+            gate_up = torch.cat([gate(flat), up(flat)], dim=1)
+        else:  # to concatenate would cost what the op saves
+            gate_up = flat.new_empty(flat.shape[0], 2 * width)
+            _linear(gate, flat, out=gate_up[:, :width])
+            _linear(up, flat, out=gate_up[:, width:])
+        return self.down_proj(silu_mul(gate_up).view(*x.shape[:-1], width))
+
+    return forward
 
 
 def approximation(activation: nn.Module) -> str | None:
     """What our op calls the model's activation, None where it is no GELU."""
     if type(activation) is nn.GELU:
         return activation.approximate
-    return _APPROXIMATIONS.get(type(activation).__name__)
+    return _APPROXIMATIONS.get(type(activation))
 
 
 def linear_gelu(linear: nn.Module, activation: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The activation of the linear layer, whose bias is added in the same pass."""
-    approximate = approximation(activation)
-    if type(linear) is nn.Linear:
-        y = gelu(F.linear(rows(x), linear.weight), approximate=approximate, bias=linear.bias)
-    else:  # quantised, or with an adapter: it adds its bias itself
-        y = gelu(rows(linear(x)), approximate=approximate)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    if not is_itself(activation, GELU):
+        return activation(linear(x))
+    bias = None
+    if is_itself(linear, LINEAR) and fits(x, linear.weight):
+        y, bias = F.linear(x, linear.weight), linear.bias
+    else:  # it adds its bias itself
+        y = linear(x)
+        if not fits(y):
+            return activation(y)
+    return gelu(rows(y), approximate=approximation(activation), bias=bias).view(y.shape)
 
 
-def gelu_mlp(first: str, activation: str, second: str) -> Forward:
+def gelu_mlp(first: str, activation: str, second: str) -> Maker:
     """Linear, activation, linear under these names."""
 
-    def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = linear_gelu(getattr(self, first), getattr(self, activation), hidden_states)
-        return getattr(self, second)(x)
+    def make(*_: Any) -> Forward:
+        def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+            x = linear_gelu(getattr(self, first), getattr(self, activation), hidden_states)
+            return getattr(self, second)(x)
 
-    return forward
+        return forward
+
+    return make

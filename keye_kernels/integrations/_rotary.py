@@ -6,13 +6,15 @@ nothing.
 """
 
 import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from keye_kernels import mrope_, rope_2d_
-from keye_kernels.integrations._layers import Forward
+from keye_kernels.integrations._guard import fits, is_watched
+from keye_kernels.integrations._layers import Forward, Maker
 
 
 class Rotation(NamedTuple):
@@ -26,25 +28,36 @@ class Rotation(NamedTuple):
     interleaved: bool
 
 
-def vision_rotary_forward(
-    _: nn.Module, x: torch.Tensor, position_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def vision_rotary_forward(_: ModuleType, original: Forward) -> Forward:
     """Positions [num_tokens, 2] twice: towers only permute both and pass them on."""
-    positions = position_ids.to(x.device, torch.int64)
-    return positions, positions
 
-
-def decoder_rotary(*, interleaved: bool = False) -> Forward:
     def forward(
         self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, Rotation]:
-        if position_ids.dim() == 2:
-            position_ids = position_ids[None]
-        positions = position_ids.to(x.device, torch.int64).expand(3, x.shape[0], -1)
-        rotation = Rotation(mrope_section(self), rope_theta(self.config), interleaved)
-        return positions.reshape(3, -1), rotation
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if is_watched(self) or not fits(x):  # a hook expects cosines
+            return original(self, x, position_ids)
+        positions = position_ids.to(x.device, torch.int64)
+        return positions, positions
 
     return forward
+
+
+def decoder_rotary(*, interleaved: bool = False) -> Maker:
+    def make(_: ModuleType, original: Forward) -> Forward:
+        def forward(
+            self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor
+        ) -> tuple[torch.Tensor, Any]:
+            if is_watched(self) or not fits(x):  # a hook expects cosines
+                return original(self, x, position_ids)
+            if position_ids.dim() == 2:
+                position_ids = position_ids[None]
+            positions = position_ids.to(x.device, torch.int64).expand(3, x.shape[0], -1)
+            rotation = Rotation(mrope_section(self), rope_theta(self.config), interleaved)
+            return positions.reshape(3, -1).contiguous(), rotation
+
+        return forward
+
+    return make
 
 
 def mrope_section(rotary: nn.Module) -> tuple[int, int, int]:
@@ -88,10 +101,11 @@ def rotate_decoder(original: Forward) -> Forward:
         if not isinstance(sin, Rotation):
             return original(q, k, cos, sin, *args, **kwargs)
         # [batch_size, heads, length, head_dim], a transposed view of what the projection or the
-        # norm gave. `view` refuses where the op would turn a copy.
-        packed = (x.transpose(1, 2).view(-1, x.shape[1], x.shape[3]) for x in (q, k))
+        # norm gave: no copy.
+        packed = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k)]
         section, theta, interleaved = sin
         mrope_(*packed, cos, mrope_section=section, theta=theta, interleaved=interleaved)
-        return q, k
+        batch_size, length = q.shape[0], q.shape[2]
+        return tuple(x.view(batch_size, length, *x.shape[1:]).transpose(1, 2) for x in packed)
 
     return apply

@@ -1,6 +1,5 @@
 """Forwards of the vision towers: attention over packed or padded images, embeddings, mergers."""
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -9,49 +8,87 @@ import torch.nn.functional as F
 from torch import nn
 
 from keye_kernels import merge_patches, patch_embed, varlen_attention
-from keye_kernels.integrations._layers import Forward, linear_gelu, norm, rows
+from keye_kernels.integrations._guard import LINEAR, fits, is_itself
+from keye_kernels.integrations._layers import (
+    LAYER_NORM,
+    Forward,
+    Maker,
+    linear_gelu,
+    norm,
+    rows,
+)
+
+SEQUENTIAL = frozenset([nn.Sequential])
+CONV = frozenset([nn.Conv2d])
+EMBEDDING = frozenset([nn.Embedding])
+_STARTS = "keye_kernels_starts"  # what the encoder of SigLIP2 hands its layers beside the mask
 
 
-def qwen2_5_merger_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    linear_1, activation, linear_2 = self.mlp
-    x = self.ln_q(x).view(-1, self.hidden_size)
-    return linear_2(linear_gelu(linear_1, activation, x))
+def qwen2_5_merger_forward(*_: Any) -> Forward:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = self.ln_q(x).view(-1, self.hidden_size)
+        if not is_itself(self.mlp, SEQUENTIAL) or len(self.mlp) != 3:
+            return self.mlp(x)
+        linear_1, activation, linear_2 = self.mlp
+        return linear_2(linear_gelu(linear_1, activation, x))
+
+    return forward
 
 
-def qwen3_merger_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    x = x.view(-1, self.hidden_size) if self.use_postshuffle_norm else x
-    x = norm(self.norm, x).view(-1, self.hidden_size)
-    return self.linear_fc2(linear_gelu(self.linear_fc1, self.act_fn, x))
+def qwen3_merger_forward(*_: Any) -> Forward:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = x.view(-1, self.hidden_size) if self.use_postshuffle_norm else x
+        x = norm(self.norm, x, LAYER_NORM).view(-1, self.hidden_size)
+        return self.linear_fc2(linear_gelu(self.linear_fc1, self.act_fn, x))
+
+    return forward
 
 
-def paddle_projector_forward(
-    self: nn.Module, image_features: torch.Tensor, image_grid_thw: torch.Tensor
-) -> torch.Tensor:
-    x = merge_patches(
-        rows(image_features),
-        self.pre_norm.weight,
-        self.pre_norm.bias,
-        self.pre_norm.eps,
-        image_grid_thw.tolist(),
-        merge_size=self.merge_kernel_size[0],
-        norm_first=True,
-    )
-    return self.linear_2(linear_gelu(self.linear_1, self.act, x))
+def paddle_projector_forward(_: ModuleType, original: Forward) -> Forward:
+    def forward(
+        self: nn.Module, image_features: torch.Tensor, image_grid_thw: torch.Tensor
+    ) -> torch.Tensor:
+        pre_norm = self.pre_norm
+        if not (
+            is_itself(pre_norm, LAYER_NORM) and fits(image_features, pre_norm.weight, pre_norm.bias)
+        ):
+            return original(self, image_features, image_grid_thw)
+        x = merge_patches(
+            rows(image_features),
+            pre_norm.weight,
+            pre_norm.bias,
+            pre_norm.eps,
+            image_grid_thw.tolist(),
+            merge_size=self.merge_kernel_size[0],
+            norm_first=True,
+        )
+        return self.linear_2(linear_gelu(self.linear_1, self.act, x))
+
+    return forward
 
 
-def paddle_embeddings_forward(
-    self: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **_: Any
-) -> torch.Tensor:
-    conv = self.patch_embedding
-    return patch_embed(
-        pixel_values.flatten(0, 1).to(conv.weight.dtype).contiguous(),
-        conv.weight,
-        conv.bias,
-        self.position_embedding.weight,
-        grid_thw.tolist(),
-        image_mean=(0.5, 0.5, 0.5),  # unused: these pixels are normalised
-        image_std=(0.5, 0.5, 0.5),
-    )
+def paddle_embeddings_forward(_: ModuleType, original: Forward) -> Forward:
+    def forward(
+        self: nn.Module, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        conv, table = self.patch_embedding, self.position_embedding
+        if not (
+            is_itself(conv, CONV)
+            and is_itself(table, EMBEDDING)
+            and fits(conv.weight, conv.bias, table.weight)
+        ):
+            return original(self, pixel_values, grid_thw, **kwargs)
+        return patch_embed(
+            pixel_values.flatten(0, 1).to(conv.weight.dtype).contiguous(),
+            conv.weight,
+            conv.bias,
+            table.weight,
+            grid_thw.tolist(),
+            image_mean=(0.5, 0.5, 0.5),  # unused: these pixels are normalised
+            image_std=(0.5, 0.5, 0.5),
+        )
+
+    return forward
 
 
 def check_dropout(dropout: float) -> None:
@@ -77,35 +114,58 @@ def _attend_frames(
     return varlen_attention(q, k, v, starts, starts, max_seqlen, max_seqlen).flatten(1)
 
 
-def qwen_attention(modeling: ModuleType) -> Forward:
+def _is_ours(self: nn.Module, x: torch.Tensor) -> bool:
+    """Whether our attention serves: the one that is asked for by "eager" returns its weights."""
+    return fits(x) and self.config._attn_implementation != "eager"
+
+
+def _writable(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Its output, which the rotation writes to: what a hook has seen is left as it was."""
+    y = linear(x)
+    return y if is_itself(linear, LINEAR) else y.clone()
+
+
+def qwen_attention(modeling: ModuleType, original: Forward) -> Forward:
     def forward(
         self: nn.Module,
         hidden_states: torch.Tensor,
         cu_seqlens: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        *args: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         max_seqlen: int | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        qkv = self.qkv(hidden_states).view(hidden_states.shape[0], 3, self.num_heads, -1)
-        q, k, v = qkv.unbind(1)
+        if args or position_embeddings is None or not _is_ours(self, hidden_states):
+            kwargs.update(position_embeddings=position_embeddings, max_seqlen=max_seqlen)
+            return original(self, hidden_states, cu_seqlens, *args, **kwargs)
+        qkv = _writable(self.qkv, hidden_states)
+        q, k, v = qkv.view(hidden_states.shape[0], 3, self.num_heads, -1).unbind(1)
         q, k = modeling.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         return self.proj(_attend_frames(self, q, k, v, cu_seqlens, max_seqlen))
 
     return forward
 
 
-def paddle_attention(modeling: ModuleType) -> Forward:
+def paddle_attention(modeling: ModuleType, original: Forward) -> Forward:
     def forward(
         self: nn.Module,
         hidden_states: torch.Tensor,
         cu_seqlens: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         max_seqlen: int | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not _is_ours(self, hidden_states):
+            return original(
+                self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs
+            )
         q, k, v = (
-            linear(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
+            linear.unflatten(-1, (self.num_heads, self.head_dim))
+            for linear in (
+                _writable(self.q_proj, hidden_states),
+                _writable(self.k_proj, hidden_states),
+                self.v_proj(hidden_states),
+            )
         )
         q, k = modeling.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         return self.out_proj(_attend_frames(self, q, k, v, cu_seqlens, max_seqlen)), None
@@ -117,10 +177,10 @@ def _longest_frame(grid_thw: torch.Tensor) -> int:
     return max((h * w for _, h, w in grid_thw.tolist()), default=0)
 
 
-def qwen_tower(*, windows: bool) -> Callable[[Forward], Forward]:
+def qwen_tower(*, windows: bool) -> Maker:
     """Hand the tower its longest segment, so that no layer has to ask the device for it."""
 
-    def wrap(original: Forward) -> Forward:
+    def make(_: ModuleType, original: Forward) -> Forward:
         def forward(
             self: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any
         ) -> Any:
@@ -133,10 +193,10 @@ def qwen_tower(*, windows: bool) -> Callable[[Forward], Forward]:
 
         return forward
 
-    return wrap
+    return make
 
 
-def paddle_encoder(original: Forward) -> Forward:
+def paddle_encoder(_: ModuleType, original: Forward) -> Forward:
     """The same for PaddleOCR-VL, where the encoder knows the grid."""
 
     def forward(
@@ -152,25 +212,31 @@ def paddle_encoder(original: Forward) -> Forward:
     return forward
 
 
-def siglip2_attention(_: ModuleType) -> Forward:
-    """Its mask is [2, n + 1] int32, which `siglip2_encoder` makes of the model's."""
-
+def siglip2_attention(_: ModuleType, original: Forward) -> Forward:
     def forward(
-        self: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **_: Any
-    ) -> tuple[torch.Tensor, None]:
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        starts = kwargs.pop(
+            _STARTS, None
+        )  # int32 [2, n + 1]; the mask as `siglip2_encoder` read it
+        if starts is None or not _is_ours(self, hidden_states):
+            return original(self, hidden_states, attention_mask, **kwargs)
         check_dropout(self.dropout if self.training else 0.0)
         batch_size, length, _hidden = hidden_states.shape
         q, k, v = (
-            linear(hidden_states).view(batch_size * length, self.num_heads, self.head_dim)
+            linear(hidden_states).reshape(batch_size * length, self.num_heads, self.head_dim)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = varlen_attention(q, k, v, *attention_mask, length, length)
+        out = varlen_attention(q, k, v, *starts, length, length)
         return self.out_proj(out.view(hidden_states.shape)), None
 
     return forward
 
 
-def siglip2_encoder(original: Forward) -> Forward:
+def siglip2_encoder(_: ModuleType, original: Forward) -> Forward:
     """Make sequence starts of the mask, once for all layers."""
 
     def forward(
@@ -179,6 +245,8 @@ def siglip2_encoder(original: Forward) -> Forward:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if not _is_ours(self, inputs_embeds):
+            return original(self, inputs_embeds, attention_mask, **kwargs)
         batch_size, length, _hidden = inputs_embeds.shape
         mask = None if attention_mask is None else _tokens(attention_mask)
         starts_k = segments(mask, batch_size, length, inputs_embeds.device)
@@ -189,7 +257,8 @@ def siglip2_encoder(original: Forward) -> Forward:
             row = torch.arange(batch_size, device=starts_k.device)[:, None]
             ends = row + torch.tensor([0, 0, 1], device=starts_k.device)
             starts_q = F.pad(ends.flatten() * length, (0, 1), value=batch_size * length).int()
-        return original(self, inputs_embeds, torch.stack([starts_q, starts_k]), **kwargs)
+        kwargs[_STARTS] = torch.stack([starts_q, starts_k])
+        return original(self, inputs_embeds, attention_mask, **kwargs)
 
     return forward
 

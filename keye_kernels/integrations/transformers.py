@@ -6,8 +6,10 @@
     print(report(model))    # what was replaced, what was not, and why
     revert(model)
 
-Modules get another `forward` and keep everything else: weights, names, state_dict, device. Forward
-only: call the model under `torch.inference_mode()` or `torch.no_grad()`.
+Modules get another `forward` and keep everything else: weights, names, state_dict, device. What is
+added to them later, such as adapters and hooks, works as without us: a module whose children are no
+longer what we know takes its own forward. Forward only: call the model under
+`torch.inference_mode()` or `torch.no_grad()`.
 """
 
 import functools
@@ -15,21 +17,23 @@ import importlib
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import transformers
 from torch import nn
 
 from keye_kernels.integrations import _decoder_attention, _rotary
+from keye_kernels.integrations._decoder_attention import Configured
 from keye_kernels.integrations._families import Family, Replacement, families, refuse_attention
+from keye_kernels.integrations._guard import OURS, why_called
+from keye_kernels.integrations._subclass import put, subclass, take_back
 
 _MAJOR, _MINOR = (
     int(part) for part in re.match(r"(\d+)\.(\d+)", transformers.__version__).groups()
 )
 _DECODER_ATTENTION = "varlen_attention"
 _MARK = "_keye_kernels_replaces"  # on a forward of ours: the forward of the class before
-_BEFORE = "_keye_kernels_attn_implementation"  # on a module: its config's, before
 _ROTATE = {"mrope_": _rotary.rotate_decoder, "rope_2d_": _rotary.rotate_vision}
 
 
@@ -88,8 +92,8 @@ def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = Non
         ValueError: The family or an op is unknown here; or a module is configured in a way our op
             does not serve, which the message names with the op to leave out.
         RuntimeError: The release of transformers is not supported; or the model, its family or a
-            part of it is changed already, or carries forwards of somebody else (hooks of
-            accelerate): `revert` first, or apply to the model before them.
+            part of it is changed already; or a module, which is named, has a forward of somebody
+            else (hooks of accelerate): `revert` first, or apply to the model before them.
     """
     _check_release()
     if isinstance(model_or_family, str):
@@ -97,8 +101,7 @@ def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = Non
         chosen = _chosen([family], ops)
         if _is_family_changed(family, modeling):
             raise RuntimeError(f"{model_or_family!r} is changed already; call revert first")
-        _decoder_attention.register()
-        for replacement, cls in _available(family, modeling):
+        for replacement, cls in _available(family.replacements, modeling):
             if chosen.issuperset(replacement.ops) and _owned(cls, modeling):
                 cls.forward = _checked(replacement, modeling, cls.forward)
         _install(family, modeling, chosen)
@@ -111,39 +114,36 @@ def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = Non
             name = modeling.__name__.split(".")[2]
             raise RuntimeError(f"the family {name!r} of the model is changed already")
     planned = [
-        (module, replacement, modeling)
+        (name, module, replacement, modeling)
         for family, modeling in found
-        for replacement, cls in _available(family, modeling)
+        for replacement, cls in _available(family.in_models, modeling)
         if chosen.issuperset(replacement.ops)
-        for module in _of_class(model_or_family, cls)
+        for name, module in _of_class(model_or_family, cls)
     ]
     decoders = [
-        module
+        named
         for family, modeling in found
         if family.decoder and _DECODER_ATTENTION in chosen
-        for module in _of_class(model_or_family, getattr(modeling, family.decoder))
+        for named in _of_class(model_or_family, getattr(modeling, family.decoder[0]))
     ]
     if any(_is_ours(module) for module in model_or_family.modules()):
         raise RuntimeError("the model, or a part of it, is changed already; call revert first")
-    for module in decoders:  # nothing is changed where something is refused
-        _refuse(module, refuse_attention(module), (_DECODER_ATTENTION,))
-    for module, replacement, _ in planned:
-        _refuse(module, replacement.refuse(module), replacement.ops)
+    for name, module in decoders:  # nothing is changed where something is refused
+        _refuse(name, module, refuse_attention(module), (_DECODER_ATTENTION,))
+    for name, module, replacement, _ in planned:
+        _refuse(name, module, replacement.refuse(module), replacement.ops)
         if "forward" in vars(module) and not _is_plain(module):
             raise RuntimeError(
-                f"{type(module).__name__} must have the forward of its class, got one of its own "
-                "(hooks of accelerate, for several devices or offloading); apply before it is added"
+                f"{_called(name)}{type(module).__name__} must have the forward of its class, got "
+                "one of its own (hooks of accelerate, for several devices or offloading); apply "
+                "before it is added"
             )
-    for module, replacement, modeling in planned:
-        original = type(module).forward
-        module.forward = MethodType(_marked(replacement, modeling, original), module)
+    for _, module, _, modeling in planned:
+        put(module, _ours(modeling.__name__, type(module).__name__))
     for family, modeling in found:
         _install(family, modeling, chosen)
-    _decoder_attention.register()
-    for module in decoders:
-        vars(module)[_BEFORE] = module.config._attn_implementation
-    for module in decoders:  # which share their config
-        module.config._attn_implementation = _decoder_attention.NAME
+    for _, module in decoders:
+        module.config = Configured(module.config)
 
 
 def revert(model_or_family: nn.Module | str) -> None:
@@ -166,10 +166,17 @@ def revert(model_or_family: nn.Module | str) -> None:
     if not changed:
         raise RuntimeError("the model is not changed by itself; apply it first")
     for module in changed:
-        if _is_marked(vars(module).get("forward")):
-            del module.forward
-        if _BEFORE in vars(module):
-            module.config._attn_implementation = vars(module).pop(_BEFORE)
+        if type(module) not in OURS and _has_our_class(module):
+            raise RuntimeError(
+                f"{type(module).__name__} must have the class that apply gave it, got another over "
+                "it; remove its parametrizations or wrappers, then call revert"
+            )
+    for module in changed:
+        if type(module) in OURS:
+            take_back(module)
+        config = vars(module).get("config")
+        if isinstance(config, Configured):
+            module.config = config.original
 
 
 def report(model_or_family: nn.Module | str) -> Report:
@@ -192,41 +199,61 @@ def report(model_or_family: nn.Module | str) -> Report:
 
 
 def _rows(family: Family, modeling: ModuleType, model: nn.Module | None) -> Iterator[Row]:
-    def count(cls: type) -> tuple[int, int]:
-        if model is None:
-            return int(_is_marked(cls.forward)), 1
-        modules = list(_of_class(model, cls))
-        return sum(_is_marked(module.forward) for module in modules), len(modules)
+    def modules_of(cls: type) -> list[tuple[str, nn.Module]]:
+        return [] if model is None else list(_of_class(model, cls))
 
     for replacement in family.replacements:
         cls, why_not = _resolve(replacement, modeling)
         if cls is None:
             continue
-        replaced, modules = count(cls)
-        if not modules:
+        modules, reasons = modules_of(cls), []
+        if model is None:
+            replaced = int(_is_marked(cls.forward))
+        elif not modules:
             continue
+        else:
+            own = [(name, _own_forward(module, replacement, modeling)) for name, module in modules]
+            replaced = [why for _, why in own].count(None)
+            reasons = [f"{_called(name)}{why}" for name, why in own if why]
         note = replacement.note
-        if replaced < modules:
-            note = why_not or "not asked for"
-            if replaced or _is_marked(cls.forward):
-                note = "the others have a forward of their own"
-            elif model is None and not _owned(cls, modeling):
+        if replaced < (len(modules) or 1):
+            note = reasons[0] if reasons else why_not or "not asked for"
+            if model is None and not why_not and not _owned(cls, modeling):
                 note = f"shared with {cls.__module__.split('.')[2]}; apply to a model changes it"
-        yield Row(cls.__name__, replacement.ops, replaced, modules, note)
+        yield Row(cls.__name__, replacement.ops, replaced, len(modules) or 1, note)
     if family.decoder:
-        cls, name = getattr(modeling, family.decoder), _decoder_attention.NAME
-        modules = [] if model is None else list(_of_class(model, cls))
-        replaced = sum(module.config._attn_implementation == name for module in modules)
+        cls, name = getattr(modeling, family.decoder[0]), _decoder_attention.NAME
+        modules = modules_of(cls)
+        asked = [module.config._attn_implementation for _, module in modules]
+        replaced = asked.count(name)
         if modules or model is None:
             note = _decoder_attention.NOTE
             if not replaced:
                 note = f"attn_implementation={name!r} is not asked for"
+                if "eager" in asked:
+                    note = "attn_implementation='eager' keeps its own, which returns weights"
             yield Row(cls.__name__, (_DECODER_ATTENTION,), replaced, len(modules) or 1, note)
     for part, why_not in family.left.items():
         cls = getattr(modeling, part, None)
-        modules = 0 if cls is None else count(cls)[1]
+        modules = 0 if cls is None else 1 if model is None else len(modules_of(cls))
         if modules:
             yield Row(part, (), 0, modules, why_not)
+
+
+def _own_forward(module: nn.Module, replacement: Replacement, modeling: ModuleType) -> str | None:
+    """Why the module takes the forward of the library, "" where nobody asked for ours; or None."""
+    ours = type(module).forward
+    if not _is_marked(ours) and type(module) not in OURS:
+        return ""
+    if "forward" in vars(module):  # accelerate keeps the forward that its hooks go round
+        inner = vars(module).get("_old_forward", module.forward)
+        if getattr(inner, "__func__", None) is not ours:
+            return "a forward of its own"
+    known = [
+        (path, [getattr(modeling, kind, None) if isinstance(kind, str) else kind for kind in kinds])
+        for path, kinds in replacement.parts
+    ]
+    return why_called(module, known)
 
 
 def _check_release() -> None:
@@ -280,8 +307,10 @@ def _resolve(replacement: Replacement, modeling: ModuleType) -> tuple[type | Non
     return None, None
 
 
-def _available(family: Family, modeling: ModuleType) -> Iterator[tuple[Replacement, type]]:
-    for replacement in family.replacements:
+def _available(
+    rows: tuple[Replacement, ...], modeling: ModuleType
+) -> Iterator[tuple[Replacement, type]]:
+    for replacement in rows:
         cls, why_not = _resolve(replacement, modeling)
         if cls is None:
             raise RuntimeError(
@@ -297,22 +326,40 @@ def _owned(cls: type, modeling: ModuleType) -> bool:
     return cls.__module__ == modeling.__name__
 
 
-def _of_class(model: nn.Module, cls: type) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if type(module) is cls)
+def _of_class(model: nn.Module, cls: type) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if OURS.get(type(module), type(module)) is cls:
+            yield name, module
 
 
-def _refuse(module: nn.Module, why: str | None, ops: tuple[str, ...]) -> None:
+def _called(name: str) -> str:
+    """The name of a module, before what is said of it."""
+    return f"{name}: " if name else ""
+
+
+def _refuse(name: str, module: nn.Module, why: str | None, ops: tuple[str, ...]) -> None:
     if why is not None:
         left_out = " or ".join(map(repr, ops))
-        raise ValueError(f"{why} in {type(module).__name__}; leave {left_out} out of ops")
+        raise ValueError(
+            f"{_called(name)}{why} in {type(module).__name__}; leave {left_out} out of ops"
+        )
 
 
-def _marked(
-    replacement: Replacement, modeling: ModuleType, original: Callable[..., Any]
-) -> Callable[..., Any]:
-    forward = replacement.make(modeling, original)
-    setattr(forward, _MARK, original)
-    return forward
+@functools.cache
+def _ours(modeling: str, name: str) -> type:
+    """Our class in the place of one of a modeling module; pickles come here too."""
+    _check_release()
+    module = importlib.import_module(modeling)
+    for family in families(_MAJOR).values():
+        if f"transformers.models.{family.modeling}" != modeling:
+            continue
+        for replacement, cls in _available(family.in_models, module):
+            if cls.__name__ == name:
+                _install(family, module, set(replacement.ops))
+                original = getattr(cls.forward, _MARK, cls.forward)
+                forward = replacement.make(module, original)
+                return subclass(cls, forward, (_ours, modeling, name))
+    raise RuntimeError(f"transformers must have a class {name} that is served in {modeling}")
 
 
 def _checked(
@@ -323,7 +370,7 @@ def _checked(
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _refuse(self, replacement.refuse(self), replacement.ops)
+        _refuse("", self, replacement.refuse(self), replacement.ops)
         return inner(self, *args, **kwargs)
 
     setattr(forward, _MARK, original)
@@ -334,9 +381,13 @@ def _is_marked(forward: Any) -> bool:
     return hasattr(getattr(forward, "__func__", forward), _MARK)
 
 
+def _has_our_class(module: nn.Module) -> bool:
+    return any(cls in OURS for cls in type(module).__mro__)
+
+
 def _is_ours(module: nn.Module) -> bool:
     """Whether the module itself, not its class, is changed."""
-    return _is_marked(vars(module).get("forward")) or _BEFORE in vars(module)
+    return _has_our_class(module) or isinstance(vars(module).get("config"), Configured)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -345,7 +396,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_family_changed(family: Family, modeling: ModuleType) -> bool:
-    return any(_is_marked(cls.forward) for _, cls in _available(family, modeling))
+    return any(_is_marked(cls.forward) for _, cls in _available(family.replacements, modeling))
 
 
 def _install(family: Family, modeling: ModuleType, chosen: set[str]) -> None:

@@ -27,7 +27,7 @@ def table() -> str:
             for op in row.ops:
                 places[op].append(f"`{row.classes[0]}`")
         if family.decoder:
-            places["varlen_attention"].append(f"`{family.decoder}` (prompts)")
+            places["varlen_attention"].append(f"`{family.decoder[0]}` (prompts)")
         for op, classes in sorted(places.items()):
             lines.append(f"| `{name}` | `{op}` | {', '.join(classes)} |")
         for part, why in family.left.items():
