@@ -58,9 +58,10 @@ def norm(
 
 def rms_norm_forward(_: ModuleType, original: Forward) -> Forward:
     def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not fits(hidden_states, self.weight):
+        weight = self.weight  # to read one costs as much as to look at it
+        if not fits(hidden_states, weight):
             return original(self, hidden_states)
-        y = rms_norm(rows(hidden_states), self.weight, self.variance_epsilon)
+        y = rms_norm(rows(hidden_states), weight, self.variance_epsilon)
         return y.view(hidden_states.shape)
 
     return forward
@@ -111,24 +112,24 @@ def layer(
     return make
 
 
-def _linear(linear: nn.Linear, x: torch.Tensor, out: torch.Tensor) -> None:
-    if linear.bias is None:
-        torch.mm(x, linear.weight.t(), out=out)
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
     else:
-        torch.addmm(linear.bias, x, linear.weight.t(), out=out)
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def swiglu_forward(_: ModuleType, original: Forward) -> Forward:
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj, self.up_proj
-        if not (
-            is_itself(gate, LINEAR)
-            and is_itself(up, LINEAR)
-            and is_itself(self.act_fn, SILU)
-            and fits(x, gate.weight, up.weight)
-        ):
+        if not (is_itself(gate, LINEAR) and is_itself(up, LINEAR) and is_itself(self.act_fn, SILU)):
             return original(self, x)
-        if torch.is_grad_enabled() and (x.requires_grad or gate.weight.requires_grad):
+        gate_weight, up_weight = gate.weight, up.weight
+        if not fits(x, gate_weight, up_weight):
+            return original(self, x)
+        if torch.is_grad_enabled() and (x.requires_grad or gate_weight.requires_grad):
             # The products below would say the same less clearly.
             raise RuntimeError(
                 f"{type(self).__name__} must not require a gradient: keye_kernels is forward-only, "
@@ -139,8 +140,8 @@ def swiglu_forward(_: ModuleType, original: Forward) -> Forward:
             gate_up = torch.cat([gate(flat), up(flat)], dim=1)
         else:  # to concatenate would cost what the op saves
             gate_up = flat.new_empty(flat.shape[0], 2 * width)
-            _linear(gate, flat, out=gate_up[:, :width])
-            _linear(up, flat, out=gate_up[:, width:])
+            _linear(flat, gate_weight, gate.bias, out=gate_up[:, :width])
+            _linear(flat, up_weight, up.bias, out=gate_up[:, width:])
         return self.down_proj(silu_mul(gate_up).view(*x.shape[:-1], width))
 
     return forward
@@ -158,8 +159,8 @@ def linear_gelu(linear: nn.Module, activation: nn.Module, x: torch.Tensor) -> to
     if not is_itself(activation, GELU):
         return activation(linear(x))
     bias = None
-    if is_itself(linear, LINEAR) and fits(x, linear.weight):
-        y, bias = F.linear(x, linear.weight), linear.bias
+    if is_itself(linear, LINEAR) and fits(x, weight := linear.weight):
+        y, bias = F.linear(x, weight), linear.bias
     else:  # it adds its bias itself
         y = linear(x)
         if not fits(y):

@@ -1,4 +1,4 @@
-"""PEFT, accelerate, torchao and PyTorch's quantisation on patched models, where they are installed."""
+"""PEFT, accelerate, torchao and dynamic quantisation on patched models, where installed."""
 
 import copy
 import importlib
