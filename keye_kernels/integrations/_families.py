@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from keye_kernels.integrations import _decoder_attention, _layers, _rotary, _vision
-from keye_kernels.integrations._guard import LINEAR, Part
+from keye_kernels.integrations._guard import LINEAR, Part, child_at
 from keye_kernels.integrations._layers import GELU, LAYER_NORM, SILU, Maker
 
 
@@ -79,8 +79,8 @@ def _refuse_gelu(activation: str) -> Callable[[nn.Module], str | None]:
     """``activation``: path from the module to its activation."""
 
     def refuse(module: nn.Module) -> str | None:
-        found = module.get_submodule(activation)
-        if _layers.approximation(found) is None:
+        found = child_at(module, activation)
+        if found is not None and _layers.approximation(found) is None:
             return f"{activation} must be GELU, exact or by tanh, got {type(found).__name__}"
         return None
 

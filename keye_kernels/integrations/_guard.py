@@ -60,10 +60,20 @@ def fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return True
 
 
+def child_at(module: nn.Module, path: str) -> nn.Module | None:
+    """The child, or None where another module without it is on the way there."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def why_called(module: nn.Module, parts: Iterable[Part]) -> str | None:
     """Why a forward of ours calls one of these children, for a report; None where it calls none."""
     for path, kinds in parts:
-        child = module.get_submodule(path)
+        child = child_at(module, path)
+        if child is None:
+            return f"{path} is not there"
         if not is_itself(child, kinds):
             kind = type(child)
             if OURS.get(kind, kind) not in kinds:

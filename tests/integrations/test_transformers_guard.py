@@ -355,6 +355,28 @@ def test_report_tells_what_was_added_since():
     assert not any(row.replaced for row in report(model).rows)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_merger_of_another_kind(when):
+    class Plain(nn.Module):
+        def __init__(self, mlp: nn.Sequential) -> None:
+            super().__init__()
+            self.inner = mlp
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) * 1.5
+
+    plain, patched = CASES["qwen2_5_vl"].build(), CASES["qwen2_5_vl"].build()
+    if when == "after":
+        apply(patched)
+    for model in (plain, patched):
+        model.model.visual.merger.mlp = Plain(model.model.visual.merger.mlp)
+    if when == "before":
+        apply(patched)
+    assert_equal(run("qwen2_5_vl", patched), run("qwen2_5_vl", plain))
+    row = next(row for row in report(patched).rows if row.part == "Qwen2_5_VLPatchMerger")
+    assert (row.replaced, row.note.split(": ")[0]) == (0, "model.visual.merger")
+
+
 def test_an_adapter_can_be_trained_where_only_our_mlp_is():
     model = CASES["qwen3"].build().requires_grad_(False)
     apply(model, ops={"silu_mul"})
