@@ -108,6 +108,7 @@ def _starts(
         or isinstance(q_offset, torch.Tensor)  # a static cache, in transformers 5
         or q_offset != kv_length - q_length
         or dtype not in FLOAT_DTYPES
+        or torch.is_autocast_enabled(device.type)
     ):
         return None
     row = torch.arange(batch_size + 1, device=device, dtype=torch.int32)
@@ -177,7 +178,7 @@ def _attention(
             f"got False from {type(module).__name__}"
         )
     check_dropout(dropout)
-    if torch.is_autocast_enabled(query.device.type):  # which casts these for sdpa
+    if torch.is_autocast_enabled(query.device.type):  # of a part; it casts these for sdpa
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     batch_size, _, q_length, head_dim = query.shape

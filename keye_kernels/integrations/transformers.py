@@ -16,7 +16,6 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +26,7 @@ from keye_kernels.integrations import _decoder_attention, _rotary
 from keye_kernels.integrations._decoder_attention import Configured
 from keye_kernels.integrations._families import Family, Replacement, families, refuse_attention
 from keye_kernels.integrations._guard import OURS, why_called
+from keye_kernels.integrations._report import Report, Row
 from keye_kernels.integrations._subclass import put, subclass, take_back
 
 _MAJOR, _MINOR = (
@@ -35,45 +35,6 @@ _MAJOR, _MINOR = (
 _DECODER_ATTENTION = "varlen_attention"
 _MARK = "_keye_kernels_replaces"  # on a forward of ours: the forward of the class before
 _ROTATE = {"mrope_": _rotary.rotate_decoder, "rope_2d_": _rotary.rotate_vision}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One class of a family in a report.
-
-    Attributes:
-        part: Name of the class.
-        ops: Ops of ours that its forward calls, or would call.
-        replaced: Modules that call them; for a family 0 or 1.
-        modules: Modules of that class; for a family 1.
-        note: Why not, or what to know.
-    """
-
-    part: str
-    ops: tuple[str, ...]
-    replaced: int
-    modules: int
-    note: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `report` found; ``str()`` of it is a table."""
-
-    target: str
-    rows: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        cells = [("part", "ops", "replaced", "note")]
-        for row in self.rows:
-            ops = ", ".join(row.ops) or "-"
-            cells.append((row.part, ops, f"{row.replaced} of {row.modules}", row.note))
-        widths = [max(len(line[i]) for line in cells) for i in range(3)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]).rstrip()
-            for line in cells
-        ]
-        return "\n".join([f"{self.target} (transformers {transformers.__version__})", *lines])
 
 
 def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = None) -> None:
