@@ -5,6 +5,7 @@ import gzip
 import itertools
 import socket
 import threading
+import tracemalloc
 import urllib.request
 import zlib
 
@@ -129,8 +130,12 @@ def test_fetch_undoes_what_was_compressed(serve, encoding, body):
 def test_fetch_caps_the_size_that_is_unpacked(serve, encoding, compress):
     bomb = compress(bytes(10**7))
     serve(answer(bomb, f"Content-Encoding: {encoding}"))
+    tracemalloc.start()
     with pytest.raises(ValueError, match=rf"most 1000000 bytes, got more out of its {encoding}$"):
         fetch(URL, **LIMITS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * 10**6  # of 10**7: no more is unpacked than is allowed
     assert len(bomb) < 20000
     assert fetch(URL, max_bytes=10**7, timeout=600) == bytes(10**7)
 
