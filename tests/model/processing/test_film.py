@@ -195,6 +195,17 @@ def test_shapes_of_preview_are_those_of_the_decoded_video(preview, film, monkeyp
     assert shapes.pixel_values_videos.is_meta
 
 
+def test_shapes_of_a_turned_film_are_those_of_the_file(preview, make_video):
+    """As many tokens; rows and columns change places, which only a decoded frame tells."""
+    item = {"type": "video", "video": make_video(60, size=(96, 160), rate=5, rotation=90)}
+    shapes, decoded = (preview.request(user(item), shapes_only=only) for only in (True, False))
+    assert torch.equal(shapes.input_ids, decoded.input_ids)
+    [(frames, rows, columns)] = shapes.video_grid_thw
+    assert decoded.video_grid_thw == ((frames, columns, rows),)
+    fitted = preview.request(user(item), max_tokens=1500, fit_videos=lambda _: None)
+    assert 1000 < len(fitted.input_ids) <= 1500
+
+
 @pytest.mark.usefixtures("undecoded")
 def test_shapes_are_not_refused_for_their_length(processor, film):
     assert len(processor.request(user(film), max_tokens=10, shapes_only=True).input_ids) > 10
