@@ -292,7 +292,9 @@ def test_open_files_that_cannot_be_read(file):
         read(out)
 
 
-@pytest.mark.parametrize("source", [None, 3, ["a.png"], {"url": "a.png"}, object()], ids=str)
+@pytest.mark.parametrize(
+    "source", [None, 3, ["a.png"], {"url": "a.png"}, object()], ids=lambda x: type(x).__name__
+)
 def test_other_kinds(source):
     with pytest.raises(TypeError, match="image must be a path, URL, base64 string"):
         read(source)
