@@ -94,7 +94,7 @@ tests=(tests)
   note "PyAV cannot be imported: tests that read videos are skipped"
   PYTHONPATH+=":$PWD/benchmarks/stand_ins"
 }
-reason=$("$PYTHON" -c 'import keye_model' 2>&1 | tail -n 1)
+reason=$("$PYTHON" -c 'from keye_model import *' 2>&1 | tail -n 1)
 if [[ -n $reason ]]; then
   note "keye_model cannot be imported, its tests are not run: $reason"
   tests=(tests/kernels)

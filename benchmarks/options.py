@@ -13,7 +13,6 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DECODER_HEADS = ("mrope_", "qk_norm_mrope_store", "paged_prefill_attention")
 _DECODER_HEADS += ("paged_decode_attention",)
 _TOWER_HEADS = ("rope_2d_", "varlen_attention")
-_MOST_ROWS = 16  # of linear
 _MOST_HEADS = 1024
 
 
@@ -30,8 +29,6 @@ class Options:
         if self.tokens is not None:
             if op == "sample":
                 return "--tokens does not apply to sample, which has a row for each request"
-            if op == "linear" and max(self.tokens) > _MOST_ROWS:
-                return f"linear takes at most {_MOST_ROWS} tokens, got {max(self.tokens)}"
             odd = next((n for n in self.tokens if n % 4), None)
             if op == "merge_patches" and odd is not None:
                 return f"--tokens must be a multiple of 4 for merge_patches, got {odd}"

@@ -22,7 +22,7 @@ def main() -> None:
     for case in all_cases(SMALL):
         if options.op and case.op not in options.op:
             continue
-        if "triton" not in _backends._registry[case.op]:
+        if case.op == "linear":  # a GEMM between other ops
             continue
         torch.manual_seed(0)
         arguments = case.arguments(torch.device("cpu"))

@@ -21,28 +21,28 @@ T* pointer(Address address) {
 }
 
 void linear(int dtype, Address x, Address weight, Address bias, Address norm_weight,
-                   Address residual, Address out, Address partial, Address counters,
-                   int64_t stride_x, int64_t stride_weight, int64_t stride_residual,
-                   int64_t stride_out, int num_rows, int in_features, int width, int num_splits,
-                   float eps, bool swiglu, bool overlap, Address stream) {
+            Address residual, Address out, Address partial, Address counters, int64_t stride_x,
+            int64_t stride_weight, int64_t stride_residual, int64_t stride_out, int num_rows,
+            int in_features, int width, int num_splits, float eps, bool swiglu, bool overlap,
+            Address stream) {
     const keye::LinearParams params{pointer<const void>(x),
-                                          pointer<const void>(weight),
-                                          pointer<const void>(bias),
-                                          pointer<const void>(norm_weight),
-                                          pointer<const void>(residual),
-                                          pointer<void>(out),
-                                          pointer<float>(partial),
-                                          pointer<unsigned>(counters),
-                                          stride_x,
-                                          stride_weight,
-                                          stride_residual,
-                                          stride_out,
-                                          num_rows,
-                                          in_features,
-                                          width,
-                                          num_splits,
-                                          eps,
-                                          swiglu};
+                                    pointer<const void>(weight),
+                                    pointer<const void>(bias),
+                                    pointer<const void>(norm_weight),
+                                    pointer<const void>(residual),
+                                    pointer<void>(out),
+                                    pointer<float>(partial),
+                                    pointer<unsigned>(counters),
+                                    stride_x,
+                                    stride_weight,
+                                    stride_residual,
+                                    stride_out,
+                                    num_rows,
+                                    in_features,
+                                    width,
+                                    num_splits,
+                                    eps,
+                                    swiglu};
     keye::linear(dtype, params, overlap, pointer<void>(stream));
 }
 

@@ -11,8 +11,8 @@ void launch_linear(const LinearParams& params, bool overlap, void* stream) {
     const int channels = params.swiglu ? Tile::kHalf : Tile::kRows;
     const int tiles = (params.width - 1) / channels + 1;
     const unsigned num_blocks = static_cast<unsigned>(tiles) * params.num_splits;
-    launch<linear_kernel<T, kTiles>>(
-        "linear", {num_blocks, Tile::kThreads, Tile::kSharedBytes}, overlap, stream, params);
+    launch<linear_kernel<T, kTiles>>("linear", {num_blocks, Tile::kThreads, Tile::kSharedBytes},
+                                     overlap, stream, params);
 }
 
 template <class T>

@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Widths, powers of two, of the two parts of a head; the second is 0 where one does."""
+    """Split head_dim into two powers of two; the second is 0 if one is enough."""
     head = 1 << (head_dim.bit_length() - 1)
     tail = triton.next_power_of_2(head_dim - head) if head_dim > head else 0
     return (2 * head, 0) if tail == head else (head, tail)
@@ -35,8 +35,8 @@ def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[i
     with it every bit of its result, is the same whatever else is in the batch.
     """
     head, _ = split_head_dim(head_dim)
-    # Without a bound ptxas spills a few bytes where they let a third program of 4 warps fit. With
-    # the largest bound it does not. At 72 and 80 the third one fits anyway, or ptxas gives it up.
+    # Unbounded, ptxas spills so that a third 4-warp program fits; 255 prevents it. At 72 and 80
+    # columns no bound is needed.
     fits = itemsize == 2 and 64 < head_dim <= 80
     max_registers = 255 if block_m == 64 and not fits else None
     if itemsize == 4:
@@ -150,7 +150,7 @@ def _attention_kernel(
     q_ptr += (start_q.to(tl.int64) * stride_q + head * stride_q_head) * UNIT
     out_ptr += (start_q.to(tl.int64) * stride_out + head * stride_out_head) * UNIT
 
-    # A dot multiplies 16 columns or more, but gives 8.
+    # tl.dot needs K >= 16 but allows N = 8.
     HEAD_QK: tl.constexpr = 16 if HEAD == 8 else HEAD
     TAIL_QK: tl.constexpr = 16 if TAIL == 8 else TAIL
     rows = first + tl.arange(0, BLOCK_M)
@@ -169,8 +169,8 @@ def _attention_kernel(
         shift = len_k - len_q
         full = tl.minimum(len_k, shift + first + 1)
         end = tl.minimum(len_k, shift + first + BLOCK_M)
-    # `scale` is softmax_scale * log2(e). How `base`, the largest score scaled, is rounded does not
-    # matter: all weights of a row share it.
+    # `scale` is softmax_scale * log2(e). `base` is the largest scaled score; its rounding cancels,
+    # because all weights of a row use it.
     base = tl.full([BLOCK_M], float("-inf"), tl.float32)
     largest = base
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -231,7 +231,7 @@ def _attention_kernel(
     if TAIL > 0:
         _store(out_ptrs, acc_tail / total[:, None], mask_m, HEAD, TAIL, HEAD_DIM)
     if lse_ptr is not None:
-        # Natural, from the score itself and not from `base`, whose rounding is taken back.
+        # Natural log, from the unscaled maximum, so `base`'s rounding cancels.
         lse = tl.fma(largest, scale, -base)
         lse = largest * softmax_scale + (tl.log2(total) - lse) * 0.6931471805599453  # ln 2
         lse = tl.where(base == float("-inf"), base, lse)
@@ -263,8 +263,8 @@ def attend(
     device = device_of(q)
     batch_size = cu_seqlens_q.shape[0] - 1
     head, tail = split_head_dim(head_dim)
-    # Where one program per multiprocessor fits either way, and that of 64 queries spills. (More
-    # warps for it would share out the keys, and so add up a row in another order.)
+    # One program per multiprocessor fits at either size, and the one of 64 queries spills. More
+    # warps for it would change the order of sums.
     always_128 = head == 128 and device.capability[0] not in (9, 10)
     if tiles is None or (always_128 and block_m == 64):
         tiles = None

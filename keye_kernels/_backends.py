@@ -19,7 +19,7 @@ _INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 class _Implementation:
     run: Callable[..., None]  # takes the arguments of the op's schema, in order
     device_types: tuple[str, ...]
-    why_not: Callable[[], str | None]  # why it serves nobody here
+    why_not: Callable[[], str | None]  # why it cannot serve on this machine; None if it can
     refuses: Callable[..., str | None] | None  # why it does not serve these arguments
     max_rows: int | None  # of the first argument: more are for another backend, under "auto"
     proven: bool  # has run on hardware
@@ -27,7 +27,7 @@ class _Implementation:
 
 @dataclass(frozen=True)
 class ServedBy:
-    """Who serves one op: ``backend`` (None: nobody can) and, for the others, ``why_not``."""
+    """What serves one op: ``backend`` (None if nothing does), ``why_not`` for each other one."""
 
     backend: str | None
     why_not: dict[str, str]
@@ -38,8 +38,8 @@ class ServedBy:
 
 
 _registry: dict[str, dict[str, _Implementation]] = {}
-# By op, device type and backend asked for, so that a thread that still works with an earlier
-# request never writes where the next one reads. Who serves, and what to call: None if nobody does.
+# Keyed by (op, device type, requested backend), so threads never overwrite each other. The value is
+# the record and the function to call, None if no backend serves.
 _chosen: dict[tuple[str, str, str], tuple[ServedBy, Callable[..., None] | None]] = {}
 
 
@@ -50,7 +50,7 @@ def _checked(source: str, name: str) -> str:
 
 
 _default = os.environ.get(_VARIABLE, "auto")  # checked at first use: importing never fails
-# Of this thread, as torch.no_grad: two servers in one process must not choose for each other.
+# Per thread, like torch.no_grad: two servers in one process choose independently.
 _asked: ContextVar[str | None] = ContextVar("keye_kernels_backend", default=None)
 
 
@@ -76,7 +76,7 @@ def register(
     kernels serve CPU tensors too, under the interpreter and only by name.
 
     Args:
-        why_not: Tells why the backend serves nobody here, None if it does.
+        why_not: Says why the backend cannot serve on this machine; None if it can.
         refuses: Takes the arguments of ``run`` and tells why it cannot serve them, None if it can.
             By name that is an error; under "auto" the next backend serves that call.
         max_rows: Under "auto" calls whose first argument has more rows go to the next backend.
@@ -213,7 +213,8 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
 class use_backend:
     """Choose the backend of every op from here on, or inside a ``with`` block.
 
-    ``auto`` takes the fastest that serves, per op. A named backend is binding: an op that it
+    ``auto`` takes, per op, the first of cuda, triton and reference that serves and, for cuda, has
+    run on hardware. A named backend is binding: an op that it
     cannot serve raises RuntimeError when called. The choice holds for this thread, as that of
     ``torch.no_grad``; where none was made, the environment variable KEYE_KERNELS_BACKEND holds,
     else ``auto``.

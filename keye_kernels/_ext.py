@@ -17,7 +17,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 def extension() -> ModuleType:
-    """The extension; for kernels that `why_not` has no objection to."""
+    """The extension; call it only if `why_not_on` returns None."""
     return _C
 
 

@@ -35,7 +35,7 @@ def matrices(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | Non
 
 
 def _merged(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Dims (size, strides) with each pair made one where the outer goes on as the inner ends."""
+    """Merge two dims where outer stride = inner size * inner stride holds in every tensor."""
     for outer, inner in itertools.permutations(dims, 2):
         size, *strides = inner
         if all(a == size * b for a, b in zip(outer[1:], strides, strict=True)):

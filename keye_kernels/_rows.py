@@ -46,7 +46,7 @@ def power_of_2(value: int, low: int, high: int) -> int:
 
 @triton.jit
 def _columns(mask_row, START: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns and mask of the chunk at START. Only a chunk that is cut needs a look at columns."""
+    """Columns and mask of the chunk at START; only the last, partial chunk is masked."""
     cols = tl.arange(START, START + CHUNK)[None, :]
     if START + CHUNK > WIDTH:
         mask_row = mask_row & (cols < WIDTH)

@@ -104,7 +104,7 @@ def _runs(flat_grid: list[int]) -> list[tuple[int, int, int]]:
 
 @triton.jit
 def _decode(code):
-    """Undo 2 * size + 3, which is odd and not 1: Triton compiles for 1 and for multiples of 16."""
+    """Decode n from 2 * n + 3: Triton specialises 1 and multiples of 16, never such a number."""
     return (code - 3) // 2
 
 

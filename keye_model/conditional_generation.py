@@ -30,6 +30,7 @@ from keye_model.network.cache import PagedCache
 from keye_model.network.model import KeyeModel
 from keye_model.network.text import Linear
 from keye_model.network.upload import upload
+from keye_model.processing.tokenizer import load_tokenizer
 
 _GENERATION_OPTIONS = (
     "max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed, stop_strings, "
@@ -304,12 +305,9 @@ class KeyeForConditionalGeneration(nn.Module):
         return self.generation_config
 
     def _tokenizer(self) -> Tokenizer:
-        path = self._directory and self._directory / "tokenizer.json"
-        if path is None or not path.is_file():
-            raise FileNotFoundError(
-                f"stop_strings need the checkpoint's tokenizer.json, got {path}"
-            )
-        return Tokenizer.from_file(str(path))
+        if self._directory is None:
+            raise FileNotFoundError("stop_strings need the checkpoint's tokenizer.json, got None")
+        return load_tokenizer(self._directory)
 
 
 def _requests(

@@ -64,7 +64,7 @@ def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
 
 
 def describe_backends() -> str:
-    """Who serves the ops here, and why the others do not; ops of one answer stand together."""
+    """Which backend serves each op, and why the others do not; ops of one answer are grouped."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     groups: dict[tuple[str, ...], list[str]] = {}
     for op, served in backends(device).items():

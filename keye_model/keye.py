@@ -92,7 +92,7 @@ class Keye:
             raise TypeError(f"limits must be a Limits, got {type(limits).__name__}")
         if not isinstance(cuda_graphs, bool):
             raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r}")
-        _check_backend(backend, model.device)
+        check_backend(backend, model.device)
         self.model = model
         self.processor = processor
         self.backend = backend
@@ -123,7 +123,7 @@ class Keye:
             path_or_id: A directory in the layout of the Hub, or a Hub id.
             dtype: Of the parameters; "auto" is the checkpoint's.
             device: "auto" is a GPU if there is one, else the CPU.
-            backend: Who serves the ops of this object: "cuda", "triton", "reference", or "auto",
+            backend: Backend of the ops of this object: "cuda", "triton", "reference", or "auto",
                 which leaves the choice to `keye_kernels.use_backend`.
             limits: Bounds of memory.
             cuda_graphs: On a GPU capture decode steps, and the tower's layers for small images, and
@@ -138,7 +138,7 @@ class Keye:
             RuntimeError: The device or the backend is not there.
         """
         device = resolve_device("device", device)
-        _check_backend(backend, device)
+        check_backend(backend, device)
         local = {"local_files_only": local_files_only}
         processor = KeyeProcessor.from_pretrained(
             path_or_id, min_pixels=min_pixels, max_pixels=max_pixels, **local
@@ -278,7 +278,7 @@ class Stream(Iterator[str]):
             self.close()
             raise
         except BaseException:
-            self.close()  # whoever catches it, out of memory perhaps, gets the cache's memory back
+            self.close()  # free the cache: the caller may have caught out-of-memory
             raise
 
     def close(self) -> None:
@@ -406,7 +406,7 @@ def _backend(name: str) -> AbstractContextManager:
     return nullcontext() if name == "auto" else use_backend(name)
 
 
-def _check_backend(name: str, device: torch.device) -> None:
+def check_backend(name: str, device: torch.device) -> None:
     """Refuse a backend that cannot serve the model, rather than in the first answer."""
     with _backend(name):
         for op, served in backends(device.type).items():

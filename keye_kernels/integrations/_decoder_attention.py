@@ -32,9 +32,9 @@ _HARMLESS = frozenset([
 
 
 class Configured:
-    """A configuration that asks for our attention, and else is the model's: live, not a copy.
+    """The model's configuration with our attention in place of its own; reads go to the original.
 
-    Who asked for "eager" wants the weights of attention and keeps it.
+    "eager" is kept: it returns attention weights.
     """
 
     def __init__(self, original: Any) -> None:
@@ -46,13 +46,13 @@ class Configured:
         return name if name == "eager" else NAME
 
     def __getattr__(self, name: str) -> Any:
-        if name == "original" or name.startswith("__"):  # a copy under way has none yet
+        if name == "original" or name.startswith("__"):  # while it is copied, `original` is not set
             raise AttributeError(name)
         return getattr(self.original, name)
 
 
 def model_forward(_: ModuleType, original: Forward) -> Forward:
-    """The model round the layers makes their mask, for the attention that its configuration names.
+    """Forward of the model that owns the layers: it makes their mask, now for our attention.
 
     Its configuration is the user's again afterwards: other models are built from it.
     """
@@ -116,7 +116,7 @@ def _starts(
     if attention_mask is None:
         return starts
     if attention_mask.shape != (batch_size, kv_length) or torch.compiler.is_compiling():
-        return None  # under torch.compile nobody could look where the padding is
+        return None  # torch.compile cannot read where the padding is
     tokens = attention_mask.int()
     if not (tokens.diff(dim=1) >= 0).all():  # read once per prompt, as transformers' sdpa does
         return None

@@ -22,7 +22,7 @@ class Replacement:
     Attributes:
         classes: Its name, then its names in other releases.
         ops: Ops of ours that the new forward calls; all must be asked for.
-        make: Makes the new forward of the modeling module and of the forward that is there.
+        make: (modeling module, current forward) -> new forward.
         refuse: What is wrong with the configuration of a module, or None.
         missing: Why a release cannot have this replacement, or None; given the class.
         parts: Children whose weights the new forward reads, in the place of calling them.

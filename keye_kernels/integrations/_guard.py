@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from keye_kernels._checks import FLOAT_DTYPES
 
 LINEAR = frozenset([nn.Linear])
-OURS: dict[type, type] = {}  # a class made by `_subclass` to the class of the library before it
+OURS: dict[type, type] = {}  # a class of `_subclass.subclass` -> the library's class it replaces
 _PLAIN = (torch.Tensor, nn.Parameter)  # replicas of DataParallel hold the first
 
 Part = tuple[str, Collection[type]]  # the path of a child, and the classes we know there

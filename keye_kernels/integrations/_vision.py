@@ -109,7 +109,7 @@ def _attend_frames(
     """q, k, v: [num_tokens, num_heads, head_dim]. Returns [num_tokens, hidden_size]."""
     check_dropout(self.attention_dropout if self.training else 0.0)
     starts = cu_seqlens.to(q.device, torch.int32)
-    if max_seqlen is None:  # nobody asked the tower: a layer runs by itself
+    if max_seqlen is None:  # the tower was not changed: a layer runs by itself
         max_seqlen = int(starts.diff().max())
     return varlen_attention(q, k, v, starts, starts, max_seqlen, max_seqlen).flatten(1)
 

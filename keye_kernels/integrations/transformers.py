@@ -202,7 +202,7 @@ def _rows(family: Family, modeling: ModuleType, model: nn.Module | None) -> Iter
 
 
 def _own_forward(module: nn.Module, replacement: Replacement, modeling: ModuleType) -> str | None:
-    """Why the module takes the forward of the library, "" where nobody asked for ours; or None."""
+    """Why the module uses the library's forward, "" if `apply` never changed it; None if ours."""
     ours = type(module).forward
     if not _is_marked(ours) and type(module) not in OURS:
         return ""
@@ -308,7 +308,7 @@ def _refuse(name: str, module: nn.Module, why: str | None, ops: tuple[str, ...])
 
 @functools.cache
 def _ours(modeling: str, name: str) -> type:
-    """Our class in the place of one of a modeling module; pickles come here too."""
+    """Our subclass of a modeling module's class; unpickling calls this too."""
     _check_release()
     module = importlib.import_module(modeling)
     for family in families(_MAJOR).values():
@@ -326,7 +326,7 @@ def _ours(modeling: str, name: str) -> type:
 def _checked(
     replacement: Replacement, modeling: ModuleType, original: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The same for a class, whose modules are met when they are called."""
+    """Our forward for a class; it checks each module when that is called."""
     inner = replacement.make(modeling, original)
 
     @functools.wraps(original)
@@ -361,9 +361,9 @@ def _is_family_changed(family: Family, modeling: ModuleType) -> bool:
 
 
 def _install(family: Family, modeling: ModuleType, chosen: set[str]) -> None:
-    """Give the functions that apply a rotation their second way in, once per process.
+    """Let the rotation functions accept positions as well as cosines, once per process.
 
-    Models that hand them cosines never notice, so nobody takes it out again.
+    It is never undone: callers with cosines are not affected.
     """
     for name, op in family.functions.items():
         function = getattr(modeling, name, None)

@@ -137,12 +137,12 @@ def _parser() -> Parser:
     _add_inputs(generate)
     _add_answer(generate)
     _add_model(generate, _DEFAULT_MODEL, loaded=True)
+    generate.add_argument("--json", action="store_true", help="print the whole answer as JSON")
 
     chat = command("chat", "talk about images and videos; /help there tells how")
     _add_inputs(chat)
     _add_answer(chat)
     _add_model(chat, _DEFAULT_MODEL, loaded=True)
-    generate.add_argument("--json", action="store_true", help="print the whole answer as JSON")
 
     demo = command("demo", "show a picture, a video and a mixed batch")
     demo.add_argument("--model", help="directory or Hub id; without it random weights")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 from keye_model.cli import terminal
 from keye_model.inputs.request import Request
 from keye_model.processing.chat import Thinking
-from keye_model.processing.fetch import file_url_path
-from keye_model.processing.image import load_image
+from keye_model.processing.fetch import describe
+from keye_model.processing.picture import FETCH_TIMEOUT, MAX_IMAGE_BYTES
 from keye_model.processing.processor import KeyeProcessor
+from keye_model.processing.source import read_source
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _HOW_MANY = {"fps", "max_frames"}  # keys with which a video is not made to fit
@@ -30,7 +31,9 @@ def image_item(source: str, options: argparse.Namespace, processor: KeyeProcesso
         picture.filename = source
         item["image"] = picture
     elif picture is not None:
-        terminal.note(f"{source} has an EXIF turn, which the model does not see; --exif applies it")
+        terminal.note(
+            f"{describe(source)} has an EXIF turn, which the model does not see; --exif applies it"
+        )
     return item
 
 
@@ -130,24 +133,21 @@ def _turned(source: str, processor: KeyeProcessor, *, remote: bool) -> Image.Ima
     """The picture turned by its EXIF orientation; None if it has none.
 
     Args:
-        remote: Look at pictures that are no files, too: they are fetched for it.
+        remote: Look at pictures on the web too, which are fetched for it.
     """
-    path = file_url_path(source) if source.lower().startswith("file://") else source
-    path = os.path.expanduser(path)
+    if not remote and source.strip().lower().startswith(("http:", "https:")):
+        return None
+    bounds = {"max_bytes": MAX_IMAGE_BYTES, "timeout": FETCH_TIMEOUT}
     try:
+        found = read_source(source, "image", local_files_only=processor.local_files_only, **bounds)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if os.path.isfile(path):
-                picture = Image.open(path)
-            elif remote:
-                picture = load_image(source, local_files_only=processor.local_files_only)
-            else:
-                return None
-            if picture.getexif().get(_ORIENTATION) not in range(2, 9):
-                return None
-            picture.load()  # where Pillow applies a TIFF's orientation, and forgets it
-            if picture.getexif().get(_ORIENTATION) not in range(2, 9):
-                return None
-            return ImageOps.exif_transpose(picture)
+            with Image.open(found if isinstance(found, str) else io.BytesIO(found)) as picture:
+                if picture.getexif().get(_ORIENTATION) not in range(2, 9):
+                    return None
+                picture.load()  # where Pillow applies a TIFF's orientation, and forgets it
+                if picture.getexif().get(_ORIENTATION) not in range(2, 9):
+                    return None
+                return ImageOps.exif_transpose(picture)
     except Exception:  # broken, missing or no picture: the processor says so
         return None

@@ -17,6 +17,7 @@ from keye_model.cli.options import ERRORS, attachment_parser, with_flags
 from keye_model.cli.terminal import Progress, note, say
 from keye_model.inputs.request import Request
 from keye_model.keye import Answer, Keye, Stream
+from keye_model.processing.fetch import describe
 from keye_model.processing.processor import KeyeProcessor
 
 _HELP = """\
@@ -307,4 +308,4 @@ def _words(rest: str) -> list[str]:
 
 def _name(item: dict[str, Any]) -> str:
     source = item[item["type"]]
-    return source if isinstance(source, str) else source.filename
+    return describe(source if isinstance(source, str) else source.filename)

@@ -1,4 +1,4 @@
-"""What the commands of the command line do; `cli.py` reads their options."""
+"""What the commands of the command line do; `keye_model.cli` reads their options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
 from keye_model.engine.sampling import GenerationDefaults
 from keye_model.engine.workspace import KEPT_TOKENS
-from keye_model.keye import Answer, Keye
+from keye_model.keye import Answer, Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
 
 _THINKING = {"auto": "auto", "on": True, "off": False}
@@ -164,7 +164,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[KeyeProcessor, dict[str, An
         "repetition_penalty": arguments.repetition_penalty,
         "seed": arguments.seed,
     }
-    resolve_device("device", arguments.device)
+    check_backend(arguments.backend, resolve_device("device", arguments.device))
     processor = _processor(arguments)
     directory = locate(arguments.model, weights=False, local_files_only=arguments.local_files_only)
     GenerationDefaults.from_directory(directory).params(**options)

@@ -285,7 +285,7 @@ def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
 
 
 def _chunks(
-    seqlens: Sequence[int], max_tokens: int
+    seqlens: tuple[int, ...], max_tokens: int
 ) -> Iterator[tuple[int, list[tuple[int, int, bool]]]]:
     """Cut a packed sequence into runs of at most ``max_tokens``.
 

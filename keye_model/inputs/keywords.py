@@ -159,11 +159,10 @@ GENERATING: _Table = {
 
 
 def without_idle(given: Mapping[str, Any], table: _Table) -> dict[str, Any]:
-    """``given`` without the keywords of ``table``, whose values must change nothing; None never
-    does.
+    """Drop the keywords of ``table``, whose values must change nothing here; None never does.
 
     Raises:
-        NotImplementedError: A value would.
+        NotImplementedError: A value would change something.
     """
     for name, value in given.items():
         taken = table.get(name)

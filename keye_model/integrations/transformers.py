@@ -67,7 +67,7 @@ def _directory(path_or_id: str | os.PathLike, options: dict[str, Any], *, weight
 
 
 class _AutoConfig(PretrainedConfig):
-    """`config.json` for who looks at it through transformers; the model reads the file itself."""
+    """`config.json` for callers of transformers; the model reads the file itself."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -44,6 +44,8 @@ class CacheLayout:
 
 @dataclass
 class _Sequence:
+    """A sequence's number of tokens, and the pages it owns, in order."""
+
     num_tokens: int = 0
     pages: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
@@ -122,7 +124,7 @@ class PagedCache:
 
     @property
     def num_bytes(self) -> int:
-        """Of all pages of all layers."""
+        """Bytes of all pages of all layers."""
         return self.k.nbytes + self.v.nbytes
 
     def pages_needed(self, num_tokens: int) -> int:

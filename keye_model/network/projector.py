@@ -38,7 +38,7 @@ class KeyeProjector(nn.Module):
         residual: torch.Tensor | None = None,
         tower_norm: LayerNorm | None = None,
     ) -> torch.Tensor:
-        """Project features of the tower, or what its last norm would make them of.
+        """Project the tower's features; with `tower_norm`, apply the tower's last norm first.
 
         Args:
             x: [num_patches, vision hidden_size], features; with `tower_norm` the last branch.

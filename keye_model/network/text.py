@@ -162,7 +162,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Weight and eps of an RMSNorm, which is part of the matrix product after it."""
+    """Weight and eps of an RMSNorm; the op that takes them applies it."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     A long video goes piece by piece: pinned memory is scarce, and PyTorch keeps it for reuse.
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device, non_blocking=True)
+        return tensor.to(device)  # waits: the host may read what a GPU copies to it
     if tensor.nbytes <= _PINNED_BYTES:
         return tensor.pin_memory().to(device, non_blocking=True)
     uploaded = torch.empty_like(tensor, device=device)

@@ -78,7 +78,7 @@ class Film:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a file by the published rules: what it has (8B-Preview), or at most has (1.5)."""
+        """Tokens of the file by the published rules: exact for 8B-Preview, a bound for 1.5."""
         return self.count_tokens(self._published)
 
     @cached_property

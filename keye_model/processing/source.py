@@ -151,7 +151,7 @@ def _named(source: str | os.PathLike, kind: str, limits: dict[str, Any]) -> str 
 
 
 def _regular(name: str) -> str:
-    """``name`` if it is a file that can be read without waiting for somebody to write it.
+    """``name`` if it is a readable regular file; reading a pipe or device could block.
 
     Raises:
         OSError, ValueError: It is not; says why.

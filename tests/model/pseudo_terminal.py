@@ -47,6 +47,15 @@ class Session:
             assert self._read(), f"the process ended before {text!r}: {self.seen}"
         self._waited = found + len(text)
 
+    def wait_for_prompt(self):
+        """Read until the prompt was written and the process sleeps until something is typed.
+
+        Python loses an interrupt that comes between the two, until the next one.
+        """
+        self.wait_for("> ")
+        while Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
+
     def type(self, text):
         os.write(self._terminal, text.encode())
 

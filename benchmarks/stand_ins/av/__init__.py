@@ -6,6 +6,8 @@
 import unittest
 from types import SimpleNamespace
 
+__version__ = "19.0.0"
+
 
 def open(*_args, **_keywords):
     """Skips the test that asked for a video."""

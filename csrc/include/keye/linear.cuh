@@ -160,8 +160,7 @@ __device__ __forceinline__ void write_rows(const LinearParams& params, int64_t t
 }
 
 template <int kTiles>
-__device__ __forceinline__ LinearPart part_of(const LinearParams& params, int64_t tile,
-                                              int split) {
+__device__ __forceinline__ LinearPart part_of(const LinearParams& params, int64_t tile, int split) {
     using Tile = LinearTile<kTiles>;
     LinearPart part;
     const int64_t width = params.width;

@@ -330,29 +330,29 @@ def session(preview_checkpoint):
 def test_on_a_terminal(session, media):
     """Ctrl-C at the prompt asks once; lines are edited; Ctrl-D leaves."""
     session.wait_for("/help lists the commands")
-    session.wait_for("> ")
+    session.wait_for_prompt()
     session.type("half a line\x03")
     session.wait_for("Ctrl-C once more leaves, as do Ctrl-D and /quit")
-    session.wait_for("> ")
+    session.wait_for_prompt()
     session.type(f"/image {media['picture']}\n")
     session.wait_for("attached, 24 tokens")
-    session.wait_for("> ")
+    session.wait_for_prompt()
     session.type("\x03")  # a line came between: it asks again
     session.wait_for("Ctrl-C once more leaves")
-    session.wait_for("> ")
+    session.wait_for_prompt()
     session.type("What is it?\n")
     session.wait_for("[cut at 3 tokens; --max-new-tokens]")
-    session.wait_for("> ")
+    session.wait_for_prompt()
     session.type("\x04")
     assert session.status() == 0
     assert "Traceback" not in session.seen
 
 
 def test_a_second_interrupt_leaves(session):
-    session.wait_for("> ")
+    session.wait_for_prompt()
     session.type("\x03")
     session.wait_for("Ctrl-C once more leaves")
-    session.wait_for("> ")
+    session.wait_for_prompt()
     session.type("\x03")
     assert session.status() == 128 + signal.SIGINT
     assert "Traceback" not in session.seen

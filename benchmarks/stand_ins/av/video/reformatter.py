@@ -1,0 +1,5 @@
+"""Imported with keye_model; nothing is converted without PyAV."""
+
+
+class VideoReformatter:
+    pass
