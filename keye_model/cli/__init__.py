@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 1 after an error, 2 if the command line is wrong, 130 after Ctrl-C, and 141
-        if who read the output went away.
+        if the reader of the output closed the pipe.
     """
     try:
         terminal.prepare()
