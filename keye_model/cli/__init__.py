@@ -71,11 +71,13 @@ def _run(argv: Sequence[str] | None) -> int:
         return 0
     _check(arguments)
     if arguments.model is not None:
-        from keye_model.checkpoint.hub import locate, read_json
+        with terminal.interrupt_exits():
+            from keye_model.checkpoint.hub import locate, read_json
 
         where = {"local_files_only": getattr(arguments, "local_files_only", False)}
         read_json(locate(arguments.model, weights=False, **where), "config.json")
-    from keye_model.cli import commands
+    with terminal.interrupt_exits():
+        from keye_model.cli import commands
 
     return getattr(commands, arguments.command)(arguments)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TextIO
 
@@ -34,6 +37,19 @@ def prepare() -> None:
             stream.reconfigure(errors=errors)
     if sys.stdout is None:
         raise OSError("standard output must be open, got it closed")
+
+
+@contextlib.contextmanager
+def interrupt_exits() -> Iterator[None]:
+    """End the process at a Ctrl-C, for imports: a library may swallow a KeyboardInterrupt there."""
+    if threading.current_thread() is not threading.main_thread():  # only that one handles signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def printable(text: str, stream: TextIO) -> str:

@@ -5,6 +5,7 @@ import os
 import pty
 import select
 import sys
+import threading
 from pathlib import Path
 
 ROOT = str(Path(__file__).parents[2])
@@ -12,23 +13,38 @@ PATIENCE = 300  # seconds until a test gives up on a process that says nothing
 
 
 class Screen:
-    """A terminal's screen; ``stream`` is what a program writes to."""
+    """A terminal's screen; ``stream`` is what a program writes to.
+
+    A thread reads it, as terminals do: a program that writes 4 kB that nobody reads is stopped.
+    """
 
     def __init__(self):
         self._screen, there = os.openpty()
         self.stream = open(there, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+        self._written, self._more = b"", threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def text(self):
-        """All that was written, at most what a terminal holds back unread (4 kB)."""
+        """All that was written so far."""
+        marks = self._written.count(b"\0") + 1
+        self.stream.write("\0")
         self.stream.flush()
-        written = b""
-        while select.select([self._screen], [], [], 0)[0]:
-            written += os.read(self._screen, 1 << 16)
-        return written.decode().replace("\r\n", "\n")
+        with self._more:
+            assert self._more.wait_for(lambda: self._written.count(b"\0") == marks, PATIENCE)
+        return self._written.replace(b"\0", b"").decode().replace("\r\n", "\n")
 
     def close(self):
         self.stream.close()
+        self._reader.join()
         os.close(self._screen)
+
+    def _read(self):
+        with contextlib.suppress(OSError):  # Linux says so when the other side is closed
+            while data := os.read(self._screen, 1 << 16):
+                with self._more:
+                    self._written += data
+                    self._more.notify_all()
 
 
 class Session:

@@ -533,6 +533,23 @@ def test_interrupt_while_torch_is_imported():
     assert as_process("KEYE info", setup=setup) == (130, "", "")
 
 
+def test_an_interrupt_that_a_library_would_swallow():
+    """Some import their optional parts with a bare `except:` and go on."""
+    source = """
+import builtins, os, signal
+real = builtins.__import__
+def interrupted(name, *a, **k):
+    if name == "torch":
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(100): pass
+        except: pass
+    return real(name, *a, **k)
+builtins.__import__ = interrupted
+"""
+    assert as_process("KEYE info", setup=f"exec({source!r})") == (130, "", "")
+
+
 def test_names_of_the_package_are_imported_when_they_are_asked_for():
     for name in keye_model.__all__:
         assert getattr(keye_model, name).__name__ == name
