@@ -159,11 +159,11 @@ class KeyeForConditionalGeneration(nn.Module):
                 )
             host = position_ids.cpu()
             positions = torch.cat([host[:, i, row.kept] for i, row in enumerate(rows)], dim=1)
-        cache, step = PagedCache.for_single_pass(
+        cache, layout = PagedCache.for_single_pass(
             self.config.text_config, packed.seqlens, dtype=self.dtype, device=self.device
         )
         hidden = self.model.embed(packed)
-        hidden = self.model(hidden, upload(positions, self.device), cache, step)
+        hidden = self.model(hidden, upload(positions, self.device), cache, layout)
         logits = self.lm_head(hidden)
         if logits.shape[0] == input_ids.numel():  # nothing was padded
             return KeyeOutput(logits.view(*input_ids.shape, -1))
@@ -305,9 +305,14 @@ class KeyeForConditionalGeneration(nn.Module):
         return self.generation_config
 
     def _tokenizer(self) -> Tokenizer:
-        if self._directory is None:
-            raise FileNotFoundError("stop_strings need the checkpoint's tokenizer.json, got None")
-        return load_tokenizer(self._directory)
+        try:
+            if self._directory is None:
+                raise FileNotFoundError("the model was not loaded from a checkpoint")
+            return load_tokenizer(self._directory)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"stop_strings need the checkpoint's tokenizer.json: {error}"
+            ) from error
 
 
 def _requests(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -16,11 +16,9 @@ from keye_model.conditional_generation import KeyeForConditionalGeneration, reso
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.plan import Limits
 from keye_model.engine.scheduler import Scheduler
-from keye_model.inputs.request import Request
+from keye_model.inputs.request import Progress, Request
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)

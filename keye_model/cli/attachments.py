@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from keye_model.cli import terminal
-from keye_model.inputs.request import Request
+from keye_model.inputs.request import Progress, Request
 from keye_model.processing.chat import Thinking
 from keye_model.processing.fetch import describe
 from keye_model.processing.picture import FETCH_TIMEOUT, MAX_IMAGE_BYTES
@@ -69,7 +69,7 @@ def prepare(
     strict: bool = True,
     shapes_only: bool = False,
     note: Callable[[str], None] = terminal.note,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Request:
     """Turn a conversation into what the model reads; its videos are made to fit.
 

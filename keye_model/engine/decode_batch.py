@@ -153,7 +153,7 @@ class DecodeBatch:
         table = self._block_table[rows, : capacity // page_size]
         page = table.gather(1, (stored // page_size)[:, None])[:, 0]
         slots = torch.add(stored % page_size, page, alpha=page_size)
-        step = CacheLayout(
+        layout = CacheLayout(
             slot_mapping=slots.clamp_(min=-1),  # padding has page -1, so its slots are below -1
             block_table=table,
             cu_seqlens_q=self._cu_seqlens_q[: num_rows + 1],
@@ -167,7 +167,7 @@ class DecodeBatch:
         if penalised:
             self._seen[rows].scatter_(1, token_ids[:, None], True)
         hidden = model.language_model.embed_tokens(token_ids)
-        hidden = model(hidden, self._positions[rows].expand(3, -1), self.cache, step)
+        hidden = model(hidden, self._positions[rows].expand(3, -1), self.cache, layout)
         self.sample(lm_head(hidden), penalised)
         self.counters[:, rows] += self._active[rows]
 

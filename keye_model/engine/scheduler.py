@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from keye_model.engine.plan import Limits, activation_bytes, cache_pages
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.workspace import Workspace, WorkspacePool
 from keye_model.inputs.packing import pack
-from keye_model.inputs.request import Request
+from keye_model.inputs.request import Progress, Request
 from keye_model.network.cache import PAGE_SIZE
 from keye_model.network.model import KeyeModel
 from keye_model.network.upload import upload
@@ -81,7 +81,7 @@ class Scheduler:
         eos_token_ids: Collection[int],
         limits: Limits | None = None,
         workspaces: WorkspacePool | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         if not requests:
             raise ValueError("requests must hold at least one prompt, got none")
@@ -180,9 +180,9 @@ class Scheduler:
         for start, pieces in _chunks(packed.seqlens, self._limits.max_prefill_tokens):
             self._progress("prefill", start, sum(packed.seqlens))
             lengths = [length for _, length, _ in pieces]
-            step = cache.append([admitted[k].handle for k, _, _ in pieces], lengths)
+            layout = cache.append([admitted[k].handle for k, _, _ in pieces], lengths)
             chunk = slice(start, start + sum(lengths))
-            out = self._model(hidden[chunk], positions[:, chunk], cache, step)
+            out = self._model(hidden[chunk], positions[:, chunk], cache, layout)
             ends = zip(pieces, itertools.accumulate(lengths), strict=True)
             # Copies: views would keep the output of every chunk.
             last.extend(out[end - 1 : end].clone() for (_, _, is_last), end in ends if is_last)

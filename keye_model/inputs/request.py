@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 GridTHW = tuple[int, int, int]  # frames, rows, columns of patches
 Grid = tuple[GridTHW, ...]
+Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
 
 
 @dataclass(frozen=True)

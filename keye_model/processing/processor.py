@@ -19,7 +19,7 @@ from keye_model.inputs.keywords import (
     refuse,
     without_idle,
 )
-from keye_model.inputs.request import Request
+from keye_model.inputs.request import Progress, Request
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.batch import BatchFeature, pad
 from keye_model.processing.budget import TokenBudget
@@ -44,7 +44,6 @@ from keye_model.processing.template import (
     template_reads,
 )
 from keye_model.processing.tokenizer import TokenIds
-from keye_model.processing.video_loading import Progress
 from keye_model.processing.video_processor import VIDEO_KEYWORDS, KeyeVideoProcessor
 from keye_model.processing.vision_info import process_vision_info
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from keye_model.inputs.request import Progress
 from keye_model.processing import slow_fast
 from keye_model.processing.image import fetch_image
 from keye_model.processing.video_file import MissingFrames, VideoFile
@@ -31,7 +32,6 @@ from keye_model.processing.video_sampling import (
 KEEP_BYTES = 512 << 20  # a clip whose sampled frames are larger is decoded twice instead of kept
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
 
 
 def sample_preview(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.hub import locate, read_json
+from keye_model.inputs.request import Progress
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.budget import TokenBudget
 from keye_model.processing.film import Film, frames_1_5, seconds_between
@@ -27,7 +28,7 @@ from keye_model.processing.items import checked_item
 from keye_model.processing.patches import Frame, VideoPatches
 from keye_model.processing.picture import array_pixels, load_image
 from keye_model.processing.slow_fast import FrameSizes, frame_sizes, resize_bilinear
-from keye_model.processing.video_loading import Progress, sample_1_5, sample_preview
+from keye_model.processing.video_loading import sample_1_5, sample_preview
 from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR
 
 VIDEO_KEYWORDS = {"1.0": {"fps"}, "1.5": {*FrameSizes._fields, "timestamps", "frame_types"}}
