@@ -79,7 +79,7 @@ class VideoFile:
             timeout=FETCH_TIMEOUT,
             local_files_only=local_files_only,
         )
-        self._by_order = False
+        self._by_order = self._damaged = False
         with self._file() as file:
             self._animation = Animation.find(file, self.name, self._check_size)
         if self._animation is not None:
@@ -131,24 +131,27 @@ class VideoFile:
                 yield from self._animation.read(file, wanted)
             return
         done, size = 0, None
-        for sparing, seeking in ((True, True), (False, True), (False, False)):
+        for strict, seeking in ((True, True), (False, True), (False, False))[self._damaged :]:
+            place = 0
             try:
                 with self._open() as (container, stream):
                     convert = VideoReformatter()
-                    for frame, repeats in self._frames(
-                        container, stream, wanted[done:], sparing, seeking
-                    ):
+                    for frame, repeats in self._frames(container, stream, wanted, strict, seeking):
                         self._check_size(frame.width, frame.height)
                         size = size or (frame.width, frame.height)
+                        place += repeats
+                        if place <= done:  # given out before damage was found
+                            continue
                         pixels = convert.reformat(frame, *size, "rgb24").to_ndarray()
                         turns = round(frame.rotation / 90) % 4
                         pixels = np.ascontiguousarray(np.rot90(pixels, turns))
                         for _ in range(repeats):
                             yield pixels
-                        done += repeats
+                        done = place
                 return
             except Damaged:
-                continue
+                # From the start again: what conceals damage are the frames decoded before it.
+                self._damaged = True
         raise MissingFrames(self.name)
 
     def _scan_packets(self) -> bool:
@@ -176,7 +179,11 @@ class VideoFile:
     def _scan_frames(self) -> None:
         self._by_order = True
         with self._open() as (container, stream):
-            shown = [frame.pts for frame in decode(container, stream)]
+            try:
+                shown = [frame.pts for frame in decode(container, stream, not self._damaged)]
+            except Damaged:
+                self._damaged = True
+                return self._scan_frames()
             if not shown:
                 raise ValueError(f"{self.name} must have frames that can be decoded, got none")
             self._ids = list(range(len(shown)))
@@ -206,31 +213,31 @@ class VideoFile:
         self.times = regular if self.constant_rate else times
 
     def _frames(
-        self, container: Any, stream: Any, wanted: list[int], sparing: bool, seeking: bool
+        self, container: Any, stream: Any, wanted: list[int], strict: bool, seeking: bool
     ) -> Iterator[tuple[Any, int]]:
         """Wanted frames and how often each is.
 
         Args:
             wanted: Presentation times, or places in order if frames have none.
-            sparing: Skip single frames where that changes no other.
+            strict: Stop at damage, and skip single frames where that changes no other.
             seeking: Skip stretches that hold no wanted frame.
 
         Raises:
-            Damaged: A wanted frame does not come out, or not without those that were skipped.
+            Damaged: A wanted frame does not come out, or with ``strict`` a packet does not decode.
         """
         if self._by_order:
-            yield from self._by_ordinal(container, stream, wanted)
+            yield from self._by_ordinal(container, stream, wanted, strict)
             return
-        times = set(wanted) if sparing and can_skip(stream) else None
+        times = set(wanted) if strict and can_skip(stream) else None
 
         def frames_from(key: int) -> Iterator[Any]:
             try:
                 container.seek(self._keys[key], stream=stream)
             except av.error.FFmpegError:
                 return frames  # not all formats can; it is further on in any case
-            return decode(container, stream, times)
+            return decode(container, stream, strict, times)
 
-        frames = decode(container, stream, times)
+        frames = decode(container, stream, strict, times)
         last = -1
         for pts, same in groupby(wanted):
             key = bisect_right(self._keys, pts) - 1
@@ -250,9 +257,9 @@ class VideoFile:
             yield frame, len(list(same))
 
     def _by_ordinal(
-        self, container: Any, stream: Any, wanted: list[int]
+        self, container: Any, stream: Any, wanted: list[int], strict: bool
     ) -> Iterator[tuple[Any, int]]:
-        frames = enumerate(decode(container, stream))
+        frames = enumerate(decode(container, stream, strict))
         for ordinal, same in groupby(wanted):
             frame = next((f for i, f in frames if i == ordinal), None)
             if frame is None:
@@ -278,7 +285,6 @@ class VideoFile:
     def _open(self) -> Iterator[tuple[Any, Any]]:
         with self._file() as file, opened(file, self.name) as container:
             stream = container.streams[self._index]
-            stream.thread_type = "AUTO"
             yield container, stream
 
     def _check_size(self, width: int, height: int) -> None:

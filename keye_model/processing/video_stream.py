@@ -62,15 +62,16 @@ def candidates(container: Any, name: str) -> list[Any]:
 def best(streams: Sequence[Any], num_packets: Sequence[int]) -> Any:
     """The film among streams of so many packets: that which players show.
 
-    More than one frame goes before the default track, that before larger frames, and those before
-    more of them; of equal ones it is the first.
+    More than one frame, and no less than a tenth of the most, goes before the default track, that
+    before larger frames, and those before more of them; of equal ones it is the first.
     """
+    most = max(num_packets)
 
     def rank(place: int) -> tuple[int, ...]:
         stream, count = streams[place], num_packets[place]
         flags, codec = stream.disposition, stream.codec_context
         fit = bool(flags & Disposition.default) - bool(flags & _IMPAIRED)
-        return min(count, 2), fit, codec.width * codec.height, count
+        return min(count, 2) * (10 * count >= most), fit, codec.width * codec.height, count
 
     return streams[max(range(len(streams)), key=rank)]
 
@@ -94,45 +95,42 @@ def can_skip(stream: Any) -> bool:
     return codec.name in _TELLING
 
 
-def decode(container: Any, stream: Any, wanted: Collection[int] | None = None) -> Iterator[Any]:
-    """Frames in the order they are shown; packets that do not decode are passed over.
+def decode(
+    container: Any, stream: Any, strict: bool = False, wanted: Collection[int] | None = None
+) -> Iterator[Any]:
+    """Frames in the order they are shown.
 
     Args:
-        wanted: Given, other frames than those of these presentation times may be left out: the
-            decoder skips those that no frame refers to.
+        strict: Stop at damage. Else packets that do not decode are passed over, and one thread
+            decodes: FFmpeg's threads conceal damage in another way each time.
+        wanted: With ``strict``, other frames than those of these presentation times may be left
+            out: the decoder skips those that no frame refers to.
 
     Raises:
-        Damaged: With ``wanted``, a packet does not decode. How that is concealed would depend on
-            what was skipped.
+        Damaged: With ``strict``, a packet does not decode.
     """
-    if wanted is not None:
-        yield from _decode_wanted(container, stream, wanted)
-        return
-    for packet in until_broken(container.demux(stream)):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError:
-            continue
-        yield from frames
-
-
-def _decode_wanted(container: Any, stream: Any, wanted: Collection[int]) -> Iterator[Any]:
     codec = stream.codec_context
     if not codec.is_open:
-        codec.options = {"err_detect": "explode"}
+        codec.thread_type, codec.thread_count = ("AUTO", 0) if strict else ("NONE", 1)
+        codec.options = {"err_detect": "explode"} if strict else {}
     started = second_field = False
     for packet in until_broken(container.demux(stream)):
-        started = started or packet.is_keyframe or not packet.size
-        if not started:  # a seek may end between key frames
-            continue
-        is_wanted = packet.pts in wanted
-        # The second field of a frame may be a packet of its own.
-        codec.skip_frame = "DEFAULT" if is_wanted or second_field else "NONREF"
-        second_field = is_wanted
+        if wanted is not None:
+            started = started or packet.is_keyframe or not packet.size
+            if not started:  # a seek may end between key frames
+                continue
+            is_wanted = packet.pts in wanted
+            # The second field of a frame may be a packet of its own.
+            codec.skip_frame = "DEFAULT" if is_wanted or second_field else "NONREF"
+            second_field = is_wanted
         try:
             frames = packet.decode()
         except av.error.FFmpegError as error:
-            raise Damaged from error
+            if strict:
+                raise Damaged from error
+            if not isinstance(error, av.error.InvalidDataError):
+                raise
+            continue
         yield from frames
 
 

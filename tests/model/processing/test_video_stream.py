@@ -112,7 +112,7 @@ def test_frames_that_no_other_needs_are_not_decoded(films, name):
         first = next(iter(container.demux(stream))).pts
     with opened(io.BytesIO(films(name)[0]), "film") as container:
         stream = container.streams.video[0]
-        assert len(list(decode(container, stream, {first}))) < 0.9 * NUM_FRAMES
+        assert len(list(decode(container, stream, True, {first}))) < 0.9 * NUM_FRAMES
 
 
 @pytest.mark.parametrize("name", ["layers", "vp8", "vp9", "av1"])
@@ -137,7 +137,7 @@ def test_the_packet_behind_a_wanted_one_is_decoded():
 
     stream = SimpleNamespace(codec_context=codec)
     container = SimpleNamespace(demux=lambda _: map(packet, [0, 3, None, 1, 2]))
-    assert list(decode(container, stream, {3})) == []
+    assert list(decode(container, stream, True, {3})) == []
     skipped = {0: "NONREF", 3: "DEFAULT", None: "DEFAULT", 1: "NONREF", 2: "NONREF"}
     assert dict(seen) == skipped
 
@@ -151,7 +151,7 @@ def test_whatever_a_strict_decoder_says_ends_the_skipping(error):
     stream = SimpleNamespace(codec_context=SimpleNamespace(is_open=False))
     container = SimpleNamespace(demux=lambda _: iter([packet]))
     with pytest.raises(Damaged):
-        list(decode(container, stream, {0}))
+        list(decode(container, stream, True, {0}))
     assert stream.codec_context.options == {"err_detect": "explode"}
 
 
@@ -170,7 +170,7 @@ def test_damaged_files_are_decoded_whole(damaged, monkeypatch):
     indices = list(range(1, NUM_FRAMES, 5))
     found = list(VideoFile(damaged).read(indices))
     with opened(io.BytesIO(damaged), "film") as container, pytest.raises(Damaged):
-        list(decode(container, container.streams.video[0], set()))
+        list(decode(container, container.streams.video[0], True, set()))
     monkeypatch.setattr(video_file, "can_skip", lambda _: False)
     whole = list(VideoFile(damaged).read(indices))
     assert len(found) == len(whole) == len(indices)
