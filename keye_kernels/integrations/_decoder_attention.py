@@ -24,11 +24,15 @@ NAME = "keye_kernels"
 NOTE = "prompts over a dynamic cache; sdpa for steps of one token and for other masks"
 # What attention functions are handed that changes nothing of what they compute.
 _HARMLESS = frozenset([
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "labels", "logits_to_keep", "max_length_k",
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "labels", "logits_to_keep", "max_length_k",
     "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
     "output_router_logits", "past_key_value", "past_key_values", "position_embeddings",
     "position_ids", "return_dict", "sliding_window", "use_cache",
 ])  # fmt: skip
+
+
+# Models whose layers read the mask themselves: model_type to the attention whose mask it is.
+_OWN_MASKS = {"doge": "sdpa", "xglm": "eager"}
 
 
 class Configured:
@@ -54,12 +58,13 @@ class Configured:
 def model_forward(_: ModuleType, original: Forward) -> Forward:
     """Forward of the model that owns the layers: it makes their mask, now for our attention.
 
-    Its configuration is the user's again afterwards: other models are built from it.
+    Where the attention of a layer is not ours, all get the library's mask. Its configuration is the user's again afterwards: other models are built from it.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        if isinstance(config, Configured):  # in another thread
+        # Wrapped already where it runs in another thread too.
+        if isinstance(config, Configured) or not all(map(_is_ours, self.layers)):
             return original(self, *args, **kwargs)
         self.config = Configured(config)
         try:
@@ -70,13 +75,20 @@ def model_forward(_: ModuleType, original: Forward) -> Forward:
     return forward
 
 
+def _is_ours(layer: nn.Module) -> bool:
+    config = getattr(getattr(layer, "self_attn", None), "config", None)
+    return getattr(config, "_attn_implementation", None) == NAME
+
+
 def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """Sequence starts of queries and keys [1, 2, n + 1] int32 where ours serves, else sdpa's mask.
+    """Sequence starts of queries and keys [1, 2, n + 1] int32 where ours serves, else sdpa's mask
+    (or that of `_OWN_MASKS`).
 
     Called once per forward of a model, by transformers' mask functions, with what they know.
     """
-    starts = _starts(**kwargs)
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**kwargs) if starts is None else starts[None]
+    own = _OWN_MASKS.get(getattr(kwargs.get("config"), "model_type", None))
+    starts = None if own else _starts(**kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[own or "sdpa"](**kwargs) if starts is None else starts[None]
 
 
 def _starts(
@@ -130,6 +142,14 @@ def _starts(
     return torch.cat([torch.stack([starts_q, starts_k]), starts[:, -1:]], dim=1)
 
 
+def _is_starts(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 3
+
+
+def _is_for_sdpa(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
+
+
 def _check(module: nn.Module, key: torch.Tensor, mask: torch.Tensor | None, more: dict) -> None:
     """Refuse what neither our op nor sdpa would honour."""
     left_out = [name for name in more if more[name] is not None and name not in _HARMLESS]
@@ -139,7 +159,7 @@ def _check(module: nn.Module, key: torch.Tensor, mask: torch.Tensor | None, more
         if type(module).__module__ in modelings():  # theirs take no more; the rest is the caller's
             left_out.clear()
     window = more.get("sliding_window")
-    if window is not None and (mask is None or mask.dim() == 3) and key.shape[2] > window:
+    if window is not None and (mask is None or _is_starts(mask)) and key.shape[2] > window:
         left_out.append("sliding_window")  # a window that is not in the mask
     for name in left_out:
         value = more[name]
@@ -147,6 +167,16 @@ def _check(module: nn.Module, key: torch.Tensor, mask: torch.Tensor | None, more
         raise NotImplementedError(
             f"{name} must be None with attn_implementation={NAME!r}, got {got} from "
             f"{type(module).__name__}; use attn_implementation='eager'"
+        )
+
+
+def _check_heads(module: nn.Module, query: torch.Tensor, value: torch.Tensor) -> None:
+    head_dim = query.shape[3]
+    if head_dim % 8 or head_dim > 256 or value.shape[3] != head_dim:
+        raise NotImplementedError(
+            f"head_dim must be a multiple of 8 up to 256, and that of values, with "
+            f"attn_implementation={NAME!r}, got {head_dim} and {value.shape[3]} from "
+            f"{type(module).__name__}; use attn_implementation='sdpa'"
         )
 
 
@@ -167,8 +197,11 @@ def _attention(
         NotImplementedError: The model hands attention more than this, such as sinks or a softcap.
     """
     _check(module, key, attention_mask, kwargs)
-    if attention_mask is None or attention_mask.dim() != 3:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+    if not _is_starts(attention_mask):
+        name, config = "sdpa", getattr(module, "config", None)
+        if isinstance(config, Configured) and not _is_for_sdpa(attention_mask):
+            name = config.original._attn_implementation  # the mask is as a model made it for that
+        return ALL_ATTENTION_FUNCTIONS[name](
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )  # fmt: skip
@@ -177,6 +210,7 @@ def _attention(
             f"is_causal must be True or None with attn_implementation={NAME!r} and a causal mask, "
             f"got False from {type(module).__name__}"
         )
+    _check_heads(module, query, value)
     check_dropout(dropout)
     if torch.is_autocast_enabled(query.device.type):  # of a part; it casts these for sdpa
         dtype = torch.get_autocast_dtype(query.device.type)

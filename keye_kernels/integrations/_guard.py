@@ -5,7 +5,8 @@ quantised weights, offloading and parametrisations make a call do more; they com
 `apply`, so each call asks. What is read per child is what `torch.nn.Module.__call__` would read.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,17 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from keye_kernels._checks import FLOAT_DTYPES
 
-LINEAR = frozenset([nn.Linear])
+FORWARDS: dict[type, Callable[..., Any]] = {}  # of each class we know: the library's, or ours
+
+
+def known(*kinds: type) -> frozenset[type]:
+    """These classes; from now on another forward of theirs is noticed."""
+    for kind in kinds:
+        FORWARDS.setdefault(kind, kind.forward)
+    return frozenset(kinds)
+
+
+LINEAR = known(nn.Linear)
 OURS: dict[type, type] = {}  # a class of `_subclass.subclass` -> the library's class it replaces
 _PLAIN = (torch.Tensor, nn.Parameter)  # replicas of DataParallel hold the first
 
@@ -36,6 +47,7 @@ def is_itself(module: nn.Module, kinds: Collection[type]) -> bool:
     kind = type(module)
     return (
         OURS.get(kind, kind) in kinds
+        and kind.forward is FORWARDS.get(kind)
         and "forward" not in module.__dict__
         and not is_watched(module)
     )

@@ -15,15 +15,15 @@ from torch import nn
 from transformers import activations
 
 from keye_kernels import gelu, layer_norm, rms_norm, silu_mul
-from keye_kernels.integrations._guard import LINEAR, fits, is_itself
+from keye_kernels.integrations._guard import LINEAR, fits, is_itself, known
 
 Forward = Callable[..., Any]
 Maker = Callable[[ModuleType, Forward], Forward]
 
-LAYER_NORM = frozenset([nn.LayerNorm])
-SILU = frozenset([nn.SiLU, activations.SiLUActivation])
+LAYER_NORM = known(nn.LayerNorm)
+SILU = known(nn.SiLU, activations.SiLUActivation)
 _APPROXIMATIONS = {activations.GELUTanh: "tanh", activations.GELUActivation: "none"}
-GELU = frozenset([nn.GELU, *_APPROXIMATIONS])
+GELU = known(nn.GELU, *_APPROXIMATIONS)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,8 @@ def layer(
     """
 
     def make(modeling: ModuleType, original: Forward) -> Forward:
-        kinds = {getattr(modeling, name) for name in norms if hasattr(modeling, name)} or LAYER_NORM
+        found = [getattr(modeling, name) for name in norms if hasattr(modeling, name)]
+        kinds = known(*found) or LAYER_NORM
         argument = list(inspect.signature(original).parameters)[2]  # behind self, hidden_states
 
         def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,8 @@
 
 The class is a subclass that is made here and looks like the one before: name, module, `isinstance`.
 As the forward is the class's and not the instance's, nothing is bound: copies and replicas run on
-their own weights. A pickle names the class before and is given ours again when it is loaded.
+their own weights. A pickle names the class before and is given ours again when it is loaded. What is built
+by calling the class is the library's: only `apply` changes a module.
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from keye_kernels.integrations._guard import OURS
+from keye_kernels.integrations._guard import FORWARDS, OURS
 
 
 def subclass(base: type, forward: Callable[..., Any], remake: tuple[Callable, ...]) -> type:
@@ -23,7 +24,13 @@ def subclass(base: type, forward: Callable[..., Any], remake: tuple[Callable, ..
         _, _, *state = base.__reduce_ex__(self, protocol)
         return (_blank, remake, *state)
 
+    def new(made: type, *args: Any, **kwargs: Any) -> nn.Module:
+        if made is cls and (args or kwargs):
+            return base(*args, **kwargs)
+        return base.__new__(made)
+
     body = {
+        "__new__": functools.update_wrapper(new, base.__init__),  # for its signature
         "forward": functools.update_wrapper(forward, base.forward),
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
@@ -31,7 +38,7 @@ def subclass(base: type, forward: Callable[..., Any], remake: tuple[Callable, ..
         "__doc__": base.__doc__,
     }
     cls = type(base)(base.__name__, (base,), body)
-    OURS[cls] = base
+    OURS[cls], FORWARDS[cls] = base, cls.forward
     return cls
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from keye_kernels import merge_patches, patch_embed, varlen_attention
-from keye_kernels.integrations._guard import LINEAR, fits, is_itself
+from keye_kernels.integrations._guard import LINEAR, fits, is_itself, known
 from keye_kernels.integrations._layers import (
     LAYER_NORM,
     Forward,
@@ -18,9 +18,9 @@ from keye_kernels.integrations._layers import (
     rows,
 )
 
-SEQUENTIAL = frozenset([nn.Sequential])
-CONV = frozenset([nn.Conv2d])
-EMBEDDING = frozenset([nn.Embedding])
+SEQUENTIAL = known(nn.Sequential)
+CONV = known(nn.Conv2d)
+EMBEDDING = known(nn.Embedding)
 _STARTS = "keye_kernels_starts"  # what the encoder of SigLIP2 hands its layers beside the mask
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from keye_kernels.integrations import _decoder_attention, _rotary
 from keye_kernels.integrations._decoder_attention import Configured
 from keye_kernels.integrations._families import Family, Replacement, families, refuse_attention
-from keye_kernels.integrations._guard import OURS, why_called
+from keye_kernels.integrations._guard import FORWARDS, OURS, why_called
 from keye_kernels.integrations._report import Report, Row
 from keye_kernels.integrations._subclass import put, subclass, take_back
 
@@ -64,7 +64,7 @@ def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = Non
             raise RuntimeError(f"{model_or_family!r} is changed already; call revert first")
         for replacement, cls in _available(family.replacements, modeling):
             if chosen.issuperset(replacement.ops) and _owned(cls, modeling):
-                cls.forward = _checked(replacement, modeling, cls.forward)
+                cls.forward = FORWARDS[cls] = _checked(replacement, modeling, cls.forward)
         _install(family, modeling, chosen)
         return
 
@@ -121,7 +121,7 @@ def revert(model_or_family: nn.Module | str) -> None:
         for replacement in family.replacements:
             cls, _ = _resolve(replacement, modeling)
             if _is_marked(cls.forward):
-                cls.forward = getattr(cls.forward, _MARK)
+                cls.forward = FORWARDS[cls] = getattr(cls.forward, _MARK)
         return
     changed = [module for module in model_or_family.modules() if _is_ours(module)]
     if not changed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,10 +22,11 @@ _IMPAIRED = Disposition.hearing_impaired | Disposition.visual_impaired
 # Codecs that tell for each frame whether another refers to it, and whose decoders heed `skip_frame`
 # with no effect on the frames they decode. VP8, VP9 and AV1 carry more from frame to frame.
 _TELLING = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
+_MOST_REORDERED = 16  # frames that a decoder keeps, by H.264 and HEVC
 
 
 class Damaged(Exception):
-    """A packet does not decode, or a frame does not come out."""
+    """A packet does not decode, or a frame does not come out or is concealed."""
 
 
 @contextmanager
@@ -107,12 +110,25 @@ def decode(
             out: the decoder skips those that no frame refers to.
 
     Raises:
-        Damaged: With ``strict``, a packet does not decode.
+        Damaged: With ``strict``, a packet does not decode or a frame is concealed. All frames that
+            were given are sound.
     """
     codec = stream.codec_context
     if not codec.is_open:
         codec.thread_type, codec.thread_count = ("AUTO", 0) if strict else ("NONE", 1)
         codec.options = {"err_detect": "explode"} if strict else {}
+    decoded = _decoded(container, stream, strict, wanted)
+    if strict:
+        yield from _sound(decoded)
+    else:
+        for _, frames in decoded:
+            yield from frames
+
+
+def _decoded(
+    container: Any, stream: Any, strict: bool, wanted: Collection[int] | None
+) -> Iterator[tuple[Any, list[Any]]]:
+    """Packets, each with the frames that come out with it."""
     started = second_field = False
     for packet in until_broken(container.demux(stream)):
         if wanted is not None:
@@ -121,7 +137,8 @@ def decode(
                 continue
             is_wanted = packet.pts in wanted
             # The second field of a frame may be a packet of its own.
-            codec.skip_frame = "DEFAULT" if is_wanted or second_field else "NONREF"
+            skipped = "DEFAULT" if is_wanted or second_field else "NONREF"
+            stream.codec_context.skip_frame = skipped
             second_field = is_wanted
         try:
             frames = packet.decode()
@@ -131,7 +148,26 @@ def decode(
             if not isinstance(error, av.error.InvalidDataError):
                 raise
             continue
-        yield from frames
+        yield packet, frames
+
+
+def _sound(decoded: Iterator[tuple[Any, list[Any]]]) -> Iterator[Any]:
+    """Frames, each held back until those that were decoded before it have come out undamaged."""
+    held: deque[Any] = deque()
+    newest, due = -math.inf, {}  # when the last to be shown of those decoded before is shown
+    for packet, frames in decoded:
+        if packet.pts is not None:
+            due[packet.pts] = newest = max(newest, packet.pts)
+        for frame in frames:
+            if frame.is_corrupt:
+                raise Damaged
+            held.append(frame)
+            now = math.inf if frame.pts is None else frame.pts
+            while held and (len(held) > _MOST_REORDERED or due.get(held[0].pts, now) <= now):
+                given = held.popleft()
+                due = {pts: end for pts, end in due.items() if given.pts is None or pts > given.pts}
+                yield given
+    yield from held
 
 
 def ahead(items: Generator[T]) -> Iterator[T]:

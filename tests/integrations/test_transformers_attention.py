@@ -335,3 +335,65 @@ def test_generation_of_a_model_loaded_eager():
     want = generate(model, "qwen3")
     apply(model)
     assert_equal(generate(model, "qwen3"), want)
+
+
+def foreign(kind: str, attention: str, **options: object) -> nn.Module:
+    import transformers
+
+    if kind == "XGLM":
+        sizes = {"vocab_size": 96, "d_model": 64, "ffn_dim": 48, "num_layers": 2}
+        options = {**sizes, "attention_heads": 4}
+    elif kind == "ModernBert":
+        options = {**_TEXT, "local_attention": 2, "global_attn_every_n_layers": 2}
+        del options["num_key_value_heads"]
+    else:
+        options = {**_TEXT, **options}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**options)
+    kinds = {"ModernBert": "Model"}
+    cls = getattr(transformers, kind + kinds.get(kind, "ForCausalLM"))
+    return cls._from_config(config, attn_implementation=attention).eval()
+
+
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "got"),
+    [
+        ("DeepseekV2", LATENT, "16 and 24"),
+        ("DeepseekV3", LATENT, "16 and 24"),
+        ("Llama", {"head_dim": 20}, "20 and 20"),
+        ("Llama", {"head_dim": 320}, "320 and 320"),
+    ],
+)
+def test_heads_that_our_attention_does_not_take(kind, options, got):
+    model = foreign(kind, "keye_kernels", **options)
+    message = f"got {got} from {kind}Attention; use attn_implementation='sdpa'"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
+        model(IDS)
+
+
+@pytest.mark.parametrize("kind", ["Doge", "XGLM", "ModernBert"])
+@pytest.mark.parametrize("masked", MASKS)
+def test_models_that_read_the_mask_or_say_more(kind, masked):
+    mask = torch.tensor(MASKS[masked])
+    with torch.no_grad():
+        got, want = (
+            foreign(kind, attention)(IDS, attention_mask=mask)[0][mask.bool()]
+            for attention in ("keye_kernels", "eager" if kind == "XGLM" else "sdpa")
+        )
+    assert_equal([got], [want])

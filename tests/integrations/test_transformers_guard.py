@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 pytest.importorskip("transformers")
 
+from keye_kernels.integrations._guard import FORWARDS
 from keye_kernels.integrations.transformers import apply, report, revert
 from tests.integrations.test_transformers import Calls, assert_equal
 from tests.integrations.tiny import CASES, expected
@@ -384,3 +385,123 @@ def test_an_adapter_can_be_trained_where_only_our_mlp_is():
         layer.mlp.gate_proj = Adapter(layer.mlp.gate_proj)
     model(**CASES["qwen3"].inputs()).logits.sum().backward()
     assert model.model.layers[0].mlp.gate_proj.lora_A.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.SiLU, nn.GELU, nn.Conv2d], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_a_forward_put_on_a_class(name, kind, monkeypatch):
+    plain, patched = CASES[name].build(), CASES[name].build()
+    apply(patched)
+    before = run(name, patched)
+    inner = kind.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda *args, **kwargs: more(inner(*args, **kwargs)))
+        assert_equal(run(name, patched), run(name, plain))
+    assert_equal(run(name, patched), before, rtol=0)
+
+
+@pytest.mark.parametrize("changed", ["model", "family"])
+def test_a_forward_put_on_a_class_of_ours(changed):
+    """In the place of the norms' that the layers read."""
+    model = CASES["qwen3"].build()
+    apply(model if changed == "model" else "qwen3")
+    try:
+        with Calls() as calls:
+            run("qwen3", model)
+        assert calls.counts["rms_norm"] == 9
+        kind = type(model.model.norm)
+        inner, heard = kind.forward, []
+        assert FORWARDS[kind] is inner
+        kind.forward = lambda *args: (heard.append(args[0]), inner(*args))[1]
+        run("qwen3", model)
+        kind.forward = inner
+    finally:
+        revert(model if changed == "model" else "qwen3")
+    assert len(heard) == 9
+
+
+def own_attention(model: nn.Module, plain: nn.Module) -> None:
+    for ours, theirs in zip(layers(model)[::2], layers(plain)[::2], strict=True):
+        setattr(ours, ATTENTION[type(ours).__name__], theirs.get_submodule(
+            ATTENTION[type(theirs).__name__]))  # fmt: skip
+
+
+def own_layers(model: nn.Module, plain: nn.Module) -> None:
+    for ours, theirs in zip(lists(model), lists(plain), strict=True):
+        ours[0] = theirs[0]
+
+
+def wrapped_attention(model: nn.Module, _: nn.Module) -> None:
+    for layer in layers(model):
+        name = ATTENTION[type(layer).__name__]
+        setattr(layer, name, Wrapped(layer.get_submodule(name)))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.inner(*args, **kwargs)
+
+
+class Attentions(dict):
+    def __missing__(self, name: str) -> str:
+        return "attn" if name.endswith("VisionBlock") else "self_attn"
+
+
+ATTENTION = Attentions()
+
+
+def lists(model: nn.Module) -> list[nn.ModuleList]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and type(module[0]).__name__.endswith(LAYERS)
+    ]
+
+
+LAYERS = ("Layer", "VisionBlock")
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for found in lists(model) for layer in found]
+
+
+@pytest.mark.parametrize("change", [own_attention, own_layers, wrapped_attention])
+@pytest.mark.parametrize("name", CASES)
+def test_parts_of_a_model_that_is_not_changed(name, change):
+    patched = CASES[name].build()
+    apply(patched)
+    change(patched, CASES[name].build())
+    assert_equal(run(name, patched), expected(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts_of_a_changed_model_in_one_that_is_not(name):
+    plain, patched = CASES[name].build(), CASES[name].build()
+    apply(patched)
+    own_layers(plain, patched)
+    assert_equal(run(name, plain), expected(name))
+
+
+def test_layers_for_other_masks_among_plain_ones():
+    """The mask of flex attention, which ours hand on."""
+    name = "qwen3"
+    patched, other = CASES[name].build(), CASES[name].build()
+    for model in (patched, other):
+        model.set_attn_implementation("flex_attention")
+    apply(patched)
+    seen = []
+    own_attention(patched, other)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(module, query, key, value, mask, **_):
+        seen.append(type(mask).__name__)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", attention)
+        run(name, patched)
+    assert seen == ["BlockMask", "BlockMask"]

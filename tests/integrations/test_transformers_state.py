@@ -1,6 +1,7 @@
 """A patched model is copied, saved, shared and taken apart like any other."""
 
 import copy
+import inspect
 import io
 import pickle
 import subprocess
@@ -237,3 +238,61 @@ def test_forwards_that_recording_left_behind_are_not_bound_to_the_original():
         model(**CASES["qwen3"].inputs(), output_hidden_states=True)
     apply(model)
     assert not any("forward" in vars(module) for module in model.model.layers)
+
+
+def with_config(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "_from_config")]
+
+
+@pytest.mark.parametrize("build", [lambda t, c: t(c), lambda t, c: t._from_config(c)])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_built_by_the_class_of_a_changed_part_is_the_librarys(name, build):
+    teacher, plain = CASES[name].build(), CASES[name].build()
+    apply(teacher)
+    for part, other in zip(with_config(teacher), with_config(plain), strict=True):
+        student = build(type(part), part.config)
+        assert [type(m) for m in student.modules()] == [type(m) for m in other.modules()]
+        assert inspect.signature(type(part)) == inspect.signature(type(other))
+
+
+def test_parts_built_by_the_class_of_a_changed_part():
+    teacher = CASES["qwen3"].build()
+    apply(teacher)
+    decoder = teacher.model
+    layer = decoder.layers[0]
+    built = [
+        type(decoder.norm)(64, eps=1e-5),
+        type(layer.mlp)(config=teacher.config),
+        type(layer)(teacher.config, 0),
+    ]
+    plain = CASES["qwen3"].build().model
+    kinds = [type(plain.norm), type(plain.layers[0].mlp), type(plain.layers[0])]
+    assert [type(module) for module in built] == kinds
+    assert built[0].variance_epsilon == 1e-5
+
+
+def test_a_student_of_the_decoder_runs_and_learns():
+    teacher = CASES["qwen3"].build()
+    apply(teacher)
+    student = type(teacher.model)(teacher.config)
+    inputs = {"input_ids": torch.arange(3, 9)[None], "attention_mask": torch.ones(1, 6)}
+    with Calls() as calls:
+        student(**inputs).last_hidden_state.sum().backward()
+    assert not calls.counts
+
+
+def test_a_users_class_over_ours_has_its_own_parts():
+    teacher = CASES["qwen3"].build()
+    apply(teacher)
+
+    class Student(type(teacher.model)):
+        pass
+
+    student = Student(teacher.config).to(teacher.device).eval()
+    student.load_state_dict(teacher.model.state_dict())
+    assert type(student) is Student
+    inputs = CASES["qwen3"].inputs()
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        got, want = (model(**inputs).last_hidden_state[kept] for model in (student, teacher.model))
+    assert_equal([got], [want])
