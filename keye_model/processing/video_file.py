@@ -235,9 +235,9 @@ class VideoFile:
                 container.seek(self._keys[key], stream=stream)
             except av.error.FFmpegError:
                 return frames  # not all formats can; it is further on in any case
-            return decode(container, stream, strict, times)
+            return decode(container, stream, strict, times, strict)
 
-        frames = decode(container, stream, strict, times)
+        frames = decode(container, stream, strict, times, strict)
         last = -1
         for pts, same in groupby(wanted):
             key = bisect_right(self._keys, pts) - 1

@@ -99,7 +99,11 @@ def can_skip(stream: Any) -> bool:
 
 
 def decode(
-    container: Any, stream: Any, strict: bool = False, wanted: Collection[int] | None = None
+    container: Any,
+    stream: Any,
+    strict: bool = False,
+    wanted: Collection[int] | None = None,
+    from_key: bool = False,
 ) -> Iterator[Any]:
     """Frames in the order they are shown.
 
@@ -108,6 +112,7 @@ def decode(
             decodes: FFmpeg's threads conceal damage in another way each time.
         wanted: With ``strict``, other frames than those of these presentation times may be left
             out: the decoder skips those that no frame refers to.
+        from_key: Pass over packets before a key frame; a seek may end there.
 
     Raises:
         Damaged: With ``strict``, a packet does not decode or a frame is concealed. All frames that
@@ -117,7 +122,7 @@ def decode(
     if not codec.is_open:
         codec.thread_type, codec.thread_count = ("AUTO", 0) if strict else ("NONE", 1)
         codec.options = {"err_detect": "explode"} if strict else {}
-    decoded = _decoded(container, stream, strict, wanted)
+    decoded = _decoded(container, stream, strict, wanted, from_key)
     if strict:
         yield from _sound(decoded)
     else:
@@ -126,19 +131,25 @@ def decode(
 
 
 def _decoded(
-    container: Any, stream: Any, strict: bool, wanted: Collection[int] | None
+    container: Any, stream: Any, strict: bool, wanted: Collection[int] | None, from_key: bool
 ) -> Iterator[tuple[Any, list[Any]]]:
     """Packets, each with the frames that come out with it."""
-    started = second_field = False
+    first, second_field = None, False
     for packet in until_broken(container.demux(stream)):
+        if first is None and packet.is_keyframe:
+            first = packet.pts
+        if from_key and first is None and packet.size:
+            continue
         if wanted is not None:
-            started = started or packet.is_keyframe or not packet.size
-            if not started:  # a seek may end between key frames
-                continue
             is_wanted = packet.pts in wanted
             # The second field of a frame may be a packet of its own.
-            skipped = "DEFAULT" if is_wanted or second_field else "NONREF"
-            stream.codec_context.skip_frame = skipped
+            if is_wanted or second_field:
+                stream.codec_context.skip_frame = "DEFAULT"
+            elif None not in (first, packet.pts) and packet.pts < first:
+                # Shown before the key frame: it may refer to frames before that.
+                stream.codec_context.skip_frame = "BIDIR"
+            else:
+                stream.codec_context.skip_frame = "NONREF"
             second_field = is_wanted
         try:
             frames = packet.decode()

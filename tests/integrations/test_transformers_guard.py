@@ -497,7 +497,7 @@ def test_layers_for_other_masks_among_plain_ones():
     own_attention(patched, other)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attention(module, query, key, value, mask, **_):
+    def attention(_module, query, _key, _value, mask, **_):
         seen.append(type(mask).__name__)
         return torch.zeros_like(query).transpose(1, 2), None
 
