@@ -2,8 +2,8 @@
 
 The class is a subclass that is made here and looks like the one before: name, module, `isinstance`.
 As the forward is the class's and not the instance's, nothing is bound: copies and replicas run on
-their own weights. A pickle names the class before and is given ours again when it is loaded. What is
-built by calling the class is the library's: only `apply` changes a module.
+their own weights. A pickle names the class before and is given ours again when it is loaded. What
+is built by calling the class is the library's: only `apply` changes a module.
 """
 
 import functools
