@@ -177,6 +177,111 @@ def test_damaged_files_are_decoded_whole(damaged, monkeypatch):
     assert all(map(np.array_equal, found, whole))
 
 
+@pytest.fixture
+def broken_key(films):
+    """An open-GOP film whose second key frame is zeros: the frames before it conceal that."""
+    data = bytearray(films("open")[0])
+    with opened(io.BytesIO(bytes(data)), "film") as container:
+        packets = container.demux(container.streams.video[0])
+        _, (start, size), *_ = [(p.pos, p.size) for p in packets if p.is_keyframe]
+    data[start + size // 4 : start + size] = bytes(size - size // 4)
+    return bytes(data)
+
+
+def _on_one_thread(data):
+    """All frames of a film with what FFmpeg makes of damage, in the order they are shown."""
+    with opened(io.BytesIO(data), "film") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
+        found = {}
+        for packet in container.demux(stream):
+            for frame in packet.decode():
+                found[frame.pts] = frame.to_ndarray(format="rgb24")
+    return [found[pts] for pts in sorted(found)]
+
+
+@pytest.mark.parametrize("skipping", [True, False])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_damaged_frames_are_those_of_a_whole_decode(broken_key, monkeypatch, skipping, step):
+    """Threads are told to end at damage, and then one thread decodes from the start again."""
+    if not skipping:
+        monkeypatch.setattr(video_file, "can_skip", lambda _: False)
+    modes = []
+
+    def watched(container, stream, *args):
+        for frame in decode(container, stream, *args):
+            modes.append((str(stream.codec_context.thread_type), stream.codec_context.thread_count))
+            yield frame
+
+    monkeypatch.setattr(video_file, "decode", watched)
+    video, every = VideoFile(broken_key), _on_one_thread(broken_key)
+    indices = list(range(0, NUM_FRAMES, step))
+    for _ in range(2):
+        for index, frame in zip(indices, video.read(indices), strict=True):
+            assert np.array_equal(frame, every[index]), index
+    assert "ThreadType.NONE" in modes[-1][0]
+    assert modes[-1][1] == 1
+    modes.clear()
+    assert np.array_equal(next(video.read([0])), every[0])
+    assert {count for _, count in modes} == {1}  # it stays so for this file
+
+
+@pytest.mark.parametrize("name", ["b-frames", "open", "transport", "hevc", "mpeg2", "vp9"])
+def test_sound_films_are_read_by_threads_to_the_end(films, monkeypatch, name):
+    """No seek and no skipping looks like damage."""
+    strict = []
+
+    def watched(container, stream, *args):
+        strict.append(args[0])
+        return decode(container, stream, *args)
+
+    monkeypatch.setattr(video_file, "decode", watched)
+    for indices in ([0, 7, 30, 31], [NUM_FRAMES - 1], range(NUM_FRAMES)):
+        list(VideoFile(films(name)[0]).read(indices))
+    assert strict
+    assert all(strict)
+
+
+def _reordered(corrupt=()):
+    """Frames 0, 4, 1, 2, 3 in the order of decoding, as they come out of a decoder."""
+    frames = [SimpleNamespace(pts=pts, is_corrupt=pts in corrupt) for pts in range(5)]
+    given = {0: [], 4: frames[:1], 1: [], 2: frames[1:2], 3: frames[2:3], None: frames[3:]}
+
+    def packet(pts):
+        return SimpleNamespace(
+            pts=pts, size=pts is not None, is_keyframe=pts == 0, decode=lambda: given[pts]
+        )
+
+    stream = SimpleNamespace(codec_context=SimpleNamespace(is_open=False))
+    return SimpleNamespace(demux=lambda _: map(packet, given)), stream
+
+
+def test_no_frame_is_given_before_those_it_may_refer_to_are_known_to_be_sound():
+    assert [frame.pts for frame in decode(*_reordered(), True)] == [0, 1, 2, 3, 4]
+    frames = decode(*_reordered(corrupt={4}), True)
+    assert next(frames).pts == 0
+    with pytest.raises(Damaged):  # 1 to 3 may refer to 4
+        next(frames)
+    assert len(list(decode(*_reordered(corrupt={4})))) == 5
+
+
+def test_few_frames_are_held_back():
+    """A time that is far off, as of a damaged packet, does not gather the rest of the film."""
+    made = []
+
+    def packet(number):
+        pts = 10**9 if number == 1 else number
+        frame = SimpleNamespace(pts=number, is_corrupt=False)
+        decoded = lambda: made.append(number) or [frame]  # noqa: E731
+        return SimpleNamespace(pts=pts, size=1, is_keyframe=number == 0, decode=decoded)
+
+    stream = SimpleNamespace(codec_context=SimpleNamespace(is_open=False))
+    container = SimpleNamespace(demux=lambda _: map(packet, range(100)))
+    for frame in decode(container, stream, True):
+        assert len(made) - frame.pts <= 18
+    assert len(made) == 100
+
+
 def test_a_file_that_cannot_seek_is_read_on(films):
     data, every = films("b-frames")
     video = VideoFile(data)
@@ -210,6 +315,9 @@ def _stream(disposition=0, width=64, height=48):
         ([_stream(1), _stream(1)], [90, 90], 0),  # the first of equals
         ([_stream(Disposition.visual_impaired, 640, 480), _stream()], [90, 90], 1),
         ([_stream(), _stream()], [0, 5], 1),
+        ([_stream(0, 640, 480), _stream()], [2, 30], 1),  # a picture or two, however large
+        ([_stream(1), _stream()], [5, 600], 1),
+        ([_stream(0, 640, 480), _stream()], [60, 600], 0),  # a film of fewer frames a second
         ([_stream(1)], [0], 0),
     ],
 )
@@ -244,9 +352,11 @@ def _two_tracks(
 
 
 @pytest.mark.parametrize("container", ["matroska", "mp4"])
-def test_a_still_first_track_is_not_the_film(container):
-    video = VideoFile(_two_tracks(1, 20, container=container))
-    assert len(video) == 20
+@pytest.mark.parametrize("stills", [1, 2])
+def test_a_still_first_track_is_not_the_film(container, stills):
+    flags = (Disposition.default, Disposition(0))
+    video = VideoFile(_two_tracks(stills, 30, container=container, flags=flags))
+    assert len(video) == 30
     assert next(video.read([7])).min() > 200
 
 
