@@ -115,8 +115,8 @@ def decode(
         from_key: Pass over packets before a key frame; a seek may end there.
 
     Raises:
-        Damaged: With ``strict``, a packet does not decode or a frame is concealed. All frames that
-            were given are sound.
+        Damaged: With ``strict``, a packet does not decode or a frame is concealed, before a frame
+            is given that may refer to it.
     """
     codec = stream.codec_context
     if not codec.is_open:
@@ -176,7 +176,11 @@ def _sound(decoded: Iterator[tuple[Any, list[Any]]]) -> Iterator[Any]:
             now = math.inf if frame.pts is None else frame.pts
             while held and (len(held) > _MOST_REORDERED or due.get(held[0].pts, now) <= now):
                 given = held.popleft()
-                due = {pts: end for pts, end in due.items() if given.pts is None or pts > given.pts}
+                due = {
+                    pts: end
+                    for pts, end in due.items()
+                    if given.pts is not None and pts > given.pts
+                }
                 yield given
     yield from held
 
