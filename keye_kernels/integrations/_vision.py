@@ -236,7 +236,7 @@ def siglip2_attention(_: ModuleType, original: Forward) -> Forward:
     return forward
 
 
-def siglip2_encoder(_: ModuleType, original: Forward) -> Forward:
+def siglip2_encoder(modeling: ModuleType, original: Forward) -> Forward:
     """Make sequence starts of the mask, once for all layers."""
 
     def forward(
@@ -245,7 +245,10 @@ def siglip2_encoder(_: ModuleType, original: Forward) -> Forward:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if not _is_ours(self, inputs_embeds):
+        parts = (part for layer in self.layers for part in (layer, getattr(layer, "self_attn", 0)))
+        if not _is_ours(self, inputs_embeds) or any(  # others may not take starts
+            type(part).__module__ != modeling.__name__ for part in parts
+        ):
             return original(self, inputs_embeds, attention_mask, **kwargs)
         batch_size, length, _hidden = inputs_embeds.shape
         mask = None if attention_mask is None else _tokens(attention_mask)

@@ -446,6 +446,13 @@ class Wrapped(nn.Module):
         return self.inner(*args, **kwargs)
 
 
+class Narrow(Wrapped):
+    """Takes what the library hands an attention of SigLIP2, and no more."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> object:
+        return self.inner(hidden_states, attention_mask=attention_mask)
+
+
 class Attentions(dict):
     def __missing__(self, name: str) -> str:
         return "attn" if name.endswith("VisionBlock") else "self_attn"
@@ -476,6 +483,15 @@ def test_parts_of_a_model_that_is_not_changed(name, change):
     apply(patched)
     change(patched, CASES[name].build())
     assert_equal(run(name, patched), expected(name))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_attention_that_takes_no_more_than_the_librarys(number):
+    patched = CASES["siglip2"].build()
+    apply(patched)
+    for found in lists(patched):
+        found[number].self_attn = Narrow(found[number].self_attn)
+    assert_equal(run("siglip2", patched), expected("siglip2"))
 
 
 @pytest.mark.parametrize("name", CASES)
