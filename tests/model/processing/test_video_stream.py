@@ -142,6 +142,26 @@ def test_the_packet_behind_a_wanted_one_is_decoded():
     assert dict(seen) == skipped
 
 
+def test_frames_shown_before_the_key_frame_of_a_seek_are_not_decoded():
+    """They may refer to frames before it, which would look like damage."""
+    seen = []
+    codec = SimpleNamespace(is_open=False, skip_frame=None)
+
+    def packet(pts):
+        return SimpleNamespace(
+            pts=pts,
+            size=1,
+            is_keyframe=pts == 10,
+            decode=lambda: seen.append((pts, codec.skip_frame)) or [],
+        )
+
+    stream = SimpleNamespace(codec_context=codec)
+    container = SimpleNamespace(demux=lambda _: map(packet, [5, 10, 8, 7, 13, 11]))
+    assert list(decode(container, stream, True, {13}, True)) == []
+    skipped = {10: "NONREF", 8: "BIDIR", 7: "BIDIR", 13: "DEFAULT", 11: "DEFAULT"}
+    assert dict(seen) == skipped
+
+
 @pytest.mark.parametrize("error", ["InvalidDataError", "PatchWelcomeError", "OSError"])
 def test_whatever_a_strict_decoder_says_ends_the_skipping(error):
     def fail():
@@ -224,6 +244,27 @@ def test_damaged_frames_are_those_of_a_whole_decode(broken_key, monkeypatch, ski
     modes.clear()
     assert np.array_equal(next(video.read([0])), every[0])
     assert {count for _, count in modes} == {1}  # it stays so for this file
+
+
+def test_reading_starts_again_at_damage(films, monkeypatch):
+    """With the same seeks, so that the same frames come before what is concealed."""
+    data, every = films("b-frames")
+    video, calls = VideoFile(data), []
+    whole = video._frames
+
+    def until_damage(container, stream, wanted, strict, seeking):
+        calls.append((wanted, strict, seeking))
+        for number, found in enumerate(whole(container, stream, wanted, strict, seeking)):
+            if strict and number == 2:
+                raise Damaged
+            yield found
+
+    monkeypatch.setattr(video, "_frames", until_damage)
+    indices = [0, 5, 5, 20, 40]
+    for index, frame in zip(indices, video.read(indices), strict=True):
+        assert np.array_equal(frame, every[index]), index
+    wanted = [video._ids[index] for index in indices]
+    assert calls == [(wanted, True, True), (wanted, False, True)]
 
 
 @pytest.mark.parametrize("name", ["b-frames", "open", "transport", "hevc", "mpeg2", "vp9"])
