@@ -65,7 +65,7 @@ def model_forward(_: ModuleType, original: Forward) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         config = self.config
         # Wrapped already where it runs in another thread too.
-        if isinstance(config, Configured) or not all(map(_is_ours, self.layers)):
+        if isinstance(config, Configured) or not _are_ours(self.layers, config):
             return original(self, *args, **kwargs)
         self.config = Configured(config)
         try:
@@ -76,9 +76,17 @@ def model_forward(_: ModuleType, original: Forward) -> Forward:
     return forward
 
 
-def _is_ours(layer: nn.Module) -> bool:
-    config = getattr(getattr(layer, "self_attn", None), "config", None)
-    return getattr(config, "_attn_implementation", None) == NAME
+def _are_ours(layers: nn.ModuleList, config: Any) -> bool:
+    """Whether the attention of all layers is ours, or all "eager", as the model's is."""
+    for layer in layers:  # in each step of generation: look-ups of nn.Module cost more
+        attention = layer._modules.get("self_attn")
+        own = None if attention is None else attention.__dict__.get("config")
+        original = own.original if type(own) is Configured else None
+        if original is config:
+            continue
+        if original is None or original._attn_implementation != config._attn_implementation:
+            return False
+    return True
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:
