@@ -86,7 +86,9 @@ def test_add_adapter(when):
         torch.manual_seed(0)
         try:
             model.add_adapter(peft.LoraConfig(target_modules=["gate_proj"]))
-        except ImportError as error:  # transformers 5.24 wants a PEFT that is not out yet
+        except ValueError as error:  # transformers 5.24 wants a PEFT that is not out yet
+            if "version of PEFT" not in str(error):
+                raise
             pytest.skip(str(error))
         perturbed(model)
     if when == "before":
