@@ -12,6 +12,7 @@ from PIL import Image
 
 from keye_model.cli import main
 from keye_model.keye import Keye, Usage
+from keye_model.processing.fetch import describe
 from keye_model.processing.processor import KeyeProcessor
 from tests.model.pseudo_terminal import Session
 
@@ -192,7 +193,7 @@ def test_an_attachment_that_breaks_later_is_dropped_and_the_others_wait(talk, me
         str(media["picture"]),
         None,
     ]
-    assert f"{photo} is dropped" in done.err
+    assert f"{describe(str(photo))} is dropped" in done.err
     assert "what is attached waits for the next message; /undo drops the last" in done.err
     assert "photo.png" in next(li for li in done.err.splitlines() if li.startswith("keye: error: "))
 
