@@ -9,6 +9,7 @@ fit a small machine. The weights are random: what is computed does not depend on
 """
 
 import dataclasses
+import inspect
 import time
 
 import pytest
@@ -43,6 +44,9 @@ from keye_model.network.cache import PAGE_SIZE, PagedCache  # noqa: E402
 DTYPE = torch.bfloat16
 IMAGE = 4  # placeholder id
 NEW_TOKENS = 16 if ON_GPU else 4
+# transformers 5.24 renamed the argument and the output.
+_THEIRS = inspect.signature(transformers.Qwen3ForCausalLM.forward).parameters
+THEIR_CACHE = "cache" if "cache" in _THEIRS else "past_key_values"
 VISION_CONFIG = KeyeVisionConfig(
     hidden_size=VISION.hidden_size,
     intermediate_size=VISION.intermediate_size,
@@ -275,7 +279,7 @@ def _other_tokens(got, want):
 def bench_decode_step(ours, decoder, measure, batch, context):
     """The same step again and again: its token is stored where it was stored before."""
     prompt = torch.randint(100, 2000, (batch, context), device=DEVICE)
-    past = decoder(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    past = getattr(decoder(prompt, use_cache=True, logits_to_keep=1), THEIR_CACHE)
     num_pages = batch * -(-(context + 1) // PAGE_SIZE)
     launched = Workspace.new(ours.model, ours.lm_head, num_pages)
     cache, rows = launched.cache, launched.batch
@@ -298,7 +302,7 @@ def bench_decode_step(ours, decoder, measure, batch, context):
         return rows.token_ids[:batch].clone()
 
     def their_logits(ids):
-        logits = decoder(ids[:, None], past_key_values=past, use_cache=True).logits[:, -1]
+        logits = decoder(ids[:, None], use_cache=True, **{THEIR_CACHE: past}).logits[:, -1]
         past.crop(-1)
         return logits
 
@@ -422,7 +426,8 @@ def bench_request(ours, tower, projector, decoder, measure, name):
         token.tolist()
         marks.append(_now())
         for _ in range(NEW_TOKENS - 1):
-            out = decoder(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+            past = {THEIR_CACHE: getattr(out, THEIR_CACHE)}
+            out = decoder(token[:, None], use_cache=True, **past)
             token = out.logits[:, -1].argmax(dim=-1)
             token.tolist()  # each loop looks at its token, to know whether to go on
         marks.append(_now())

@@ -24,7 +24,7 @@ NAME = "keye_kernels"
 NOTE = "prompts over a dynamic cache; sdpa for steps of one token and for other masks"
 # What attention functions are handed that changes nothing of what they compute.
 _HARMLESS = frozenset([
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "labels",
+    "cache", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "labels",
     "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions",
     "output_hidden_states", "output_router_logits", "past_key_value", "past_key_values",
     "position_embeddings", "position_ids", "return_dict", "sliding_window", "use_cache",
