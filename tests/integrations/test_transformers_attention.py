@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keye_kernels.integrations.transformers import apply, report, revert
 from tests.integrations.test_transformers import DECODERS, Calls, assert_equal
-from tests.integrations.tiny import _TEXT, CASES, generate
+from tests.integrations.tiny import _TEXT, CASES, MAJOR, generate
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -390,6 +390,8 @@ def test_heads_that_our_attention_does_not_take(kind, options, got):
 @pytest.mark.parametrize("kind", ["Doge", "XGLM", "ModernBert"])
 @pytest.mark.parametrize("masked", MASKS)
 def test_models_that_read_the_mask_or_say_more(kind, masked):
+    if kind == "ModernBert" and MAJOR == 4:
+        pytest.skip("has attention functions of its own in transformers 4")
     mask = torch.tensor(MASKS[masked])
     with torch.no_grad():
         got, want = (

@@ -449,7 +449,13 @@ class Wrapped(nn.Module):
 class Narrow(Wrapped):
     """Takes what the library hands an attention of SigLIP2, and no more."""
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> object:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        output_attentions: bool | None = None,  # transformers 4
+    ) -> object:
+        del output_attentions
         return self.inner(hidden_states, attention_mask=attention_mask)
 
 

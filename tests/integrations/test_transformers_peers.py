@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from keye_kernels.integrations.transformers import apply, report, revert
 from tests.integrations.test_transformers import Calls, assert_equal
-from tests.integrations.tiny import CASES
+from tests.integrations.tiny import CASES, MAJOR
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -105,6 +105,8 @@ def test_add_adapter(when):
 # SigLIP2 reads its position table past the hooks, which accelerate does not serve.
 @pytest.mark.parametrize("name", [name for name in CASES if name != "siglip2"])
 def test_accelerate_offload_after_apply(name):
+    if name == "qwen3_vl" and MAJOR == 4:
+        pytest.skip("transformers 4 cannot offload it either")
     accelerate = library("accelerate")
     plain, patched = CASES[name].build(), CASES[name].build()
     device = next(plain.parameters()).device
