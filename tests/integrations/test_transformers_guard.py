@@ -447,15 +447,12 @@ class Wrapped(nn.Module):
 
 
 class Narrow(Wrapped):
-    """Takes what the library hands an attention of SigLIP2, and no more."""
+    """Takes what the library hands an attention of SigLIP2, and nothing of ours."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor,
-        output_attentions: bool | None = None,  # transformers 4
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **handed: object
     ) -> object:
-        del output_attentions
+        assert set(handed) <= {"output_attentions", "output_hidden_states"}  # by transformers 4
         return self.inner(hidden_states, attention_mask=attention_mask)
 
 
