@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report import Report, Row, describe
+from benchmarks.record import Report, Row, describe
 
 _FORMAT = "  {:30} {:20} {:>12} {:>12} {:>8}  {}"
 _MACHINE = ("gpu", "cpu")

@@ -10,7 +10,7 @@ import torch
 from benchmarks import options
 from benchmarks.environment import environment, slug
 from benchmarks.measure import Measure
-from benchmarks.report import Report, write_text
+from benchmarks.record import Report, write_text
 from benchmarks.timing import ON_GPU, measure_ceilings
 
 _report = pytest.StashKey[Report]()

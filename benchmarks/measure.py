@@ -18,7 +18,7 @@ from benchmarks import options
 from benchmarks.cases import Case, all_cases
 from benchmarks.providers import Provider, Providers, only, ours, reason_of
 from benchmarks.ranges import named, ranges
-from benchmarks.report import Report, Row
+from benchmarks.record import Report, Row
 from benchmarks.shapes import REAL, SMALL, own_shapes
 from benchmarks.timing import (
     CORES,

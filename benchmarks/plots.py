@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from benchmarks.report import CPU_NOTE, Report, Row
+from benchmarks.record import CPU_NOTE, Report, Row
 
 _COLUMNS = 4
 _MAX_PERCENT = 110  # of the axis: more is implausible and not drawn

@@ -21,7 +21,7 @@ from benchmarks.providers import (
     torch_varlen,
     trusting_cuda,
 )
-from benchmarks.report import Report
+from benchmarks.record import Report
 from benchmarks.timing import ON_GPU, Ceilings, Timing, race
 from keye_kernels import _backends, backends, reference, silu_mul
 

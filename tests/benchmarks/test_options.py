@@ -14,7 +14,7 @@ from benchmarks.environment import cpu_model
 from benchmarks.measure import Measure
 from benchmarks.options import Options
 from benchmarks.providers import Provider
-from benchmarks.report import Report
+from benchmarks.record import Report
 from benchmarks.shapes import SMALL, grid_of, num_patches, own_shapes
 from benchmarks.timing import Ceilings, Cores, Timing, contention, measure_ceilings
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from benchmarks.compare import compare
-from benchmarks.report import CPU_NOTE, Report, Row, bytes_per_second, flops_per_second, load, main
+from benchmarks.record import CPU_NOTE, Report, Row, bytes_per_second, flops_per_second, load
+from benchmarks.report import main
 from benchmarks.timing import Ceilings, Timing
 
 CEILINGS = Ceilings(copy_bandwidth=4e12, matmul_rate=8e14)
