@@ -9,7 +9,7 @@ import pytest
 import keye_kernels
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("keye_kernels", "keye_model")
+PACKAGES = ("keye_kernels", "keye_model", "benchmarks")
 # What each folder of keye_model may import beside itself; the doors at its top may import all.
 BELOW = {
     "checkpoint": set(),
@@ -39,8 +39,8 @@ def imports(path):
 
 
 def imported_modules(path):
-    """Our own modules that a file imports when it is itself imported."""
-    for node in ast.parse(path.read_text()).body:
+    """Our own modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom):

@@ -30,6 +30,8 @@ _HARMLESS = frozenset([
     "position_embeddings", "position_ids", "return_dict", "sliding_window", "use_cache",
 ])  # fmt: skip
 
+# The modules of transformers that hold the families: `_families` fills it.
+MODELINGS: set[str] = set()
 
 # Models whose layers read the mask themselves: model_type to the attention whose mask it is.
 _OWN_MASKS = {"doge": "sdpa", "xglm": "eager"}
@@ -162,11 +164,8 @@ def _is_for_sdpa(mask: Any) -> bool:
 def _check(module: nn.Module, key: torch.Tensor, mask: torch.Tensor | None, more: dict) -> None:
     """Refuse what neither our op nor sdpa would honour."""
     left_out = [name for name in more if more[name] is not None and name not in _HARMLESS]
-    if left_out:
-        from keye_kernels.integrations._families import modelings
-
-        if type(module).__module__ in modelings():  # theirs take no more; the rest is the caller's
-            left_out.clear()
+    if type(module).__module__ in MODELINGS:  # theirs take no more; the rest is the caller's
+        left_out.clear()
     window = more.get("sliding_window")
     if window is not None and (mask is None or _is_starts(mask)) and key.shape[2] > window:
         left_out.append("sliding_window")  # a window that is not in the mask

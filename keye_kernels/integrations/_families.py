@@ -173,11 +173,6 @@ _QWEN2_5_NORMS = ("Qwen2_5_VLRMSNorm", "Qwen2RMSNorm")  # the second in transfor
 _PAIRS = "a patch is a pair of frames there, our op takes one"
 
 
-def modelings() -> set[str]:
-    """The modules of transformers that hold the families."""
-    return {f"transformers.models.{family.modeling}" for family in families(5).values()}
-
-
 def families(major: int) -> dict[str, Family]:
     """The tables for a major version of transformers."""
     return {
@@ -334,3 +329,8 @@ def families(major: int) -> dict[str, Family]:
             {},
         ),
     }
+
+
+_decoder_attention.MODELINGS.update(
+    f"transformers.models.{family.modeling}" for family in families(5).values()
+)

@@ -113,7 +113,7 @@ def test_a_later_run_continues_the_file_of_the_same_machine(tmp_path):
 
 
 def test_plots(tmp_path):
-    pytest.importorskip("matplotlib", reason="draws the plots")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     from benchmarks.plots import draw
 
     report = Report(GPU, CEILINGS)
@@ -238,7 +238,7 @@ def test_report_command(tmp_path, capsys):
 
 
 def test_a_point_per_case_and_labels_on_the_axes(tmp_path, monkeypatch):
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="draws the plots")
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
     from benchmarks.plots import draw
 
     figures = []
