@@ -410,4 +410,4 @@ def check_backend(name: str, device: torch.device) -> None:
         for op, served in backends(device.type).items():
             if served.backend is None and op != "mrope_":  # the model rotates in another op
                 why = [*served.why_not.values()][-1]  # of the only candidate, after the others
-                raise RuntimeError(f"backend must serve {op}, got none that does: {why}")
+                raise RuntimeError(f"backend must serve {op}, got {name!r}, which does not: {why}")

@@ -365,7 +365,7 @@ def test_prompt_longer_than_the_context(keye):
 
 
 def test_backend_that_cannot_serve(preview_checkpoint):
-    message = r"^backend must serve (\w+), got none that does: no cuda kernel for \1$"
+    message = r"^backend must serve (\w+), got 'cuda', which does not: no cuda kernel for \1$"
     with pytest.raises(RuntimeError, match=message):
         Keye.from_pretrained(preview_checkpoint, backend="cuda")
 

@@ -122,44 +122,39 @@ def test_codecs_of_which_it_is_not_known_are_decoded_whole(films, name):
         assert not can_skip(container.streams.video[0])
 
 
-def test_the_packet_behind_a_wanted_one_is_decoded():
+@pytest.fixture
+def skipped():
+    """Decode packets of these times, a key frame among them; what was skipped when each came."""
+
+    def run(times, key, wanted, *after_seek):
+        seen = {}
+        codec = SimpleNamespace(is_open=False, skip_frame=None)
+
+        def packet(pts):
+            def decoded():
+                seen[pts] = codec.skip_frame
+                return []
+
+            return SimpleNamespace(pts=pts, size=1, is_keyframe=pts == key, decode=decoded)
+
+        stream = SimpleNamespace(codec_context=codec)
+        container = SimpleNamespace(demux=lambda _: map(packet, times))
+        assert list(decode(container, stream, True, {wanted}, *after_seek)) == []
+        return seen
+
+    return run
+
+
+def test_the_packet_behind_a_wanted_one_is_decoded(skipped):
     """It may be the second field of the same frame."""
-    seen = []
-    codec = SimpleNamespace(is_open=False, skip_frame=None)
-
-    def packet(pts):
-        return SimpleNamespace(
-            pts=pts,
-            size=1,
-            is_keyframe=pts == 0,
-            decode=lambda: seen.append((pts, codec.skip_frame)) or [],
-        )
-
-    stream = SimpleNamespace(codec_context=codec)
-    container = SimpleNamespace(demux=lambda _: map(packet, [0, 3, None, 1, 2]))
-    assert list(decode(container, stream, True, {3})) == []
-    skipped = {0: "NONREF", 3: "DEFAULT", None: "DEFAULT", 1: "NONREF", 2: "NONREF"}
-    assert dict(seen) == skipped
+    seen = {0: "NONREF", 3: "DEFAULT", None: "DEFAULT", 1: "NONREF", 2: "NONREF"}
+    assert skipped([0, 3, None, 1, 2], 0, 3) == seen
 
 
-def test_frames_shown_before_the_key_frame_of_a_seek_are_not_decoded():
+def test_frames_shown_before_the_key_frame_of_a_seek_are_not_decoded(skipped):
     """They may refer to frames before it, which would look like damage."""
-    seen = []
-    codec = SimpleNamespace(is_open=False, skip_frame=None)
-
-    def packet(pts):
-        return SimpleNamespace(
-            pts=pts,
-            size=1,
-            is_keyframe=pts == 10,
-            decode=lambda: seen.append((pts, codec.skip_frame)) or [],
-        )
-
-    stream = SimpleNamespace(codec_context=codec)
-    container = SimpleNamespace(demux=lambda _: map(packet, [5, 10, 8, 7, 13, 11]))
-    assert list(decode(container, stream, True, {13}, True)) == []
-    skipped = {10: "NONREF", 8: "BIDIR", 7: "BIDIR", 13: "DEFAULT", 11: "DEFAULT"}
-    assert dict(seen) == skipped
+    seen = {10: "NONREF", 8: "BIDIR", 7: "BIDIR", 13: "DEFAULT", 11: "DEFAULT"}
+    assert skipped([5, 10, 8, 7, 13, 11], 10, 13, True) == seen
 
 
 @pytest.mark.parametrize("error", ["InvalidDataError", "PatchWelcomeError", "OSError"])
