@@ -17,6 +17,18 @@ import triton.language as tl
 from keye_kernels import _backends, reference
 from keye_kernels._checks import FLOAT_DTYPES, check_tensor
 from keye_kernels._ops import define_op
+from keye_kernels._sampling import (
+    GROUP,
+    NOTHING,
+    TILE,
+    draw,
+    group_bound,
+    gumbel,
+    keys_of,
+    kth_key,
+    scores_of,
+    weight_of,
+)
 
 _sample_op = define_op(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, "
@@ -26,11 +38,6 @@ _sample_op = define_op(
 
 # Fixed, not chosen by batch size: the sums of a row must not depend on its neighbours.
 _BLOCK = 1024  # tokens per program of the first launch
-_GROUP = tl.constexpr(64)  # tokens per group: 128 bytes of bf16, one cache line
-_TILE = tl.constexpr(32)  # groups that the second launch looks at together
-
-_NOTHING = tl.constexpr(-(2**31) + 2**23 - 1)  # key of -inf, below all others
-_LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 def _launch_config(num_groups: int) -> tuple[int, int, int]:
@@ -41,45 +48,6 @@ def _launch_config(num_groups: int) -> tuple[int, int, int]:
     """
     size = triton.next_power_of_2(num_groups)
     return size, 4, min(max(size // 512, 8), 32)
-
-
-@triton.jit
-def _value(key):
-    """Logit of a key. Its own inverse, on bits."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _keys(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.constexpr):
-    """Integers in the order of the row's penalised logits; _NOTHING for NaN and past the end."""
-    mask = (tokens >= 0) & (tokens < vocab_size)
-    x = tl.load(logits_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("-inf"))
-    if HAS_SEEN:
-        # A bound, not `& (penalty != 1)`: in Triton's interpreter a spread scalar is no mask.
-        mask = (tokens >= 0) & (tokens < tl.where(penalty != 1, vocab_size, 0))
-        seen = tl.load(seen_ptr + tokens, mask=mask, other=0)
-        # div_rn: the plain division of fp32 is not correctly rounded.
-        x = tl.where(seen != 0, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
-    x = tl.minimum(tl.where(x == 0, 0.0, x), _LARGEST)  # -0 ties with 0
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _scores(keys, top_key, inverse_temperature):
-    """fp64, -inf for _NOTHING."""
-    logits, top = _value(keys).to(tl.float64), _value(top_key).to(tl.float64)
-    return tl.where(keys > _NOTHING, (logits - top) * inverse_temperature, float("-inf"))
-
-
-@triton.jit
-def _gumbel(tokens, seed, step):
-    """Noise of each token at its request's step, fp64."""
-    low, high = step.to(tl.int32), (step >> 32).to(tl.int32)
-    w0, w1, _, _ = tl.philox(seed, tokens, low, high, 0)
-    u = ((w0.to(tl.int64) << 20 | w1.to(tl.int64) >> 12).to(tl.float64) + 0.5) * 2.0**-52
-    return -tl.log(-tl.log(u))
 
 
 @triton.jit
@@ -101,21 +69,23 @@ def _sample_scan_kernel(
     if HAS_SEEN:
         penalty = tl.load(penalty_ptr + row)
         seen_ptr += row * stride_seen
-    groups = tl.arange(0, BLOCK // _GROUP)
-    tokens = block * BLOCK + groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    keys = _keys(logits_ptr + row * stride_logits, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
-    group_keys = tl.max(keys, axis=1)  # [BLOCK / _GROUP]
-    first = (row * num_blocks + block) * (BLOCK // _GROUP)
+    groups = tl.arange(0, BLOCK // GROUP)
+    tokens = block * BLOCK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    keys = keys_of(
+        logits_ptr + row * stride_logits, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN
+    )
+    group_keys = tl.max(keys, axis=1)  # [BLOCK / GROUP]
+    first = (row * num_blocks + block) * (BLOCK // GROUP)
     tl.store(group_keys_ptr + first + groups, group_keys)
 
     if (temperature > 0) & ((top_k <= 0) | (top_k >= vocab_size)):
         # Scores relative to the block's largest logit: the row's is not known yet.
         top_key = tl.max(group_keys)
-        scores = _scores(keys, top_key, 1 / temperature.to(tl.float64))
-        noisy = scores + _gumbel(tokens, seed, step)
+        scores = scores_of(keys, top_key, 1 / temperature.to(tl.float64))
+        noisy = scores + gumbel(tokens, seed, step)
         best = tl.max(noisy)
         token = tl.min(tl.where(noisy == best, tokens, vocab_size))
-        key = tl.max(tl.where(tokens == token, keys, _NOTHING))
+        key = tl.max(tl.where(tokens == token, keys, NOTHING))
         drawn_ptr += row * 3 * num_blocks + block
         tl.store(drawn_ptr, token)
         tl.store(drawn_ptr + num_blocks, key)
@@ -127,117 +97,20 @@ def _sample_scan_kernel(
 
 
 @triton.jit
-def _middle(low, high):
-    """Halfway, above low; their sum may pass 2^31."""
-    return (low | high) - ((low ^ high) >> 1)
-
-
-@triton.jit
-def _group_bound(group_keys, top_key, top_k):
-    """A key that at least top_k groups reach, hence as many tokens; the lowest if there are fewer.
-
-    No more than max(top_k, _TILE) groups reach it, but for ties.
-    """
-    low, high = _NOTHING + 1, top_key
-    count = tl.sum((group_keys >= low).to(tl.int32))
-    while (low < high) & (count > tl.maximum(top_k, _TILE)):
-        middle = _middle(low, high)
-        reach = group_keys >= middle
-        reaching = tl.sum(reach.to(tl.int32))
-        if reaching >= top_k:
-            low = tl.min(tl.where(reach, group_keys, top_key))
-            count = reaching
-        else:
-            high = tl.max(tl.where(reach, _NOTHING, group_keys))
-    return low
-
-
-@triton.jit
-def _listed_tokens(list_ptr, start, num_listed):
-    """Tokens of _TILE listed groups; negative past the end of the list."""
-    entries = start + tl.arange(0, _TILE)
-    groups = tl.load(list_ptr + entries, mask=entries < num_listed, other=-1)
-    return groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]  # [_TILE, _GROUP]
-
-
-@triton.jit
-def _kth_key(
-    logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low, high, top_k,
-    HAS_SEEN: tl.constexpr,
-):  # fmt: skip
-    """The top_k-th largest key of the listed groups, known to lie between low and high."""
-    while low < high:
-        middle = _middle(low, high)
-        count = tl.zeros((_TILE, _GROUP), tl.int32)
-        above = tl.full((_TILE, _GROUP), high, tl.int32)  # lowest key from the middle on
-        below = tl.full((_TILE, _GROUP), _NOTHING, tl.int32)  # highest key below the middle
-        for start in range(0, num_listed, _TILE):
-            tokens = _listed_tokens(list_ptr, start, num_listed)
-            keys = _keys(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
-            reach = keys >= middle
-            count += reach.to(tl.int32)
-            above = tl.where(reach, tl.minimum(above, keys), above)
-            below = tl.where(reach, below, tl.maximum(below, keys))
-        if tl.sum(count) >= top_k:
-            low = tl.min(above)
-        else:
-            high = tl.max(below)
-    return low
-
-
-@triton.jit
-def _weight(
-    logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low, top_key,
-    inverse_temperature, HAS_SEEN: tl.constexpr,
-):  # fmt: skip
-    """Sum of exp(score) over the listed tokens from key low on."""
-    weight = tl.zeros((_TILE, _GROUP), tl.float64)
-    for start in range(0, num_listed, _TILE):
-        tokens = _listed_tokens(list_ptr, start, num_listed)
-        keys = _keys(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
-        scores = _scores(keys, top_key, inverse_temperature)
-        weight += tl.where(keys >= low, tl.exp(scores), 0.0)
-    return tl.sum(weight)
-
-
-@triton.jit
-def _draw(
-    logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low, top_key,
-    inverse_temperature, seed, step, HAS_SEEN: tl.constexpr,
-):  # fmt: skip
-    """Token with the largest score + noise of the listed ones from key low on, and its key."""
-    best = tl.full((_TILE, _GROUP), float("-inf"), tl.float64)
-    best_token = tl.full((_TILE, _GROUP), vocab_size, tl.int32)
-    best_key = tl.full((_TILE, _GROUP), _NOTHING, tl.int32)
-    for start in range(0, num_listed, _TILE):
-        tokens = _listed_tokens(list_ptr, start, num_listed)
-        keys = _keys(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
-        noisy = _scores(keys, top_key, inverse_temperature) + _gumbel(tokens, seed, step)
-        better = (keys >= low) & (noisy > best)  # tokens rise: on ties the first stays
-        best = tl.where(better, noisy, best)
-        best_token = tl.where(better, tokens, best_token)
-        best_key = tl.where(better, keys, best_key)
-    largest = tl.max(best)
-    token = tl.min(tl.where(best == largest, best_token, vocab_size))
-    key = tl.max(tl.where(best_token == token, best_key, _NOTHING))
-    return token, key
-
-
-@triton.jit
 def _combine_blocks(
     drawn_ptr, partial_ptr, num_blocks, top_key, inverse_temperature, top_p, BLOCKS: tl.constexpr
 ):
     """Token and key drawn from the whole row, and its sum of exp(score), from those of blocks."""
     blocks = tl.arange(0, BLOCKS)
     mask = blocks < num_blocks
-    block_top = tl.load(drawn_ptr + 2 * num_blocks + blocks, mask=mask, other=_NOTHING)
-    shift = _scores(block_top, top_key, inverse_temperature)
+    block_top = tl.load(drawn_ptr + 2 * num_blocks + blocks, mask=mask, other=NOTHING)
+    shift = scores_of(block_top, top_key, inverse_temperature)
     noisy = tl.load(partial_ptr + blocks, mask=mask, other=float("-inf")) + shift
     tokens = tl.load(drawn_ptr + blocks, mask=mask, other=0)
-    keys = tl.load(drawn_ptr + num_blocks + blocks, mask=mask, other=_NOTHING)
+    keys = tl.load(drawn_ptr + num_blocks + blocks, mask=mask, other=NOTHING)
     block = tl.min(tl.where(noisy == tl.max(noisy), blocks, BLOCKS))
     token = tl.max(tl.where(blocks == block, tokens, 0))
-    key = tl.max(tl.where(blocks == block, keys, _NOTHING))
+    key = tl.max(tl.where(blocks == block, keys, NOTHING))
     # A bound, not `& (top_p < 1)`: in Triton's interpreter a spread scalar is no mask.
     mask = blocks < tl.where(top_p < 1, num_blocks, 0)
     weights = tl.load(partial_ptr + num_blocks + blocks, mask=mask, other=0.0)
@@ -265,16 +138,16 @@ def _sample_choose_kernel(
     list_ptr += row * num_groups
     groups = tl.arange(0, GROUPS)
     group_keys_ptr += row * num_groups
-    group_keys = tl.load(group_keys_ptr + groups, mask=groups < num_groups, other=_NOTHING)
+    group_keys = tl.load(group_keys_ptr + groups, mask=groups < num_groups, other=NOTHING)
     top_key = tl.max(group_keys)
 
-    if top_key == _NOTHING:
+    if top_key == NOTHING:
         token = -1
     elif not (temperature > 0):
         group = tl.min(tl.where(group_keys == top_key, groups, GROUPS))
-        near = group * _GROUP + tl.arange(0, _TILE)[:, None] * _GROUP
-        tokens = near + tl.arange(0, _GROUP)[None, :]
-        keys = _keys(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
+        near = group * GROUP + tl.arange(0, TILE)[:, None] * GROUP
+        tokens = near + tl.arange(0, GROUP)[None, :]
+        keys = keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
         token = tl.min(tl.where(keys == top_key, tokens, vocab_size))
     else:
         inverse_temperature = 1 / temperature.to(tl.float64)
@@ -283,7 +156,7 @@ def _sample_choose_kernel(
         rank = top_k.to(tl.int32)
         if has_top_k:
             token, key, total = 0, top_key, tl.full((), 0, tl.float64)
-            low = _group_bound(group_keys, top_key, rank)
+            low = group_bound(group_keys, top_key, rank)
         else:
             drawn_ptr += row * 3 * num_blocks
             partial_ptr += row * 2 * num_blocks
@@ -299,12 +172,12 @@ def _sample_choose_kernel(
             tl.store(list_ptr + tl.cumsum(reach, axis=0) - 1, groups, mask=reach != 0)
             tl.debug_barrier()  # each thread reads what others wrote
             if has_top_k:
-                low = _kth_key(
+                low = kth_key(
                     logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low, top_key,
                     rank, HAS_SEEN,
                 )  # fmt: skip
                 if has_top_p:
-                    total = _weight(
+                    total = weight_of(
                         logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low,
                         top_key, inverse_temperature, HAS_SEEN,
                     )  # fmt: skip
@@ -313,14 +186,14 @@ def _sample_choose_kernel(
             to_draw = has_top_k  # else there is a token already
             while searching:
                 if to_draw:
-                    token, key = _draw(
+                    token, key = draw(
                         logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low,
                         top_key, inverse_temperature, seed, step, HAS_SEEN,
                     )  # fmt: skip
                 low = key + 1
                 searching = has_top_p
                 if has_top_p:
-                    above = _weight(
+                    above = weight_of(
                         logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low,
                         top_key, inverse_temperature, HAS_SEEN,
                     )  # fmt: skip
@@ -342,7 +215,7 @@ def _sample_triton(
 ) -> None:
     batch_size, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
-    num_groups = num_blocks * (_BLOCK // _GROUP.value)
+    num_groups = num_blocks * (_BLOCK // GROUP.value)
     max_groups, scan_warps, choose_warps = _launch_config(num_groups)
     ints = {"dtype": torch.int32, "device": logits.device}
     group_keys = torch.empty(batch_size, num_groups, **ints)

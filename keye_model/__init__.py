@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keye_model.answer import Answer
     from keye_model.checkpoint.config import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
     from keye_model.conditional_generation import KeyeForConditionalGeneration
     from keye_model.engine.plan import Limits
-    from keye_model.keye import Answer, Keye
+    from keye_model.keye import Keye
     from keye_model.network.model import KeyeModel
     from keye_model.network.text import KeyeTextModel
     from keye_model.network.vision import KeyeVisionModel
@@ -38,7 +39,8 @@ __all__ = [
 _NAMES = {
     "conditional_generation": "KeyeForConditionalGeneration",
     "checkpoint.config": "KeyeConfig KeyeTextConfig KeyeVisionConfig",
-    "keye": "Answer Keye",
+    "answer": "Answer",
+    "keye": "Keye",
     "network.model": "KeyeModel",
     "engine.plan": "Limits",
     "processing.image_processor": "KeyeImageProcessor",

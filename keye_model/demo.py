@@ -13,10 +13,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from keye_kernels import backends
+from keye_model.answer import Answer
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.cli.terminal import Progress, say
 from keye_model.demo_checkpoint import build
-from keye_model.keye import Answer, Keye
+from keye_model.keye import Keye
 
 
 def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import keye_kernels
 from keye_model import demo as demonstration
+from keye_model.answer import Answer
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.hub import locate
 from keye_model.cli import attachments
@@ -26,7 +27,7 @@ from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
 from keye_model.engine.sampling import GenerationDefaults
 from keye_model.engine.workspace import KEPT_TOKENS
-from keye_model.keye import Answer, Keye, check_backend
+from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
 
 _THINKING = {"auto": "auto", "on": True, "off": False}
