@@ -4,8 +4,7 @@ A decode step is all of it, from the last token to the next. Ours comes with its
 the CUDA graph that a user gets; so does the tower for small images.
 
 Peers: transformers' PaddleOCR-VL tower and projector (descended from Keye's) and Qwen3 decoder, all
-with SDPA. Widths are the published checkpoint's; on a CPU one layer each and a vocabulary of 2048
-fit a small machine. The weights are random: what is computed does not depend on them.
+with SDPA; `benchmarks/models.py` builds them.
 """
 
 import dataclasses
@@ -17,21 +16,15 @@ import torch
 
 from benchmarks.measure import difference
 from benchmarks.providers import Provider, absent, our_model, our_model_on_cuda, trusting_cuda
-from benchmarks.shapes import REAL, TEXT, VISION, num_patches
+from benchmarks.shapes import REAL, VISION, num_patches
 from benchmarks.timing import DEVICE, ON_GPU
 
 pytest.importorskip("av", reason="keye_model reads videos with it")
 transformers = pytest.importorskip("transformers", reason="the peer of this benchmark")
-paddle = pytest.importorskip("transformers.models.paddleocr_vl", reason="the tower's peer")
+pytest.importorskip("transformers.models.paddleocr_vl", reason="the tower's peer")
 
-from keye_model import (  # noqa: E402
-    KeyeConfig,
-    KeyeForConditionalGeneration,
-    KeyeTextConfig,
-    KeyeVisionConfig,
-)
-from keye_model.checkpoint.config import PREVIEW  # noqa: E402
-from keye_model.checkpoint.weights import destinations  # noqa: E402
+from benchmarks import models  # noqa: E402
+from benchmarks.models import DTYPE, IMAGE, TEXT_CONFIG, VISION_CONFIG  # noqa: E402
 from keye_model.engine.cuda_graph import CudaGraphs, why_no_graphs  # noqa: E402
 from keye_model.engine.decode_batch import Sequence  # noqa: E402
 from keye_model.engine.sampling import SamplingParams  # noqa: E402
@@ -41,35 +34,10 @@ from keye_model.engine.workspace import Workspace, WorkspacePool  # noqa: E402
 from keye_model.inputs.request import Request  # noqa: E402
 from keye_model.network.cache import PAGE_SIZE, PagedCache  # noqa: E402
 
-DTYPE = torch.bfloat16
-IMAGE = 4  # placeholder id
 NEW_TOKENS = 16 if ON_GPU else 4
 # transformers 5.24 renamed the argument and the output.
 _THEIRS = inspect.signature(transformers.Qwen3ForCausalLM.forward).parameters
 THEIR_CACHE = "cache" if "cache" in _THEIRS else "past_key_values"
-VISION_CONFIG = KeyeVisionConfig(
-    hidden_size=VISION.hidden_size,
-    intermediate_size=VISION.intermediate_size,
-    num_hidden_layers=27 if ON_GPU else 1,
-    num_attention_heads=VISION.num_heads,
-    image_size=VISION.position_grid * VISION.patch_size,
-    patch_size=VISION.patch_size,
-    spatial_merge_size=VISION.merge_size,
-    tokens_per_second=2,
-)
-TEXT_CONFIG = KeyeTextConfig(
-    vocab_size=TEXT.vocab_size if ON_GPU else 2048,
-    hidden_size=TEXT.hidden_size,
-    intermediate_size=TEXT.intermediate_size,
-    num_hidden_layers=36 if ON_GPU else 1,
-    num_attention_heads=TEXT.num_heads,
-    num_key_value_heads=TEXT.num_kv_heads,
-    head_dim=TEXT.head_dim,
-    rms_norm_eps=TEXT.eps,
-    rope_theta=TEXT.rope_theta,
-    mrope_section=TEXT.mrope_section,
-    max_position_embeddings=40960,
-)
 GRIDS = (
     REAL.images | {"64 frames of 512, each alone": [(1, 16, 32)] * 64}
     if ON_GPU
@@ -114,73 +82,22 @@ def text_work(new, cached, text=TEXT_CONFIG):
 
 @pytest.fixture(scope="module")
 def ours():
-    config = KeyeConfig(TEXT_CONFIG, VISION_CONFIG, PREVIEW, IMAGE, 5, 6, 7, dtype=DTYPE)
-    with torch.device("meta"):
-        model = KeyeForConditionalGeneration(config)
-    model = model.to(DTYPE).to_empty(device=DEVICE).requires_grad_(False).eval()
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
-        else:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    return model
+    return models.build_ours()
 
 
 @pytest.fixture(scope="module")
 def tower(ours):
-    from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionModel
-
-    model = PaddleOCRVisionModel(_paddle_vision()).to(DEVICE, DTYPE).eval().requires_grad_(False)
-    model.load_state_dict(_published(ours, "visual."), strict=True)
-    return model
+    return models.build_tower(ours)
 
 
 @pytest.fixture(scope="module")
 def projector(ours):
-    from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRProjector
-
-    vision = {"hidden_size": VISION.hidden_size, "spatial_merge_size": VISION.merge_size}
-    config = paddle.PaddleOCRVLConfig(
-        vision_config=vision, text_config={"hidden_size": TEXT.hidden_size}
-    )
-    model = PaddleOCRProjector(config).to(DEVICE, DTYPE).eval().requires_grad_(False)
-    model.load_state_dict(_published(ours, "mlp_AR."), strict=True)
-    return model
+    return models.build_projector(ours)
 
 
 @pytest.fixture(scope="module")
 def decoder(ours):
-    fields = dataclasses.asdict(TEXT_CONFIG)
-    del fields["mrope_section"]
-    theta = {"rope_theta": fields.pop("rope_theta"), "rope_type": "default"}
-    config = transformers.Qwen3Config(
-        **fields, rope_parameters=theta, attn_implementation="sdpa", use_cache=True
-    )
-    with torch.device(DEVICE):
-        model = transformers.Qwen3ForCausalLM(config).to(DTYPE).eval().requires_grad_(False)
-    text = {f"model.{name}": value for name, value in _published(ours, "model.").items()}
-    model.load_state_dict(text | {"lm_head.weight": ours.lm_head.weight}, strict=True)
-    return model
-
-
-def _paddle_vision():
-    vision = VISION_CONFIG
-    return paddle.PaddleOCRVisionConfig(
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_hidden_layers=vision.num_hidden_layers,
-        num_attention_heads=vision.num_attention_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        layer_norm_eps=vision.layer_norm_eps,
-        attn_implementation="sdpa",
-    )
-
-
-def _published(model, prefix):
-    views = destinations(model, model.config)
-    return {n.removeprefix(prefix): view for n, view in views.items() if n.startswith(prefix)}
+    return models.build_decoder(ours)
 
 
 def _pixels(grids):

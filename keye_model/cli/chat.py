@@ -249,8 +249,9 @@ class Conversation:
             raise ValueError(f"/save must be followed by one file, got {len(words)}")
         path = Path(words[0]).expanduser().resolve()
         # No other file is overwritten. A picture turned by --exif is saved as its path.
-        mode = "w" if path in self._saved else "x"
-        with open(path, mode, encoding="utf-8", errors="backslashreplace") as file:
+        if path.exists() and path not in self._saved:
+            raise ValueError(f"/save must name a new file, got {words[0]}, which exists")
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(
                 self.messages, file, ensure_ascii=False, indent=2, default=lambda p: p.filename
             )

@@ -21,6 +21,8 @@ SOURCES = {
     "video": ("video", "video_url", "url", "path", "base64"),
 }
 
+_INNER = ("url", "path", "base64")  # where a source that is a dict names it
+
 # Other interfaces' keys without a meaning here; Anthropic and OpenAI clients send them by habit.
 _TOLERATED = {"cache_control", "detail", "annotations"}
 _BASE64 = "data:application/octet-stream;base64"
@@ -78,8 +80,12 @@ def source_of(item: Mapping[str, Any]) -> Any:
     names = dict.fromkeys((*SOURCES["image"], *SOURCES["video"]))
     name = next((name for name in names if item.get(name) is not None), None)
     source = None if name is None else item[name]
-    source = source.get("url") if isinstance(source, dict) else source
-    if name != "base64" or not isinstance(source, (str, bytes)):
+    coded = name == "base64"
+    if isinstance(source, dict):  # {"url": …}
+        name = next((inner for inner in _INNER if source.get(inner) is not None), None)
+        source = None if name is None else source[name]
+        coded = coded or name == "base64"
+    if not coded or not isinstance(source, (str, bytes)):
         return source
     text = source if isinstance(source, str) else source.decode("ascii", "replace")
     return text if text.lstrip()[:5].lower() == "data:" else f"{_BASE64},{text}"
@@ -133,10 +139,14 @@ def _check_keys(item: Mapping[str, Any], kind: str, where: str, version: str) ->
     if len(named) > 1:
         raise ValueError(f"{where} must name its source once, got {' and '.join(named)}")
     for key in named:  # a source may be {"url": …}
-        inner = item[key] if isinstance(item[key], dict) else {}
-        extra = next((name for name in inner if name not in {"url", *_TOLERATED}), None)
+        inner = _present(item[key]) if isinstance(item[key], dict) else {}
+        extra = next((name for name in inner if name not in {*_INNER, *_TOLERATED}), None)
         if extra is not None:
-            raise ValueError(f"{where}[{key!r}] has unknown key {extra!r}; known: url")
+            known = ", ".join(_INNER)
+            raise ValueError(f"{where}[{key!r}] has unknown key {extra!r}; known: {known}")
+        if len(told := [name for name in _INNER if name in inner]) > 1:
+            found = " and ".join(told)
+            raise ValueError(f"{where}[{key!r}] must name its source once, got {found}")
     if sum(key in item for key in _RESIZED) == 1:
         raise ValueError(
             f"{where} must have both resized_height and resized_width or neither, got one"

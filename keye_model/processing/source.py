@@ -77,6 +77,8 @@ def decode_data_url(url: str) -> bytes:
     try:
         if not comma:
             raise ValueError("it has no comma")
+        if parameters[0] == "data:base64":
+            raise ValueError("'base64' must stand behind a semicolon")
         if last == "base64" and len(parameters) > 1:
             return decode_base64(body)
         if "base64" in parameters:

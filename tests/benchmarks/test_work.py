@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.cases import all_cases, call
 from benchmarks.shapes import REAL, SMALL, TEXT
+from keye_model import KeyeTextConfig
 
 CASES = {str(case): case for case in all_cases(REAL)}
 
@@ -71,7 +72,7 @@ def test_small_case_is_accepted_by_its_op(case, device):
 
 def test_the_whole_model_counts_its_real_work():
     bench = pytest.importorskip("benchmarks.bench_generate", reason="needs transformers")
-    text = bench.KeyeTextConfig(
+    text = KeyeTextConfig(
         vocab_size=TEXT.vocab_size,
         hidden_size=TEXT.hidden_size,
         intermediate_size=TEXT.intermediate_size,

@@ -276,7 +276,7 @@ def test_save(talk, tmp_path):
     ]
     assert other.read_text() == "mine"
     assert f"saved 3 messages to {file}\n" in done.err
-    assert "File exists" in done.err
+    assert ", which exists" in done.err
     assert done.err.count("/save must be followed by one file, got") == 2
     assert done.status == 1
 

@@ -32,6 +32,8 @@ FRAMES = [picture(), picture()]
         ("1.5", "video", {"video": "a", "resized_width": 56}, "which is for a list of frames|8B"),
         ("1.0", "image", {"image": {"url": "a", "max_pixels": 4}}, r"\['image'\] has unknown key"),
         ("1.0", "video", {"video_url": {"url": "a", "fps": 4}}, r"\['video_url'\] has unknown key"),
+        ("1.0", "image", {"image": {"url": "a", "path": "b"}}, "its source once, got url and path"),
+        ("1.5", "video", {"video": {"name": "a"}}, r"unknown key 'name'; known: url, path, base64"),
         ("1.0", "frames", {"video": [{"image": "a", "size": 4}]}, r"\['video'\]\[0\] .* 'size'"),
         ("1.0", "image", {"image": "a", "resized_width": 56}, "both resized_height and resized_w"),
         ("1.0", "video", {"video": "a", "resized_height": 56}, "or neither, got one"),
@@ -186,10 +188,12 @@ def test_video_processor_checks_too(make_video):
         KeyeVideoProcessor().patches({"video": make_video(4), "max_frame": 4})
 
 
-def test_video_url_item(processor, make_video):
-    data = make_video(4)
+def test_video_url_item(processor, make_video, tmp_path):
+    data, path = make_video(4), tmp_path / "clip.mp4"
+    path.write_bytes(data)
     plain = processor.request(user({"type": "video", "video": data}))
-    for source in (data, {"url": data}):
+    coded = base64.b64encode(data).decode()
+    for source in (data, {"url": data}, {"path": str(path)}, {"base64": coded}):
         request = processor.request(user({"type": "video_url", "video_url": source}))
         assert request.input_ids.tolist() == plain.input_ids.tolist()
         assert request.pixel_values_videos.equal(plain.pixel_values_videos)

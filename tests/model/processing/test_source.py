@@ -159,6 +159,7 @@ def test_data_urls(url, data):
     ("url", "reason"),
     [
         ("data:", "it has no comma"),
+        ("data:base64,R0lG", "'base64' must stand behind a semicolon"),
         ("data:image/png;base64", "it has no comma"),
         ("data:image/png;base64;charset=utf-8,R0lG", "';base64' must stand last before the comma"),
         ("data:image/png;base64,R0l!", "base64 has no character '!'"),
