@@ -6,12 +6,13 @@ forward-only: a tensor that requires a gradient raises RuntimeError while grad m
 
 `reference` holds the definition of every op in plain PyTorch, under the same name. `backends()`
 tells which implementation serves each op, `use_backend` and the environment variable
-KEYE_KERNELS_BACKEND choose another.
+KEYE_KERNELS_BACKEND choose another. `tune()` proves and times them on this machine.
 """
 
 from keye_kernels import _cuda, reference  # noqa: F401 - registers the CUDA kernels
 from keye_kernels._backends import backends, use_backend
 from keye_kernels._ext import describe_extension
+from keye_kernels._tune import tune, verdicts
 from keye_kernels.activation import gelu, silu_mul
 from keye_kernels.linear import linear
 from keye_kernels.merge_patches import merge_patches
@@ -53,6 +54,8 @@ __all__ = [
     "rope_2d_",
     "sample",
     "silu_mul",
+    "tune",
     "use_backend",
     "varlen_attention",
+    "verdicts",
 ]

@@ -1,15 +1,21 @@
-"""Which implementation serves each op: a registry filled by the op families, and the choice."""
+"""Which candidate serves each op: a registry filled by the op families, and the choice."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-_ORDER = ("cuda", "triton", "reference")  # "auto" takes the first that serves
+from keye_kernels import _verdicts
+from keye_kernels._verdicts import Kind, Sizes
+
+_NAMES = ("cuda", "triton", "reference")  # candidates that can be asked for by name
+_ORDER = ("triton", "reference")  # without a verdict "auto" takes the first that serves
 _VARIABLE = "KEYE_KERNELS_BACKEND"
 # TRITON_INTERPRET=1 counts when triton is imported: tl.sum is then no JITFunction.
 _INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
@@ -21,31 +27,38 @@ class _Implementation:
     device_types: tuple[str, ...]
     why_not: Callable[[], str | None]  # why it cannot serve on this machine; None if it can
     refuses: Callable[..., str | None] | None  # why it does not serve these arguments
-    max_rows: int | None  # of the first argument: more are for another backend, under "auto"
-    proven: bool  # has run on hardware
 
 
 @dataclass(frozen=True)
 class ServedBy:
-    """What serves one op: ``backend`` (None if nothing does), ``why_not`` for each other one."""
+    """What serves one op.
+
+    Attributes:
+        backend: Serves where no verdict says otherwise; None if nothing does.
+        why_not: Why each other backend does not.
+        verdicts: What `tune` chose on this machine, a line per class of shapes.
+    """
 
     backend: str | None
     why_not: dict[str, str]
+    verdicts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         reasons = "; ".join(f"not {name}: {why}" for name, why in self.why_not.items())
-        return f"{self.backend or 'nothing'} ({reasons})"
+        tuned = "".join(f"; {verdict}" for verdict in self.verdicts)
+        return f"{self.backend or 'nothing'} ({reasons}){tuned}"
 
 
 _registry: dict[str, dict[str, _Implementation]] = {}
+_classes: dict[str, Callable[..., tuple[tuple, Sizes]]] = {}
 # Keyed by (op, device type, requested backend), so threads never overwrite each other. The value is
 # the record and the function to call, None if no backend serves.
 _chosen: dict[tuple[str, str, str], tuple[ServedBy, Callable[..., None] | None]] = {}
 
 
 def _checked(source: str, name: str) -> str:
-    if name != "auto" and name not in _ORDER:
-        raise ValueError(f"{source} must be one of auto, {', '.join(_ORDER)}, got {name!r}")
+    if name != "auto" and name not in _NAMES:
+        raise ValueError(f"{source} must be one of auto, {', '.join(_NAMES)}, got {name!r}")
     return name
 
 
@@ -67,26 +80,64 @@ def register(
     device_types: tuple[str, ...] = ("cuda",),
     why_not: Callable[[], str | None] = lambda: None,
     refuses: Callable[..., str | None] | None = None,
-    max_rows: int | None = None,
-    proven: bool = True,
 ) -> None:
-    """Let ``backend`` serve ``op`` for tensors on ``device_types``.
+    """Let the candidate ``backend`` serve ``op`` for tensors on ``device_types``.
 
     ``run`` takes the arguments of the op's schema by position and writes its outputs. Triton
-    kernels serve CPU tensors too, under the interpreter and only by name.
+    kernels serve CPU tensors too, under the interpreter and only by name. "cuda", "triton" and
+    "reference" can be asked for by name; candidates of other names serve where `tune` chose them.
 
     Args:
         why_not: Says why the backend cannot serve on this machine; None if it can.
         refuses: Takes the arguments of ``run`` and tells why it cannot serve them, None if it can.
             By name that is an error; under "auto" the next backend serves that call.
-        max_rows: Under "auto" calls whose first argument has more rows go to the next backend.
-        proven: The kernel has run on hardware. If not, it is chosen by name only.
     """
     global _chosen
-    _registry.setdefault(op, {})[backend] = _Implementation(
-        run, device_types, why_not, refuses, max_rows, proven
-    )
+    _registry.setdefault(op, {})[backend] = _Implementation(run, device_types, why_not, refuses)
     _chosen = {}
+
+
+def register_class(op: str, class_of: Callable[..., tuple[tuple, Sizes]]) -> None:
+    """Let ``class_of`` tell the class of shapes of a call of ``op``, from the op's arguments.
+
+    Its kind must be that of a tuned case, its sizes are compared with those of all such cases.
+    Without it, the kind is nothing and the size that of the first argument.
+    """
+    _classes[op] = class_of
+
+
+def classify(op: str, args: Sequence[Any]) -> tuple[Kind, Sizes]:
+    """Class of shapes of a call: dtype and the op's kind, and sizes rounded to powers of two."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    kind, sizes = _classes[op](*args) if op in _classes else ((), (tensors[0].numel(),))
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype)
+    dtype = str(dtype).removeprefix("torch.")
+    rounded = tuple(1 << round(math.log2(size)) if size > 1 else size for size in sizes)
+    return (dtype, *map(str, kind)), rounded
+
+
+def ops() -> list[str]:
+    """Names of all ops."""
+    return list(_registry)
+
+
+def candidates(op: str, device_type: str) -> list[str]:
+    """Candidates of ``op`` that run here on tensors of the device; first what "auto" prefers."""
+    found = [
+        name
+        for name, implementation in _registry[op].items()
+        if device_type in implementation.device_types and not implementation.why_not()
+    ]
+    return sorted(found, key=lambda name: (*_ORDER, name).index(name))
+
+
+def run_candidate(op: str, name: str, args: Sequence[Any]) -> str | None:
+    """Call one candidate; returns why it refuses these arguments, None if it ran."""
+    implementation = _registry[op][name]
+    reason = implementation.refuses(*args) if implementation.refuses is not None else None
+    if reason is None:
+        implementation.run(*args)
+    return reason
 
 
 def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | None:
@@ -95,8 +146,10 @@ def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | N
         return f"no {backend} kernel for {op}"
     if device_type in implementation.device_types:
         reason = implementation.why_not()
-        if reason is None and requested == "auto" and not implementation.proven:
-            return "never run on hardware; ask for it by name"
+        if reason is None and requested == "auto":
+            verdicts = _verdicts.current(device_type)
+            bad = verdicts and verdicts.bad(op, backend)
+            return f"{bad.status} on this machine: {bad.reason}" if bad else None
         return reason
     if backend == "triton" and device_type == "cpu":
         if not _INTERPRETED:
@@ -109,11 +162,14 @@ def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | N
 
 def _choose(op: str, device_type: str, requested: str) -> ServedBy:
     candidates = _ORDER if _checked(_VARIABLE, requested) == "auto" else (requested,)
-    why_not = {
-        name: f"backend {requested!r} was asked for" for name in _ORDER if name not in candidates
-    }
-    chosen = None
-    for name in candidates:
+    why_not, tuned, chosen = {}, (), None
+    for name in _NAMES:
+        if name not in candidates:
+            why_not[name] = f"backend {requested!r} was asked for"
+            if requested == "auto":  # CUDA C++
+                unproven = "not proven on this machine, which `keye tune` does"
+                why_not[name] = _why_not(op, name, device_type, requested) or unproven
+            continue
         reason = _why_not(op, name, device_type, requested)
         if reason is not None:
             why_not[name] = reason
@@ -121,43 +177,50 @@ def _choose(op: str, device_type: str, requested: str) -> ServedBy:
             chosen = name
         else:
             why_not[name] = f"{chosen} comes first"
-    return ServedBy(chosen, why_not)
-
-
-def _with_limits(
-    op: str, backend: str, implementation: _Implementation, fall_back: Callable[..., None] | None
-) -> Callable[..., None]:
-    """``implementation.run`` where it serves the arguments, else ``fall_back`` or an error."""
-    run, refuses = implementation.run, implementation.refuses
-    max_rows = implementation.max_rows if fall_back is not None else None
-
-    def run_within_limits(*args: object) -> None:
-        if max_rows is not None and args[0].shape[0] > max_rows:
-            return fall_back(*args)
-        reason = refuses(*args) if refuses is not None else None
-        if reason is None:
-            return run(*args)
-        if fall_back is not None:
-            return fall_back(*args)
-        raise NotImplementedError(
-            f"backend {backend!r} cannot serve this call of {op}: {reason}; backend 'auto' falls "
-            "back"
-        )
-
-    return run_within_limits
+    verdicts = _verdicts.current(device_type) if requested == "auto" else None
+    if verdicts is not None:
+        tuned = verdicts.describe(op)
+    return ServedBy(chosen, why_not, tuned)
 
 
 def _bound(op: str, device_type: str, requested: str, backend: str) -> Callable[..., None]:
-    """What runs when ``backend`` was chosen: it alone, or with those that come after it."""
+    """What runs: the backend asked for, or what verdicts say, ``backend`` where there is none."""
     implementation = _registry[op][backend]
-    if implementation.refuses is None and (implementation.max_rows is None or requested != "auto"):
-        return implementation.run
-    fall_back = None
     if requested == "auto":
-        rest = _ORDER[_ORDER.index(backend) + 1 :]
-        after = next(name for name in rest if not _why_not(op, name, device_type, requested))
-        fall_back = _bound(op, device_type, requested, after)
-    return _with_limits(op, backend, implementation, fall_back)
+        verdicts = _verdicts.current(device_type)
+        if verdicts is None or not verdicts.of(op):
+            return implementation.run  # of triton or reference, which serve all calls
+        return _by_verdict(op, verdicts, implementation.run)
+    if implementation.refuses is None:
+        return implementation.run
+
+    def run_or_raise(*args: Any) -> None:
+        reason = run_candidate(op, backend, args)
+        if reason is not None:
+            raise NotImplementedError(
+                f"backend {backend!r} cannot serve this call of {op}: {reason}; backend 'auto' "
+                "falls back"
+            )
+
+    return run_or_raise
+
+
+def _by_verdict(
+    op: str, verdicts: _verdicts.Verdicts, otherwise: Callable[..., None]
+) -> Callable[..., None]:
+    """The candidate that was chosen for the nearest class of shapes, else ``otherwise``."""
+    names: dict[tuple[Kind, Sizes], str] = {}
+
+    def run(*args: Any) -> None:
+        key = classify(op, args)
+        name = names.get(key)
+        if name is None:
+            row = verdicts.choice(op, *key)
+            name = names[key] = row.candidate if row and row.candidate in _registry[op] else ""
+        if not name or run_candidate(op, name, args) is not None:
+            otherwise(*args)
+
+    return run
 
 
 def _remembered(
@@ -213,9 +276,9 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
 class use_backend:
     """Choose the backend of every op from here on, or inside a ``with`` block.
 
-    ``auto`` takes, per op, the first of cuda, triton and reference that serves and, for cuda, has
-    run on hardware. A named backend is binding: an op that it
-    cannot serve raises RuntimeError when called. The choice holds for this thread, as that of
+    ``auto`` takes what `tune` found fastest on this machine, without that Triton kernels on a GPU
+    and plain PyTorch on a CPU. A named backend is binding: an op that it cannot serve raises
+    RuntimeError when called. The choice holds for this thread, as that of
     ``torch.no_grad``; where none was made, the environment variable KEYE_KERNELS_BACKEND holds,
     else ``auto``.
 

@@ -10,16 +10,6 @@ from keye_kernels import _backends, _ext
 from keye_kernels._device import device_of
 from keye_kernels.rope import frequencies
 
-# Up to so many rows (sequences, tokens) "auto" will prefer these kernels; None: always.
-# Provisional: guesses that no measurement stands behind yet. Nothing follows from them as long as
-# the kernels have never run on hardware, for until then "auto" does not choose them at all.
-AUTO_ROWS = {
-    "linear": None,  # up to the 16 rows that it takes
-    "paged_decode_attention": None,
-    "qk_norm_mrope_store": 256,  # beyond that all backends should be bound by memory
-}
-_PROVEN: frozenset[str] = frozenset()  # ops whose kernels have run on hardware
-
 _LOG2_E = 1.4426950408889634
 _HEAD_DIMS = {"paged_decode_attention": (64, 72, 80, 128), "qk_norm_mrope_store": (64, 80, 128)}
 
@@ -38,8 +28,6 @@ def register(op: str, run: Callable[..., None], refuses: Callable[..., str | Non
         run,
         why_not=_why_not,
         refuses=refuses,
-        max_rows=AUTO_ROWS[op],
-        proven=op in _PROVEN,
     )
 
 

@@ -116,4 +116,30 @@ def _gemm(
         out.addmm_(x, weight.T)
 
 
+def _transposed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float | None,
+    residual: torch.Tensor | None,
+    swiglu: bool,
+    out: torch.Tensor,
+) -> None:
+    """weight x^T, which some CPUs compute faster than x weight^T where x has few rows."""
+    if norm_weight is not None:
+        x = reference.rms_norm(x, norm_weight, eps)
+    y = torch.mv(weight, x[0])[None] if x.shape[0] == 1 else torch.mm(weight, x.T).T
+    if bias is not None:
+        y = y + bias
+    if swiglu:
+        reference.silu_mul(y, out=out)
+    elif residual is not None:
+        torch.add(y, residual, out=out)
+    else:
+        out.copy_(y)
+
+
 _backends.register("linear", "triton", _gemm)
+_backends.register("linear", "transposed", _transposed, device_types=("cpu",))
+_backends.register_class("linear", lambda x, weight, *_: ((), (x.shape[0], weight.numel())))

@@ -77,6 +77,9 @@ def _paged_prefill_attention_triton(
 
 
 _backends.register("paged_prefill_attention", "triton", _paged_prefill_attention_triton)
+_backends.register_class(
+    "paged_prefill_attention", lambda q, *args: ((q.shape[2],), (q.shape[0], args[6]))
+)
 
 
 def paged_prefill_attention(

@@ -238,6 +238,9 @@ def _paged_decode_attention_triton(
 
 
 _backends.register("paged_decode_attention", "triton", _paged_decode_attention_triton)
+_backends.register_class(
+    "paged_decode_attention", lambda q, *args: ((q.shape[2],), (q.shape[0], args[5]))
+)
 
 
 def paged_decode_attention(

@@ -127,6 +127,13 @@ def _varlen_attention_triton(
 _backends.register("varlen_attention", "triton", _varlen_attention_triton)
 
 
+def _shape_class(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, *_) -> tuple[tuple, tuple]:  # noqa: ARG001
+    return (q.shape[2], causal), (q.shape[0], max_k)
+
+
+_backends.register_class("varlen_attention", _shape_class)
+
+
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
