@@ -9,7 +9,7 @@ tells which implementation serves each op, `use_backend` and the environment var
 KEYE_KERNELS_BACKEND choose another. `tune()` proves and times them on this machine.
 """
 
-from keye_kernels import _cuda, reference  # noqa: F401 - registers the CUDA kernels
+from keye_kernels import _cuda, _peers, reference  # noqa: F401 - both register candidates
 from keye_kernels._backends import backends, use_backend
 from keye_kernels._ext import describe_extension
 from keye_kernels._tune import tune, verdicts

@@ -122,12 +122,8 @@ def ops() -> list[str]:
 
 
 def candidates(op: str, device_type: str) -> list[str]:
-    """Candidates of ``op`` that run here on tensors of the device; first what "auto" prefers."""
-    found = [
-        name
-        for name, implementation in _registry[op].items()
-        if device_type in implementation.device_types and not implementation.why_not()
-    ]
+    """Candidates of ``op`` for tensors on the device; first what "auto" takes without a verdict."""
+    found = [name for name, one in _registry[op].items() if device_type in one.device_types]
     return sorted(found, key=lambda name: (*_ORDER, name).index(name))
 
 
@@ -148,8 +144,8 @@ def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | N
         reason = implementation.why_not()
         if reason is None and requested == "auto":
             verdicts = _verdicts.current(device_type)
-            bad = verdicts and verdicts.bad(op, backend)
-            return f"{bad.status} on this machine: {bad.reason}" if bad else None
+            bad = verdicts.bad(op, backend) if verdicts is not None else None
+            return None if bad is None else f"{bad.status} on this machine: {bad.reason}"
         return reason
     if backend == "triton" and device_type == "cpu":
         if not _INTERPRETED:
@@ -185,24 +181,35 @@ def _choose(op: str, device_type: str, requested: str) -> ServedBy:
 
 def _bound(op: str, device_type: str, requested: str, backend: str) -> Callable[..., None]:
     """What runs: the backend asked for, or what verdicts say, ``backend`` where there is none."""
-    implementation = _registry[op][backend]
+    names = [backend]
     if requested == "auto":
+        rest = _ORDER[_ORDER.index(backend) + 1 :]
+        names += [name for name in rest if not _why_not(op, name, device_type, requested)]
         verdicts = _verdicts.current(device_type)
-        if verdicts is None or not verdicts.of(op):
-            return implementation.run  # of triton or reference, which serve all calls
-        return _by_verdict(op, verdicts, implementation.run)
-    if implementation.refuses is None:
-        return implementation.run
+        if verdicts is not None and verdicts.of(op):
+            return _by_verdict(op, verdicts, _first_that_serves(op, names))
+    return _first_that_serves(op, names)
 
-    def run_or_raise(*args: Any) -> None:
-        reason = run_candidate(op, backend, args)
-        if reason is not None:
-            raise NotImplementedError(
-                f"backend {backend!r} cannot serve this call of {op}: {reason}; backend 'auto' "
-                "falls back"
-            )
 
-    return run_or_raise
+def _first_that_serves(op: str, names: Sequence[str]) -> Callable[..., None]:
+    """Call the first of ``names`` that does not refuse the arguments."""
+    first = _registry[op][names[0]]
+    if first.refuses is None:
+        return first.run
+
+    def run(*args: Any) -> None:
+        reasons = []
+        for name in names:
+            reason = run_candidate(op, name, args)
+            if reason is None:
+                return
+            reasons.append(reason)
+        raise NotImplementedError(
+            f"backend {names[0]!r} cannot serve this call of {op}: {reasons[0]}; backend 'auto' "
+            "falls back"
+        )
+
+    return run
 
 
 def _by_verdict(

@@ -39,7 +39,8 @@ class Row:
         case: The shapes in words.
         kind, sizes: The class of shapes of the case, see `_backends.classify`.
         status: "chosen" for the one that serves this class of shapes, "right" for others that
-            could, "refused", or one of FAULTS, after which the candidate serves no shape.
+            could, "refused", "absent" (not installed, not built), or one of FAULTS, after which the
+            candidate serves no shape.
         reason: Why, in words.
         microseconds, spread: Median of a call and half the range of its rounds; None: not timed.
     """
@@ -106,13 +107,16 @@ class Verdicts:
 
     def __str__(self) -> str:
         lines = [f"{self.machine['device']}, {age(self.made)}"]
-        width = max((len(f"{row.op}, {row.case}") for row in self.rows), default=0)
-        for row in self.rows:
-            took = "" if row.microseconds is None else f"{row.microseconds:10.1f} us"
-            took += "" if row.spread is None else f" +- {row.spread:.1f}"
-            what = f"{row.status}: {row.reason}" if row.reason else row.status
-            name = f"{row.op}, {row.case}"
-            lines.append(f"{name:{width}}  {row.candidate:14} {took:24} {what}".rstrip())
+        cases = list(dict.fromkeys((row.op, row.case) for row in self.rows))
+        width = max((len(row.candidate) for row in self.rows), default=0)
+        for case in cases:
+            lines.append(", ".join(case))
+            for row in self.rows:
+                if (row.op, row.case) == case:
+                    took = "" if row.microseconds is None else f"{row.microseconds:.1f} us"
+                    took += "" if row.spread is None else f" ± {row.spread:.1f}"
+                    what = f"{row.status}: {row.reason}" if row.reason else row.status
+                    lines.append(f"  {row.candidate:{width}} {took:>22}  {what}")
         return "\n".join(lines)
 
 
@@ -166,7 +170,8 @@ def _driver() -> str:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
         if found := re.search(r"\b\d+\.\d+(\.\d+)?\b", line):
             return found[0]
-    return str(torch._C._cuda_getDriverVersion())
+    # Outside of Linux: the newest CUDA that the driver knows.
+    return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
 
 
 @functools.cache
@@ -200,6 +205,8 @@ def path_of(facts: dict[str, str]) -> Path:
 
 def load(device_type: str) -> tuple[Verdicts | None, str]:
     """Read the verdicts of this machine; None, and why, if there are none that count."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return None, "there is no GPU"
     facts = machine(device_type)
     path = path_of(facts)
     try:
@@ -221,7 +228,8 @@ def load(device_type: str) -> tuple[Verdicts | None, str]:
 def current(device_type: str) -> Verdicts | None:
     """The verdicts that hold for the life of this process; says once if there are none."""
     verdicts, reason = load(device_type)
-    if verdicts is None and sys.stderr is not None and sys.stderr.isatty():
+    here = device_type == "cpu" or torch.cuda.is_available()  # others are only asked about
+    if verdicts is None and here and sys.stderr is not None and sys.stderr.isatty():
         where = "" if device_type == "cuda" else " --device cpu"
         print(
             f"keye_kernels: no verdicts, {reason}; `python -m keye_kernels tune{where}` proves and "

@@ -6,6 +6,7 @@ import of triton.
 
 import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
         raise RuntimeError("triton was imported before tests/conftest.py could set its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors this small gain nothing from more; on busy cores they lose
+
+# What `keye tune` found on this machine is not what tests are about.
+os.environ["KEYE_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "keye-kernels-never-tuned")
 
 from keye_kernels import _backends, _device, _ext
 

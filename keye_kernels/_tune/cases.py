@@ -71,6 +71,9 @@ class Case:
     call: Callable[[Make], object]
     timed: bool
 
+    def __str__(self) -> str:
+        return f"{self.op}, {self.name}"
+
 
 def _linear(rows: int, width: int, columns: int, around: str, make: Make) -> None:
     x, weight = make.normal(rows, columns), make.normal(width, columns, scale=columns**-0.5)
@@ -136,15 +139,17 @@ def _varlen(
 
 
 def _varlen_cases(large: bool, quick: bool) -> Iterator[Case]:
-    for lengths, heads, options in (
-        ([(1, 1)], (2, 2, 72), {}),
-        ([(0, 0), (65, 65), (0, 0), (1, 1)], (2, 2, 72), {"return_lse": True}),
-        ([(3, 70), (129, 129)], (4, 2, 128), {"causal": True, "return_lse": True}),
-        ([(5, 3), (2, 0)], (2, 1, 64), {"causal": True, "return_lse": True}),
+    for lengths, heads, causal in (
+        ([(1, 1)], (2, 2, 72), False),
+        ([(0, 0), (65, 65), (0, 0), (1, 1)], (2, 2, 72), False),
+        ([(70, 70), (70, 70)], (4, 2, 72), True),
+        ([(3, 70), (129, 129)], (4, 2, 128), True),
+        ([(5, 3), (2, 0)], (2, 1, 64), True),
     ):
-        name = f"{lengths} {heads} {' '.join(options)}".rstrip()
-        call = partial(_varlen, lengths, heads, **options)
-        yield Case("varlen_attention", name, call, False)
+        for lse in (False, True):
+            name = f"{lengths} {heads}{', causal' * causal}{', lse' * lse}"
+            call = partial(_varlen, lengths, heads, causal=causal, return_lse=lse)
+            yield Case("varlen_attention", name, call, False)
     images = (256, 1024, 5040, 16384) if large else (256, 1024, 2048)
     shapes = {f"image of {count} patches": [count] for count in images}
     frames = 64 if large else 4
@@ -157,7 +162,9 @@ def _varlen_cases(large: bool, quick: bool) -> Iterator[Case]:
         yield Case("varlen_attention", name, call, True)
 
 
-def _paged(lengths: Sequence[tuple[int, int]], heads: tuple[int, int, int], make: Make) -> None:
+def _paged(
+    lengths: Sequence[tuple[int, int]], heads: tuple[int, int, int], lse: bool, make: Make
+) -> None:
     """``lengths``: new tokens and all of each sequence; decode where each has one new token."""
     num_heads, num_kv_heads, head_dim = heads
     new, cached = zip(*lengths, strict=True)
@@ -174,34 +181,35 @@ def _paged(lengths: Sequence[tuple[int, int]], heads: tuple[int, int, int], make
     seqlens = make.tensor(cached)
     if max(new) == 1 == min(new):
         kk.paged_decode_attention(
-            q, k_cache, v_cache, table, seqlens, max_seqlen_k=max(cached), return_lse=True
+            q, k_cache, v_cache, table, seqlens, max_seqlen_k=max(cached), return_lse=lse
         )
     else:
         starts = make.tensor([0, *itertools.accumulate(new)])
+        longest = max(new), max(cached)
         kk.paged_prefill_attention(
-            q, k_cache, v_cache, table, starts, seqlens, max(new), max(cached)
+            q, k_cache, v_cache, table, starts, seqlens, *longest, return_lse=lse
         )
 
 
 def _paged_cases(large: bool, quick: bool) -> Iterator[Case]:
     heads = (_HEADS, _KV_HEADS, _HEAD_DIM)
-    for lengths in ([(1, 1)], [(1, 64), (1, 65), (1, 300)]):
-        name = f"{lengths}"
-        yield Case("paged_decode_attention", name, partial(_paged, lengths, heads), False)
-    for lengths in ([(2, 2)], [(65, 65), (1, 130), (0, 7)]):
-        name = f"{lengths}"
-        yield Case("paged_prefill_attention", name, partial(_paged, lengths, heads), False)
+    for op, edges in (
+        ("paged_decode_attention", ([(1, 1)], [(1, 64), (1, 65), (1, 300)])),
+        ("paged_prefill_attention", ([(2, 2)], [(65, 65), (1, 130), (0, 7)])),
+    ):
+        for lengths in edges:
+            for lse in (False, True):
+                call = partial(_paged, lengths, heads, lse)
+                yield Case(op, f"{lengths}{', lse' * lse}", call, False)
     sizes = ((1, 1024), (1, 16384), (8, 4096), (64, 1024), (64, 8192))
-    for batch, context in (sizes if large else ((1, 512), (1, 4096), (4, 1024)))[
-        :: 2 - (not quick)
-    ]:
-        call = partial(_paged, [(1, context)] * batch, heads)
+    sizes = sizes if large else ((1, 512), (1, 4096), (4, 1024))
+    for batch, context in sizes[::2] if quick else sizes:
+        call = partial(_paged, [(1, context)] * batch, heads, False)
         yield Case("paged_decode_attention", f"batch {batch} x {context}", call, True)
     sizes = ((1024, 1024), (8192, 8192), (64, 8192), (1024, 16384))
-    for new, context in (sizes if large else ((256, 256), (1024, 1024), (16, 2048)))[
-        : 2 if quick else None
-    ]:
-        call = partial(_paged, [(new, context)], heads)
+    sizes = sizes if large else ((256, 256), (1024, 1024), (16, 2048))
+    for new, context in sizes[:2] if quick else sizes:
+        call = partial(_paged, [(new, context)], heads, False)
         yield Case("paged_prefill_attention", f"{new} new of {context}", call, True)
 
 

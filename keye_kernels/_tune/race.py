@@ -102,9 +102,9 @@ def _try_case(runner: _Runner, case: Case, shape_class: tuple) -> tuple:
     status, reason, found = runner.ask("check", case)
     kind, sizes = shape_class = found or shape_class
     row = Row(runner.op, runner.candidate, case.name, kind, sizes, status, reason)
-    if status in FAULTS:
+    if status == "absent" or status in FAULTS:
         runner.fault = row
-    if case.timed or status in FAULTS:
+    if case.timed or runner.fault is not None:
         runner.rows.append(row)
     return shape_class
 
@@ -202,9 +202,7 @@ def main(job: dict[str, Any]) -> None:
 
     def say(case: Case) -> None:
         nonlocal done
-        events.write(
-            json.dumps({"case": f"{case.op}, {case.name}", "done": done, "total": total}) + "\n"
-        )
+        events.write(json.dumps({"case": str(case), "done": done, "total": total}) + "\n")
         done += 1
 
     for op, those in cases.items():

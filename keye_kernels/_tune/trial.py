@@ -33,9 +33,8 @@ def arguments_of(case: Case, make: Make) -> list[Any]:
 def written(op: str) -> list[int]:
     """Positions of the arguments that the op writes."""
     arguments = getattr(torch.ops.keye, op).default._schema.arguments
-    return [
-        i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
-    ]
+    aliases = [argument.alias_info for argument in arguments]
+    return [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
 
 def _fresh(op: str) -> set[int]:
@@ -98,9 +97,7 @@ def _distance(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> st
             worst[name] = max(worst[name], error.max().item() if error.numel() else 0.0)
             squares[name] += error.square().sum().item()
     if faults:
-        return (
-            f"{faults} of {got.numel()} values are NaN or infinite where the definition's are not"
-        )
+        return f"{faults} of {got.numel()} values are NaN or infinite where they must not be"
     slack = torch.finfo(got.dtype).eps * largest
     count = max(got.numel(), 1)
     for what, error, bound in (
@@ -181,9 +178,8 @@ class Trial:
         if not self._copies:
             size = sum(a.numel() * a.itemsize for a in self._args if isinstance(a, torch.Tensor))
             count = max(min(_ROTATED_BYTES // max(size, 1), 8), 1)
-            self._copies = [self._args] + [
-                _copied(self._args, torch.clone) for _ in range(count - 1)
-            ]
+            copies = (_copied(self._args, torch.clone) for _ in range(count - 1))
+            self._copies = [self._args, *copies]
             self._turn = self._captured() if self._cuda else self._call_each
             self._turn()
         calls, spent = 0, 0.0
@@ -230,12 +226,16 @@ def serve(
 
     An error of a kernel on a GPU outlives the call that met it, so an exception ends the process.
     """
+    absent = _backends._registry[op][candidate].why_not()
     with torch.inference_mode():
         trial = Trial(op, candidate, device, dtype, seed)
         while True:
             try:
                 what, value = connection.recv()
             except EOFError:
+                return
+            if absent is not None:
+                connection.send(("absent", absent, None))
                 return
             try:
                 answer = trial.check(value) if what == "check" else trial.time(value)

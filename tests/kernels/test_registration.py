@@ -331,6 +331,7 @@ def test_the_reference_is_callable_under_the_same_name(case, device):
 
 def test_every_public_op_is_registered_and_covered():
     others = {"__version__", "backends", "describe_extension", "use_backend", "reference"}
+    others |= {"tune", "verdicts"}
     others |= {"AttentionSchedule", "attention_schedule"}
     others |= {"linear_decode"}  # the old name of linear
     assert set(kk.__all__) - others == set(kk.backends()) == set(OPS)
