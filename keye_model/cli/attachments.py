@@ -39,15 +39,15 @@ def image_item(source: str, options: argparse.Namespace, processor: KeyeProcesso
 
 def video_item(source: str, options: argparse.Namespace, processor: KeyeProcessor) -> dict:
     """A video as a message item, the options under the keys of the checkpoint's line."""
-    preview = processor.config.variant.video_version == "1.0"
-    if preview:  # whose frames go through the image processor, too
+    rules = processor.rules
+    if rules.max_frame_pixels is None:  # frames go through the image processor, too
         _pixels(options, processor)
     settings = {
         "fps": options.fps,
         "max_frames": options.max_frames,
         "min_pixels": options.min_pixels,
         "max_pixels": options.max_pixels,
-        "total_pixels" if preview else "video_total_pixels": options.total_pixels,
+        rules.total_pixels_key: options.total_pixels,
     }
     given = {key: value for key, value in settings.items() if value is not None}
     return {"type": "video", "video": source, **given}

@@ -25,8 +25,7 @@ from vllm.multimodal.processing import (
 import keye_model
 from keye_model.processing.expansion import Placeholders
 from keye_model.processing.patches import VideoPatches
-from keye_model.processing.video_processor import VIDEO_KEYWORDS
-from keye_model.processing.video_sampling import V1_5_MAX_PIXELS
+from keye_model.processing.rules import VIDEO_KEYWORDS
 
 _MODALITIES = ("image", "video")
 
@@ -45,7 +44,7 @@ class KeyeProcessor(ProcessorMixin):
             processor.tokenizer,
             processor.token_ids,
             processor.config.vision_config.spatial_merge_size,
-            processor.config.variant,
+            processor.rules,
         )
 
     @classmethod
@@ -101,7 +100,7 @@ class KeyeProcessor(ProcessorMixin):
             TypeError: An unknown option, or one of the other line.
         """
         del return_tensors, min_pixels, max_pixels
-        known = VIDEO_KEYWORDS[self.inner.video_processor.version]
+        known = self.inner.rules.video_keywords
         if unknown := sorted(options.keys() - known):
             raise TypeError(
                 f"mm_processor_kwargs must be among max_pixels, min_pixels, "
@@ -196,8 +195,8 @@ class KeyeProcessingInfo(BaseProcessingInfo):
         """Rows and columns, in tokens, of the largest picture or frame."""
         inner = self.get_hf_processor().inner
         max_pixels = inner.image_processor.max_pixels
-        if modality == "video" and inner.video_processor.version == "1.5":
-            max_pixels = V1_5_MAX_PIXELS
+        if modality == "video":
+            max_pixels = inner.rules.max_frame_pixels or max_pixels
         most = max_pixels // inner.image_processor.factor**2
         side = math.isqrt(most)
         rows = max(range(side, side // 2, -1), key=lambda rows: rows * (most // rows))
@@ -292,10 +291,11 @@ class KeyeMultiModalProcessor(BaseMultiModalProcessor[KeyeProcessingInfo]):
     ) -> Mapping[str, object]:
         """Options that name a value for each video, for those that vLLM has not seen before."""
         cached = mm_is_cached.get("video", [])
-        named = set().union(*VIDEO_KEYWORDS.values())
         return {
             key: [one for one, known in zip(value, cached, strict=True) if not known]
-            if key in named and isinstance(value, (list, tuple)) and len(value) == len(cached)
+            if key in VIDEO_KEYWORDS
+            and isinstance(value, (list, tuple))
+            and len(value) == len(cached)
             else value
             for key, value in inputs.hf_processor_mm_kwargs.items()
         }

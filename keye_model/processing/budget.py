@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from keye_model.processing.patches import Sample
 
 
 class TokenBudget:
@@ -21,9 +24,9 @@ class TokenBudget:
         self.used = 0
         self.enforced = enforced
 
-    def take(self, tokens: int, what: str) -> None:
+    def take(self, tokens: int, what: str, advice: str = "") -> None:
         """Count ``tokens`` more, those of ``what``; raises as `check`."""
-        self.check(tokens, what)
+        self.check(tokens, what, advice)
         self.used += tokens
 
     def check(self, tokens: int, what: str, advice: str = "") -> None:
@@ -71,3 +74,31 @@ class TokenBudget:
 
     def _fits(self, tokens: int) -> bool:
         return self.limit is None or self.used + tokens <= self.limit
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The prompt that a video is part of.
+
+    Attributes:
+        budget: What the prompt has left.
+        tokens: Those of a video that was sampled so, marks and times included.
+        room: Tokens that the video is made to fit into; None leaves it as published.
+    """
+
+    budget: TokenBudget
+    tokens: Callable[[Sample], int]
+    room: int | None = None
+
+    def most(self, fitting: int | None, published: int, name: str) -> int:
+        """How many frames to sample: ``fitting``, or ``published`` if nothing is refused.
+
+        Raises:
+            ValueError: ``fitting`` is None: not even the fewest frames fit.
+        """
+        if fitting is None and self.budget.enforced:
+            raise ValueError(
+                f"prompt must have at most {self.budget.limit} tokens, got {self.room} left for "
+                f"{name}, which hold none of its frames; a lower max_pixels may fit"
+            )
+        return published if fitting is None else fitting

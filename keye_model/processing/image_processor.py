@@ -16,6 +16,7 @@ from keye_model.processing.fetch import describe
 from keye_model.processing.image import normalize, patchify, processor_size
 from keye_model.processing.patches import ImagePatches
 from keye_model.processing.picture import load_image
+from keye_model.processing.rules import of
 
 
 class KeyeImageProcessor:
@@ -109,6 +110,17 @@ class KeyeImageProcessor:
         """Pixels along one side of a token: every side is resized to a multiple of it."""
         return self.patch_size * self.merge_size
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which a picture of such a size is resized; see `processor_size`."""
+        return processor_size(
+            height,
+            width,
+            factor=self.factor,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            enlarge_small=of(self.version).enlarge_small,
+        )
+
     def patches(self, image: Any) -> ImagePatches:
         """Resize one picture and cut it up.
 
@@ -123,14 +135,7 @@ class KeyeImageProcessor:
         self._check()
         picture = load_image(image, alpha="drop", local_files_only=self.local_files_only)
         try:
-            height, width = processor_size(
-                picture.height,
-                picture.width,
-                factor=self.factor,
-                min_pixels=self.min_pixels,
-                max_pixels=self.max_pixels,
-                version=self.version,
-            )
+            height, width = self.output_size(picture.height, picture.width)
         except ValueError as error:
             raise ValueError(f"image {describe(image)}: {error}") from error
         picture = picture.resize((width, height), resample=self.resample)
@@ -181,5 +186,4 @@ class KeyeImageProcessor:
             raise ValueError(f"{where}image_std must be positive, got {self.image_std!r}")
         if self.resample not in list(Image.Resampling):
             raise ValueError(f"{where}resample must be 0 to 5, got {self.resample!r}")
-        if self.version not in ("1.0", "1.5"):
-            raise ValueError(f"{where}version must be '1.0' or '1.5', got {self.version!r}")
+        of(self.version)

@@ -23,7 +23,7 @@ from keye_model.processing.chat import (
 )
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.request_processor import RequestProcessor, each, joined
-from keye_model.processing.video_processor import VIDEO_KEYWORDS
+from keye_model.processing.rules import VIDEO_KEYWORDS
 from keye_model.processing.vision_info import process_vision_info
 
 
@@ -87,9 +87,9 @@ class KeyeProcessor(RequestProcessor):
                 for one.
         """
         video_kwargs = without_idle(video_kwargs, PROCESSING)
-        if unknown := sorted(set(video_kwargs) - set().union(*VIDEO_KEYWORDS.values())):
+        if unknown := sorted(set(video_kwargs) - VIDEO_KEYWORDS):
             known = "images, text, videos, padding, padding_side, return_tensors"
-            videos_too = ", ".join(sorted(VIDEO_KEYWORDS[self.video_processor.version]))
+            videos_too = ", ".join(sorted(self.rules.video_keywords))
             raise TypeError(
                 f"unknown keyword {unknown[0]!r}; known: {known}, and of videos {videos_too}"
             )
@@ -243,11 +243,7 @@ class KeyeProcessor(RequestProcessor):
             grids = [video.grid_thw for video in videos]
             batch["pixel_values_videos"] = normalize(joined(videos))
             batch["video_grid_thw"] = torch.tensor([row for grid in grids for row in grid])
-            if self.config.variant.timed_positions:
-                seconds = [video.seconds_per_frame for video in videos]
-                batch["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
-            else:
-                batch["num_frames"] = torch.tensor([len(video.frames) for video in videos])
+            batch.update(self.rules.batch(videos))
         return batch
 
 

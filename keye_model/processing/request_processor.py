@@ -31,8 +31,9 @@ from keye_model.processing.expansion import Placeholders
 from keye_model.processing.fetch import describe
 from keye_model.processing.image import fetch_image
 from keye_model.processing.image_processor import KeyeImageProcessor
-from keye_model.processing.items import source_of
 from keye_model.processing.patches import ImagePatches, VideoPatches
+from keye_model.processing.rules import of
+from keye_model.processing.source import source_of
 from keye_model.processing.template import (
     choose_template,
     read_template,
@@ -57,6 +58,7 @@ class RequestProcessor:
 
     Attributes:
         config: The checkpoint's `KeyeConfig`.
+        rules: `Rules` of its line.
         tokenizer: A ``tokenizers.Tokenizer``, with ``eos_token_id`` and ``pad_token_id``.
         image_processor, video_processor: Their attributes may be set, ``max_pixels`` for one.
         chat_template: Source of the jinja2 template in use, or several by name; the one called
@@ -79,6 +81,7 @@ class RequestProcessor:
         local_files_only: bool = False,
     ) -> None:
         self.config = config
+        self.rules = of(config.variant.video_version)
         self.tokenizer = tokenizer
         self.token_ids = token_ids
         self.image_processor = image_processor
@@ -92,7 +95,7 @@ class RequestProcessor:
         self._reserved = text_side.reserved_tokens(tokenizer)
         self._marks = text_side.video_marks(tokenizer)
         self._placeholders = Placeholders(
-            tokenizer, token_ids, config.vision_config.spatial_merge_size, config.variant
+            tokenizer, token_ids, config.vision_config.spatial_merge_size, self.rules
         )
 
     @classmethod
@@ -275,7 +278,7 @@ class RequestProcessor:
             keys=keys,
             roles=roles,
             sources=sources,
-            version=self.config.variant.video_version,
+            rules=self.rules,
         )
         checked = add_thinking(checked, thinking)
         return render(template, checked, special_tokens=self.special_tokens, **options), checked
@@ -302,7 +305,7 @@ class RequestProcessor:
         for item in pictures:
             picture = fetch_image(
                 item,
-                version=self.config.variant.video_version,
+                self.rules,
                 factor=self.image_processor.factor,
                 local_files_only=self.local_files_only,
             )

@@ -20,13 +20,13 @@ from keye_model.processing.image import helper_size
 from keye_model.processing.video_sampling import (
     FACTOR,
     TOKEN_PIXELS,
-    V1_5_MAX_PIXELS,
-    V1_5_MIN_PIXELS,
-    V1_5_TOTAL_PIXELS,
     bounded_size,
     check_video_tokens,
 )
 
+MIN_PIXELS = 48 * TOKEN_PIXELS  # of a frame
+MAX_PIXELS = 768 * TOKEN_PIXELS
+TOTAL_PIXELS = 65536 * TOKEN_PIXELS  # of a video
 MIN_FRAME_SIMILARITY = 0.9
 FAST_TOKEN_RATIO = 0.3
 _COMPARE_MAX_PIXELS = 256 * TOKEN_PIXELS
@@ -162,9 +162,9 @@ def frame_sizes(
     num_slow: int,
     num_fast: int,
     *,
-    min_pixels: float = V1_5_MIN_PIXELS,
-    max_pixels: float = V1_5_MAX_PIXELS,
-    total_pixels: float = V1_5_TOTAL_PIXELS,
+    min_pixels: float = MIN_PIXELS,
+    max_pixels: float = MAX_PIXELS,
+    total_pixels: float = TOTAL_PIXELS,
 ) -> FrameSizes:
     """Sizes of slow and fast frames so that a video of both meets its token budget.
 
@@ -179,11 +179,11 @@ def frame_sizes(
     Raises:
         ValueError: As `helper_size` and `check_video_tokens`.
     """
-    min_pixels = max(int(min_pixels), V1_5_MIN_PIXELS)
+    min_pixels = max(int(min_pixels), MIN_PIXELS)
     tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, total_pixels)
     slow = bounded_size(height, width, min_pixels, tokens * TOKEN_PIXELS)
     slow_tokens = slow[0] * slow[1] // TOKEN_PIXELS
-    fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, V1_5_MIN_PIXELS)
+    fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, MIN_PIXELS)
     sizes = FrameSizes(*slow, *bounded_size(height, width, min_pixels, fast_pixels))
     fast_tokens = sizes.fast_height * sizes.fast_width // TOKEN_PIXELS
     check_video_tokens(num_slow * slow_tokens + num_fast * fast_tokens)
@@ -222,7 +222,7 @@ def _looks_ahead(frames: Iterable[torch.Tensor]) -> Iterator[FrameLook]:
 
 
 def _shrink(frame: torch.Tensor) -> torch.Tensor:
-    size = helper_size(*frame.shape[1:], min_pixels=V1_5_MIN_PIXELS, max_pixels=_COMPARE_MAX_PIXELS)
+    size = helper_size(*frame.shape[1:], min_pixels=MIN_PIXELS, max_pixels=_COMPARE_MAX_PIXELS)
     return resize_bilinear(frame, *size)
 
 

@@ -6,6 +6,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from keye_model.processing.chat import normalize_messages
+from keye_model.processing.rules import PREVIEW
 from keye_model.processing.template import (
     DEFAULT_TEMPLATE,
     choose_template,
@@ -27,7 +28,7 @@ TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "image_token"
 
 def _normalized(*messages, template=""):
     keys, roles = template_reads(template)
-    options = {"reserved": RESERVED, "sources": False, "version": "1.0"}
+    options = {"reserved": RESERVED, "sources": False, "rules": PREVIEW}
     return normalize_messages(messages, keys=keys, roles=roles, **options)
 
 
