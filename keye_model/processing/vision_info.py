@@ -12,7 +12,7 @@ from keye_model.processing.chat import Messages, check_message_keys
 from keye_model.processing.film import Film
 from keye_model.processing.image import fetch_image
 from keye_model.processing.items import checked_item, kind_of
-from keye_model.processing.rules import of
+from keye_model.processing.rules import PREVIEW, V1_5, of
 from keye_model.processing.rules.base import Rules
 from keye_model.processing.source import source_of
 
@@ -63,12 +63,18 @@ def process_vision_info(
         else:
             film = Film(item, local_files_only=local_files_only)
             sample = rules.sample(film)
-            videos.append(rules.published(list(sample.frames), film.file is not None))
+            frames = list(sample.frames)
+            if rules is V1_5:
+                videos.append(torch.stack(frames))
+            elif film.file is not None:
+                videos.append(torch.stack(frames).float())
+            else:
+                pixels = (frame.permute(1, 2, 0).numpy() for frame in frames)
+                videos.append([Image.fromarray(one) for one in pixels])
             found.append(sample.keywords)
-    if not (rules.keywords_always or return_video_kwargs):
+    if rules is PREVIEW and not return_video_kwargs:
         return images or None, videos or None
-    told = dict.fromkeys(key for one in found for key in one)
-    names = told if rules.keywords_always else rules.video_keywords
+    names = ["fps"] if rules is PREVIEW else dict.fromkeys(key for one in found for key in one)
     keywords = {name: [options.get(name) for options in found] for name in names}
     return images or None, videos or None, keywords
 

@@ -23,7 +23,7 @@ from keye_model.processing.budget import Fit
 from keye_model.processing.film import Film
 from keye_model.processing.image import MIN_PIXELS, helper_size
 from keye_model.processing.patches import Frame, Sample, Size, VideoPatches
-from keye_model.processing.rules.base import CLIP_KEYS, COMMON_KEYS, PICTURE_KEYS, Rules
+from keye_model.processing.rules.base import CLIP_KEYS, COMMON_KEYS, PICTURE_KEYS, Encode, Rules
 from keye_model.processing.source import SOURCES
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video_loading import channels_first, counted, listed_pictures
@@ -141,13 +141,6 @@ def resize_bicubic(frame: torch.Tensor, height: int, width: int) -> torch.Tensor
     return resized.clamp_(0, 255).round_().to(torch.uint8)[0]
 
 
-def published(frames: list[torch.Tensor], of_file: bool) -> torch.Tensor | list[Image.Image]:
-    """fp32 [frames, 3, height, width] if of a file; of a list, PIL images."""
-    if of_file:
-        return torch.stack(frames).float()
-    return [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in frames]
-
-
 def batch(videos: Sequence[VideoPatches]) -> dict[str, torch.Tensor]:
     """second_per_grid_ts: [num_videos], fp32, seconds between frames."""
     seconds = [video.seconds_per_frame for video in videos]
@@ -155,13 +148,9 @@ def batch(videos: Sequence[VideoPatches]) -> dict[str, torch.Tensor]:
 
 
 def placeholders(
-    frames: Sequence[Frame],
-    counts: Sequence[int],
-    ids: TokenIds,
-    encode: Callable[[str], list[int]],
+    _frames: Sequence[Frame], counts: Sequence[int], ids: TokenIds, _encode: Encode
 ) -> list[int]:
     """One placeholder for each merged token."""
-    del frames, encode
     return [ids.video] * sum(counts)
 
 
@@ -226,18 +215,15 @@ PREVIEW = Rules(
         "frames": (*SOURCES["video"], "fps", "timestamps", *PICTURE_KEYS),
     },
     video_keywords=frozenset({"fps"}),
-    keywords_always=False,
     max_pixels=MAX_PIXELS,
     alpha="white",
     enlarge_small=True,
     max_frame_pixels=None,
     total_pixels_key="total_pixels",
     advice="a lower max_pixels may fit",
-    frame_count=frame_count,
     sample=sample,
     layout=layout,
     resize=resize,
-    published=published,
     batch=batch,
     placeholders=placeholders,
 )

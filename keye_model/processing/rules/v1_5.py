@@ -19,7 +19,7 @@ from keye_model.inputs.request import Progress
 from keye_model.processing.budget import Fit
 from keye_model.processing.film import Clip, Film
 from keye_model.processing.patches import Frame, Sample, Size, VideoPatches
-from keye_model.processing.rules.base import CLIP_KEYS, COMMON_KEYS, RESIZED_KEYS, Rules
+from keye_model.processing.rules.base import CLIP_KEYS, COMMON_KEYS, RESIZED_KEYS, Encode, Rules
 from keye_model.processing.slow_fast import (
     MAX_PIXELS,
     MIN_FRAME_SIMILARITY,
@@ -92,10 +92,9 @@ def sample(
 
 
 def layout(
-    sample: Sample, patch_size: int, resized: Callable[[int, int], Size]
+    sample: Sample, patch_size: int, _resized: Callable[[int, int], Size]
 ) -> tuple[tuple[Frame, ...], float]:
     """Slow frames in one size and fast ones in another, by `frame_sizes` if none are given."""
-    del resized
     count, sizes = sample.count, dict(sample.keywords)
     times, types = sizes.pop("timestamps", None), sizes.pop("frame_types", None)
     fast = [False] * count if types is None else [bool(kind) for kind in types]
@@ -116,16 +115,9 @@ def layout(
     return frames, span / (count - 1) if span > 0 else 1 / DEFAULT_FPS
 
 
-def resize(frame: torch.Tensor, height: int, width: int, resample: int) -> torch.Tensor:
+def resize(frame: torch.Tensor, height: int, width: int, _resample: int) -> torch.Tensor:
     """`resize_bilinear`, whatever the image processor's filter is."""
-    del resample
     return resize_bilinear(frame, height, width)
-
-
-def published(frames: list[torch.Tensor], of_file: bool) -> torch.Tensor:
-    """uint8 [frames, 3, height, width]."""
-    del of_file
-    return torch.stack(frames)
 
 
 def batch(videos: Sequence[VideoPatches]) -> dict[str, torch.Tensor]:
@@ -134,10 +126,7 @@ def batch(videos: Sequence[VideoPatches]) -> dict[str, torch.Tensor]:
 
 
 def placeholders(
-    frames: Sequence[Frame],
-    counts: Sequence[int],
-    ids: TokenIds,
-    encode: Callable[[str], list[int]],
+    frames: Sequence[Frame], counts: Sequence[int], ids: TokenIds, encode: Encode
 ) -> list[int]:
     """Each frame's placeholders behind its mark and its time, those of a fast one in marks."""
     tokens: list[int] = []
@@ -301,18 +290,15 @@ V1_5 = Rules(
         "frames": (*SOURCES["video"], *_KEYS, "timestamps", *RESIZED_KEYS),
     },
     video_keywords=frozenset({*FrameSizes._fields, "timestamps", "frame_types"}),
-    keywords_always=True,
     max_pixels=20480 * TOKEN_PIXELS,
     alpha="drop",
     enlarge_small=False,
     max_frame_pixels=MAX_PIXELS,
     total_pixels_key="video_total_pixels",
     advice="a lower video_total_pixels or max_frames may fit",
-    frame_count=frame_count,
     sample=sample,
     layout=layout,
     resize=resize,
-    published=published,
     batch=batch,
     placeholders=placeholders,
 )
