@@ -83,11 +83,12 @@ def helper_size(
         ValueError: A size is not a positive integer, the ratio of sides exceeds 200, or the result
             has more than 131072 tokens.
     """
-    _check_sizes(height, width, factor, min_pixels, max_pixels)
+    bounds = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    _check_sizes(height=height, width=width, **bounds)
     _check_ratio(height, width)
     high = max(factor, factor * round(height / factor))
     wide = max(factor, factor * round(width / factor))
-    high, wide = _fit(height, width, high, wide, factor, min_pixels, max_pixels)
+    high, wide = _fit(height, width, high, wide, **bounds)
     _check_tokens(high, wide, factor)
     return max(high, factor), max(wide, factor)
 
@@ -111,7 +112,8 @@ def processor_size(
         ValueError: A size is not a positive integer, the ratio of sides exceeds 200, the result has
             more than 131072 tokens, or ``max_pixels`` leaves a side of less than one ``factor``.
     """
-    _check_sizes(height, width, factor, min_pixels, max_pixels)
+    bounds = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    _check_sizes(height=height, width=width, **bounds)
     if enlarge_small:
         if height < factor:
             height, width = factor, max(1, round(width * factor / height))
@@ -119,7 +121,7 @@ def processor_size(
             height, width = round(height * factor / width), factor
     _check_ratio(height, width)
     high, wide = factor * round(height / factor), factor * round(width / factor)
-    high, wide = _fit(height, width, high, wide, factor, min_pixels, max_pixels)
+    high, wide = _fit(height, width, high, wide, **bounds)
     if min(high, wide) < factor:
         raise ValueError(
             f"max_pixels must leave both sides of a {height}x{width} picture at least {factor} "
@@ -190,14 +192,7 @@ def _fit(
     return high, wide
 
 
-def _check_sizes(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> None:
-    values = {
-        "height": height,
-        "width": width,
-        "factor": factor,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-    }
+def _check_sizes(**values: float) -> None:
     for name, value in values.items():
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         # Only the upper bound may be infinite.

@@ -164,7 +164,7 @@ def frame_sizes(
     *,
     min_pixels: float = MIN_PIXELS,
     max_pixels: float = MAX_PIXELS,
-    total_pixels: float = TOTAL_PIXELS,
+    video_total_pixels: float = TOTAL_PIXELS,
 ) -> FrameSizes:
     """Sizes of slow and fast frames so that a video of both meets its token budget.
 
@@ -174,13 +174,13 @@ def frame_sizes(
     Args:
         height, width: Of the original frames.
         min_pixels, max_pixels: Bounds of a slow frame; below 48 tokens the minimum is 48 tokens.
-        total_pixels: Budget of the whole video.
+        video_total_pixels: Budget of the whole video.
 
     Raises:
         ValueError: As `helper_size` and `check_video_tokens`.
     """
     min_pixels = max(int(min_pixels), MIN_PIXELS)
-    tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, total_pixels)
+    tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, video_total_pixels)
     slow = bounded_size(height, width, min_pixels, tokens * TOKEN_PIXELS)
     slow_tokens = slow[0] * slow[1] // TOKEN_PIXELS
     fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, MIN_PIXELS)

@@ -7,7 +7,7 @@ In the prompt each frame stands behind its mark and its time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,12 @@ from keye_model.processing.video_sampling import (
     checked_count,
     frame_indices,
 )
+
+_BOUNDS = {
+    "min_pixels": MIN_PIXELS,
+    "max_pixels": MAX_PIXELS,
+    "video_total_pixels": TOTAL_PIXELS,
+}
 
 
 def frame_count(total: int, rate: float, options: Mapping[str, Any]) -> int:
@@ -151,103 +157,101 @@ def _of_list(film: Film, progress: Progress | None) -> Sample:
     times = film.times
     if times is None and "fps" in film.options:
         times = [(1 / rate) * index for index in range(total)]
-    fast = classify_frames(frames, _similarity(film))
-    sizes = _sizes(film, size, *_counts(fast))
-    keywords = _kinds(fast, None if times is None else [times[place] for place in places])
-    return Sample(frames, len(frames), size, sizes._asdict() | keywords)
+    kinds = _kinds(_classified(film, frames), times and [times[place] for place in places])
+    return Sample(frames, len(frames), size, _sizes(size, kinds, _bounds(film)) | kinds)
 
 
 def _of_file(film: Film, fit: Fit | None, decode: bool, progress: Progress | None) -> Sample:
-    clip = film.clip(frame_count)
-    room = None if fit is None else fit.room
-    if room is not None:
+    clip, bounds = film.clip(frame_count), _bounds(film)
+    fitted = fit is not None and fit.room is not None
+    if fitted:
         most = _most_frames(film, clip, fit)
         clip = replace(clip, count=fit.most(most, clip.count, film.name))
     if decode:
         frames = ClipFrames(clip, progress)
-        fast = classify_frames(frames, _similarity(film))
+        fast = _classified(film, frames)
         size = frames.size
     else:
         frames, size = None, film.file.frame_size
         fast = _costliest(film, clip.count)
     kinds = _kinds(fast, clip.times)
-    total = None if room is None else _fitting_total(film, fit, size, kinds)
-    sizes = _sizes(film, size, *_counts(fast), total)
-    return Sample(frames, clip.count, size, sizes._asdict() | kinds, total is not None)
+    lower = _fitting_total(fit, size, kinds, bounds) if fitted else {}
+    return Sample(
+        frames, clip.count, size, _sizes(size, kinds, bounds | lower) | kinds, bool(lower)
+    )
 
 
-def _fitting_total(film: Film, fit: Fit, size: Size, keywords: Mapping[str, Any]) -> int | None:
+def _fitting_total(
+    fit: Fit, size: Size, kinds: Mapping[str, torch.Tensor], bounds: Mapping[str, float]
+) -> dict[str, int]:
     """The largest ``video_total_pixels`` that keeps a video within ``fit.room``.
 
-    None if the published one does; 0 if even the smallest frames are too large.
-
-    Args:
-        size: Of the original frames.
-        keywords: Types and times of the frames.
+    Empty if its own does; 0 if even the smallest frames are too large.
     """
-    counts = _counts(keywords["frame_types"].tolist())
-    sizes = _sizes(film, size, *counts)
-    sample = Sample(None, sum(counts), size, sizes._asdict() | keywords)
+    counts = _counts(kinds["frame_types"].tolist())
+    sizes = frame_sizes(*size, *counts, **bounds)
+    sample = Sample(None, sum(counts), size, sizes._asdict() | kinds)
     marks = fit.tokens(sample) - _tokens(sizes, *counts)
 
     def tokens(total: int) -> int:
-        return marks + _tokens(_sizes(film, size, *counts, total * TOKEN_PIXELS), *counts)
+        lower = bounds | {"video_total_pixels": total * TOKEN_PIXELS}
+        return marks + _tokens(frame_sizes(*size, *counts, **lower), *counts)
 
-    most = int(film.options.get("video_total_pixels", TOTAL_PIXELS) / TOKEN_PIXELS)
+    most = int(bounds["video_total_pixels"] / TOKEN_PIXELS)
     total = bisect_right(range(1, most + 1), fit.room, key=tokens)
-    return total * TOKEN_PIXELS if total < most else None
+    return {"video_total_pixels": total * TOKEN_PIXELS} if total < most else {}
 
 
 def _most_frames(film: Film, clip: Clip, fit: Fit) -> int | None:
     """How many of a clip's frames fit at their smallest; None if none do."""
     size = film.file.frame_size
-    smallest = _sizes(film, size, 1, 1, 0)._asdict()
+    smallest = frame_sizes(*size, 1, 1, **_bounds(film) | {"video_total_pixels": 0})._asdict()
 
     def tokens(count: int) -> int:
         """All slow or all but the first fast: at fixed sizes no other split has more."""
         times = replace(clip, count=count).times
-        splits = ([False] * slow + [True] * (count - slow) for slow in _slow(film, count))
-        keywords = (smallest | _kinds(fast, times) for fast in splits)
-        return max(fit.tokens(Sample(None, count, size, one)) for one in keywords)
+        splits = (_kinds(_split(slow, count), times) for slow in _slow(film, count))
+        return max(fit.tokens(Sample(None, count, size, smallest | kinds)) for kinds in splits)
 
     return bisect_right(range(1, clip.count + 1), fit.room, key=tokens) or None
 
 
 def _costliest(film: Film, count: int) -> list[bool]:
     """Which frames are fast where the video has most tokens."""
+    size, bounds = film.file.frame_size, _bounds(film)
 
     def tokens(slow: int) -> int:
-        split = slow, count - slow
-        return _tokens(_sizes(film, film.file.frame_size, *split), *split) + 2 * split[1]
+        counts = slow, count - slow
+        return _tokens(frame_sizes(*size, *counts, **bounds), *counts) + 2 * counts[1]
 
     least, most = _slow(film, count)
-    slow = max(range(least, most + 1), key=tokens)
-    return [False] * slow + [True] * (count - slow)
+    return _split(max(range(least, most + 1), key=tokens), count)
 
 
 def _slow(film: Film, count: int) -> tuple[int, int]:
     """Least and most slow frames. The first is slow, and none less alike than 0."""
-    return 1, count if _similarity(film) > 0 else 1
+    return 1, count if film.options.get("min_frame_similarity", MIN_FRAME_SIMILARITY) > 0 else 1
 
 
-def _similarity(film: Film) -> float:
-    return film.options.get("min_frame_similarity", MIN_FRAME_SIMILARITY)
+def _split(slow: int, count: int) -> list[bool]:
+    """Which of ``count`` frames are fast if only the first are slow."""
+    return [False] * slow + [True] * (count - slow)
+
+
+def _classified(film: Film, frames: Iterable[torch.Tensor]) -> list[bool]:
+    return classify_frames(frames, film.options.get("min_frame_similarity", MIN_FRAME_SIMILARITY))
+
+
+def _bounds(film: Film) -> dict[str, float]:
+    """The keywords of `frame_sizes`."""
+    return {key: film.options.get(key, default) for key, default in _BOUNDS.items()}
 
 
 def _sizes(
-    film: Film, size: Size, num_slow: int, num_fast: int, total_pixels: float | None = None
-) -> FrameSizes:
-    """By the item's bounds, or another bound of the whole video."""
-    if total_pixels is None:
-        total_pixels = film.options.get("video_total_pixels", TOTAL_PIXELS)
-    return frame_sizes(
-        *size,
-        num_slow,
-        num_fast,
-        min_pixels=film.options.get("min_pixels", MIN_PIXELS),
-        max_pixels=film.options.get("max_pixels", MAX_PIXELS),
-        total_pixels=total_pixels,
-    )
+    size: Size, kinds: Mapping[str, torch.Tensor], bounds: Mapping[str, float]
+) -> dict[str, int]:
+    counts = _counts(kinds["frame_types"].tolist())
+    return frame_sizes(*size, *counts, **bounds)._asdict()
 
 
 def _checked_sizes(sizes: Mapping[str, int]) -> FrameSizes:

@@ -273,7 +273,7 @@ def _helper_size(height, width, low, high):
         ((720, 1280), {"min_pixels": 128 * 784, "max_pixels": 256 * 784}, 256),
         # Small enough for the fast bound of 48 tokens, so the minimum rules and it grows past it.
         ((140, 224), {"min_pixels": 128 * 784}, 768),
-        ((720, 1280), {"total_pixels": 50 * 784}, 48),
+        ((720, 1280), {"video_total_pixels": 50 * 784}, 48),
     ],
     ids=["min", "max", "crossed", "small", "budget"],
 )
