@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from keye_model.processing.patches import Sample
+from keye_model.processing.patches import Frame, Sample
 
 
 class TokenBudget:
@@ -82,13 +82,18 @@ class Fit:
 
     Attributes:
         budget: What the prompt has left.
-        tokens: Those of a video that was sampled so, marks and times included.
+        layout: Of sampled frames: what each becomes, and the seconds between two.
+        count_tokens: Of a video of such frames, marks and times included.
         room: Tokens that the video is made to fit into; None leaves it as published.
     """
 
     budget: TokenBudget
-    tokens: Callable[[Sample], int]
+    layout: Callable[[Sample], tuple[tuple[Frame, ...], float]]
+    count_tokens: Callable[[Sequence[Frame]], int]
     room: int | None = None
+
+    def tokens(self, sample: Sample) -> int:
+        return self.count_tokens(self.layout(sample)[0])
 
     def most(self, fitting: int | None, published: int, name: str) -> int:
         """How many frames to sample: ``fitting``, or ``published`` if nothing is refused.

@@ -127,9 +127,6 @@ class KeyeVideoProcessor:
         }
         needs = {place: count_tokens(frames) for place, frames in published.items()}
 
-        def tokens(sample: Sample) -> int:
-            return count_tokens(self._layout(sample)[0])
-
         done: dict[int, VideoPatches] = {}
         # Those of a fixed length come first; what they leave is shared among the others.
         waiting = sorted(range(len(films)), key=published.__contains__)
@@ -137,7 +134,7 @@ class KeyeVideoProcessor:
             room = None
             if place in published:
                 room = budget.share([needs[other] for other in waiting[at:]])
-            fit = Fit(budget, tokens, room)
+            fit = Fit(budget, self._layout, count_tokens, room)
             done[place], smaller = self._sampled(films[place], fit, progress, not shapes_only)
             frames = done[place].frames
             if room is not None and (smaller or len(frames) < len(published[place])):
@@ -153,9 +150,8 @@ class KeyeVideoProcessor:
         """The patches of a film, on the meta device if not decoded; and `Sample.smaller`."""
         sample = self.rules.sample(film, fit, decode=decode, progress=progress)
         frames, seconds = self._layout(sample)
-        fit.budget.take(
-            fit.tokens(sample), f"{film.name} with {sample.count} frames", self.rules.advice
-        )
+        what = f"{film.name} with {sample.count} frames"
+        fit.budget.take(fit.count_tokens(frames), what, self.rules.advice)
         return VideoPatches(self._cut(sample.frames, frames), frames, seconds), sample.smaller
 
     def _change(self, frames: Sequence[Frame], published: int) -> str:

@@ -171,7 +171,7 @@ def _of_file(film: Film, fit: Fit | None, decode: bool, progress: Progress | Non
         return Sample(None, count, size, {"fps": replace(clip, count=count).fps})
 
     def tokens(count: int) -> int:
-        return fit.tokens(undecoded(count))
+        return count * fit.tokens(replace(undecoded(count), count=1))
 
     if fit is not None and fit.room is not None:
         fitting = (count for count in range(clip.count, 1, -2) if tokens(count) <= fit.room)

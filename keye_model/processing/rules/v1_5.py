@@ -7,7 +7,7 @@ In the prompt each frame stands behind its mark and its time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -157,8 +157,8 @@ def _of_list(film: Film, progress: Progress | None) -> Sample:
     times = film.times
     if times is None and "fps" in film.options:
         times = [(1 / rate) * index for index in range(total)]
-    kinds = _kinds(_classified(film, frames), times and [times[place] for place in places])
-    return Sample(frames, len(frames), size, _sizes(size, kinds, _bounds(film)) | kinds)
+    times = times and [times[place] for place in places]
+    return _sample(frames, size, _classified(film, frames), times, _bounds(film))
 
 
 def _of_file(film: Film, fit: Fit | None, decode: bool, progress: Progress | None) -> Sample:
@@ -174,27 +174,38 @@ def _of_file(film: Film, fit: Fit | None, decode: bool, progress: Progress | Non
     else:
         frames, size = None, film.file.frame_size
         fast = _costliest(film, clip.count)
-    kinds = _kinds(fast, clip.times)
-    lower = _fitting_total(fit, size, kinds, bounds) if fitted else {}
-    return Sample(
-        frames, clip.count, size, _sizes(size, kinds, bounds | lower) | kinds, bool(lower)
-    )
+    lower = _fitting_total(fit, size, fast, clip.times, bounds) if fitted else {}
+    return _sample(frames, size, fast, clip.times, bounds | lower, smaller=bool(lower))
+
+
+def _sample(
+    frames: Collection[torch.Tensor] | None,
+    size: Size,
+    fast: list[bool],
+    times: list[float] | None,
+    bounds: Mapping[str, float],
+    smaller: bool = False,
+) -> Sample:
+    keywords: dict[str, Any] = frame_sizes(*size, *_counts(fast), **bounds)._asdict()
+    keywords["frame_types"] = torch.tensor(fast, dtype=torch.int32)
+    if times is not None:
+        keywords["timestamps"] = torch.tensor(times).float()
+    return Sample(frames, len(fast), size, keywords, smaller)
 
 
 def _fitting_total(
-    fit: Fit, size: Size, kinds: Mapping[str, torch.Tensor], bounds: Mapping[str, float]
+    fit: Fit, size: Size, fast: list[bool], times: list[float], bounds: Mapping[str, float]
 ) -> dict[str, int]:
     """The largest ``video_total_pixels`` that keeps a video within ``fit.room``.
 
     Empty if its own does; 0 if even the smallest frames are too large.
     """
-    counts = _counts(kinds["frame_types"].tolist())
+    counts = _counts(fast)
     sizes = frame_sizes(*size, *counts, **bounds)
-    sample = Sample(None, sum(counts), size, sizes._asdict() | kinds)
-    marks = fit.tokens(sample) - _tokens(sizes, *counts)
+    marks = fit.tokens(_undecoded(size, sizes, fast, times)) - _tokens(sizes, *counts)
 
     def tokens(total: int) -> int:
-        lower = bounds | {"video_total_pixels": total * TOKEN_PIXELS}
+        lower = {**bounds, "video_total_pixels": total * TOKEN_PIXELS}
         return marks + _tokens(frame_sizes(*size, *counts, **lower), *counts)
 
     most = int(bounds["video_total_pixels"] / TOKEN_PIXELS)
@@ -205,15 +216,20 @@ def _fitting_total(
 def _most_frames(film: Film, clip: Clip, fit: Fit) -> int | None:
     """How many of a clip's frames fit at their smallest; None if none do."""
     size = film.file.frame_size
-    smallest = frame_sizes(*size, 1, 1, **_bounds(film) | {"video_total_pixels": 0})._asdict()
+    smallest = frame_sizes(*size, 1, 1, **_bounds(film) | {"video_total_pixels": 0})
 
     def tokens(count: int) -> int:
         """All slow or all but the first fast: at fixed sizes no other split has more."""
         times = replace(clip, count=count).times
-        splits = (_kinds(_split(slow, count), times) for slow in _slow(film, count))
-        return max(fit.tokens(Sample(None, count, size, smallest | kinds)) for kinds in splits)
+        splits = (_split(slow, count) for slow in _slow(film, count))
+        return max(fit.tokens(_undecoded(size, smallest, fast, times)) for fast in splits)
 
     return bisect_right(range(1, clip.count + 1), fit.room, key=tokens) or None
+
+
+def _undecoded(size: Size, sizes: FrameSizes, fast: list[bool], times: list[float]) -> Sample:
+    keywords = {**sizes._asdict(), "frame_types": fast, "timestamps": times}
+    return Sample(None, len(fast), size, keywords)
 
 
 def _costliest(film: Film, count: int) -> list[bool]:
@@ -247,13 +263,6 @@ def _bounds(film: Film) -> dict[str, float]:
     return {key: film.options.get(key, default) for key, default in _BOUNDS.items()}
 
 
-def _sizes(
-    size: Size, kinds: Mapping[str, torch.Tensor], bounds: Mapping[str, float]
-) -> dict[str, int]:
-    counts = _counts(kinds["frame_types"].tolist())
-    return frame_sizes(*size, *counts, **bounds)._asdict()
-
-
 def _checked_sizes(sizes: Mapping[str, int]) -> FrameSizes:
     missing = [name for name in FrameSizes._fields if name not in sizes]
     if missing:
@@ -263,12 +272,6 @@ def _checked_sizes(sizes: Mapping[str, int]) -> FrameSizes:
         if size < FACTOR or size % FACTOR:
             raise ValueError(f"{name} must be a positive multiple of {FACTOR}, got {size}")
     return found
-
-
-def _kinds(fast: Sequence[bool], times: Sequence[float] | None) -> dict[str, torch.Tensor]:
-    """The keywords that say of each frame whether it is fast and when it is shown."""
-    kinds = {"frame_types": torch.tensor(fast, dtype=torch.int32)}
-    return kinds if times is None else kinds | {"timestamps": torch.tensor(times).float()}
 
 
 def _counts(fast: Sequence[bool]) -> tuple[int, int]:
