@@ -78,13 +78,13 @@ class TokenBudget:
 
 @dataclass(frozen=True)
 class Fit:
-    """The prompt that a video is part of.
+    """What a video must fit into: the prompt it is part of.
 
     Attributes:
-        budget: What the prompt has left.
-        layout: Of sampled frames: what each becomes, and the seconds between two.
-        count_tokens: Of a video of such frames, marks and times included.
-        room: Tokens that the video is made to fit into; None leaves it as published.
+        budget: Of the prompt.
+        layout: Sample → the `Frame` of each of its frames, and the seconds between two.
+        count_tokens: Frames → tokens of a video of them, marks and times included.
+        room: Tokens to which frames are dropped or shrunk; None leaves the video as published.
     """
 
     budget: TokenBudget
@@ -96,10 +96,10 @@ class Fit:
         return self.count_tokens(self.layout(sample)[0])
 
     def most(self, fitting: int | None, published: int, name: str) -> int:
-        """How many frames to sample: ``fitting``, or ``published`` if nothing is refused.
+        """How many frames to sample: ``fitting``, the most that fit, or else ``published``.
 
         Raises:
-            ValueError: ``fitting`` is None: not even the fewest frames fit.
+            ValueError: ``fitting`` is None, as no frame fits, and the budget is enforced.
         """
         if fitting is None and self.budget.enforced:
             raise ValueError(

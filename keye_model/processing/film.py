@@ -1,4 +1,4 @@
-"""A video item, opened: what is known of its file or its list of frames before one is decoded."""
+"""A video item, opened: what its file or list of frames says before a frame is decoded."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ class Film:
     """One video item, opened.
 
     Attributes:
-        item: What was opened.
+        item: The message item.
         options: Its keys that steer sampling (`video_options`).
-        frames: Of a list, array or tensor: what `load_image` reads, or dicts that name it; else
-            None.
-        times: Of the frames in seconds, if the item tells them.
-        file: None for a list of frames.
-        name: How errors call it.
-        elastic: Whether fewer frames may be sampled than the rules say: of a file of which the
-            item does not say how many.
+        file: None if the item holds a list, array or tensor of frames.
+        frames: Of a list, each what `load_image` takes or an image item; None for a file.
+        times: Of a list, the time of each frame in seconds if the item has ``timestamps``.
+        name: How errors call the video.
+        elastic: Whether fewer frames may be sampled to fit a prompt: true for a file whose item
+            does not say how many to take.
     """
 
     def __init__(self, item: Mapping[str, Any], *, local_files_only: bool = False) -> None:
-        """Open it; of a file, only the times of its frames are read.
+        """Open the item. Of a file, only the times of its frames are read.
 
         Args:
             item: ``video``: what `VideoFile` reads; or a list of frames; or a uint8 array or tensor
-                [frames, 3, height, width] or [frames, height, width, 3]. Its other keys: the
-                function ``sample`` of each line's rules.
+                [frames, 3, height, width] or [frames, height, width, 3]. For the other keys see
+                `rules.preview.sample` and `rules.v1_5.sample`.
             local_files_only: Refuse https URLs, of frames too.
 
         Raises:
@@ -61,10 +60,7 @@ class Film:
         self.elastic = bool(self.file) and not _HOW_MANY_FRAMES & set(self.options)
 
     def clip(self, count: Callable[[int, float, Mapping[str, Any]], int]) -> Clip:
-        """Which of the file's frames are sampled.
-
-        Args:
-            count: The line's `frame_count`.
+        """Which of the file's frames are sampled; ``count`` is the line's `frame_count`.
 
         Raises:
             ValueError: As `clip_range` and ``count``.
@@ -74,7 +70,7 @@ class Film:
         return Clip(file, first, last, count(last - first + 1, file.rate, self.options))
 
     def sampled(self, sample: Callable[[], T]) -> T:
-        """``sample()``, done anew over the frames that decode if packets were not frames.
+        """Call ``sample``, a second time if the file proves to have fewer frames than packets.
 
         Raises:
             ValueError: As ``sample``; the message names the file.

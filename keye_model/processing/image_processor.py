@@ -186,4 +186,4 @@ class KeyeImageProcessor:
             raise ValueError(f"{where}image_std must be positive, got {self.image_std!r}")
         if self.resample not in list(Image.Resampling):
             raise ValueError(f"{where}resample must be 0 to 5, got {self.resample!r}")
-        of(self.version)
+        of(self.version)  # raises for an unknown one

@@ -31,11 +31,11 @@ class Sample:
     """The sampled frames of a video.
 
     Attributes:
-        frames: [3, height, width] uint8 each; None if they were not decoded.
-        count: How many.
-        size: Height and width of the first.
+        frames: Each [3, height, width] uint8; None if they were not decoded.
+        count: Number of frames.
+        size: Height and width of the first frame.
         keywords: What `process_vision_info` returns beside them.
-        smaller: Whether the frames are to become smaller than published, to fit a prompt.
+        smaller: Whether the keywords ask for smaller frames than published, to fit a prompt.
     """
 
     frames: Collection[torch.Tensor] | None

@@ -7,20 +7,11 @@ from typing import Any
 
 import torch
 
-from keye_model.inputs.keywords import (
-    PROCESSING,
-    TEMPLATING,
-    refuse,
-    without_idle,
-)
+from keye_model.inputs.keywords import PROCESSING, TEMPLATING, refuse, without_idle
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.batch import BatchFeature, pad
 from keye_model.processing.budget import TokenBudget
-from keye_model.processing.chat import (
-    Messages,
-    Thinking,
-    plain_data,
-)
+from keye_model.processing.chat import Messages, Thinking, plain_data
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.request_processor import RequestProcessor, each, joined
 from keye_model.processing.rules import VIDEO_KEYWORDS
@@ -104,7 +95,8 @@ class KeyeProcessor(RequestProcessor):
         cut = [self.image_processor.patches(image) for image in _flat(images)]
         films = self.video_processor.patches_of_each(videos, **video_kwargs)
         rows = self._placeholders.expand(texts, cut, films)
-        return self._batch(rows, cut, films, padding, padding_side, return_tensors)
+        filling = {"padding_side": padding_side, "return_tensors": return_tensors}
+        return self._batch(rows, cut, films, padding=padding, **filling)
 
     def apply_chat_template(
         self,
@@ -224,17 +216,9 @@ class KeyeProcessor(RequestProcessor):
         rows: list[list[int]],
         images: list[ImagePatches],
         videos: list[VideoPatches],
-        padding: bool | str,
-        padding_side: str,
-        return_tensors: str | None,
+        **filling: Any,
     ) -> BatchFeature:
-        batch = pad(
-            rows,
-            self.token_ids.pad,
-            padding,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-        )
+        batch = pad(rows, self.token_ids.pad, **filling)
         normalize = self.image_processor.normalize
         if images:
             batch["pixel_values"] = normalize(joined(images))

@@ -12,11 +12,7 @@ from tokenizers import Tokenizer
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.hub import locate, read_json
-from keye_model.inputs.keywords import (
-    LOADING_PROCESSOR,
-    refuse,
-    without_idle,
-)
+from keye_model.inputs.keywords import LOADING_PROCESSOR, refuse, without_idle
 from keye_model.inputs.request import Progress, Request
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.budget import TokenBudget
@@ -34,12 +30,7 @@ from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.rules import of
 from keye_model.processing.source import source_of
-from keye_model.processing.template import (
-    choose_template,
-    read_template,
-    render,
-    template_reads,
-)
+from keye_model.processing.template import choose_template, read_template, render, template_reads
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video_processor import KeyeVideoProcessor
 

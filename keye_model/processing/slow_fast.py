@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -161,10 +162,7 @@ def frame_sizes(
     width: int,
     num_slow: int,
     num_fast: int,
-    *,
-    min_pixels: float = MIN_PIXELS,
-    max_pixels: float = MAX_PIXELS,
-    video_total_pixels: float = TOTAL_PIXELS,
+    options: Mapping[str, float] = MappingProxyType({}),
 ) -> FrameSizes:
     """Sizes of slow and fast frames so that a video of both meets its token budget.
 
@@ -173,14 +171,16 @@ def frame_sizes(
 
     Args:
         height, width: Of the original frames.
-        min_pixels, max_pixels: Bounds of a slow frame; below 48 tokens the minimum is 48 tokens.
-        video_total_pixels: Budget of the whole video.
+        options: ``min_pixels`` and ``max_pixels`` of a slow frame; below 48 tokens the minimum is
+            48 tokens. ``video_total_pixels``, the budget of the whole video.
 
     Raises:
         ValueError: As `helper_size` and `check_video_tokens`.
     """
-    min_pixels = max(int(min_pixels), MIN_PIXELS)
-    tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, video_total_pixels)
+    min_pixels = max(int(options.get("min_pixels", MIN_PIXELS)), MIN_PIXELS)
+    max_pixels = options.get("max_pixels", MAX_PIXELS)
+    total_pixels = options.get("video_total_pixels", TOTAL_PIXELS)
+    tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, total_pixels)
     slow = bounded_size(height, width, min_pixels, tokens * TOKEN_PIXELS)
     slow_tokens = slow[0] * slow[1] // TOKEN_PIXELS
     fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, MIN_PIXELS)

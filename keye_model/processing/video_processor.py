@@ -45,7 +45,7 @@ class KeyeVideoProcessor:
         version: str = "1.0",
         local_files_only: bool = False,
     ) -> None:
-        of(version)
+        of(version)  # raises for an unknown one
         self.image_processor = image_processor or KeyeImageProcessor(version=version)
         if self.image_processor.factor != FACTOR:
             raise NotImplementedError(
@@ -76,7 +76,7 @@ class KeyeVideoProcessor:
 
     @property
     def rules(self) -> Rules:
-        """The object of the line whose rules apply."""
+        """The rules of the line that ``version`` names."""
         return of(self.version)
 
     def patches(self, item: Mapping[str, Any]) -> VideoPatches:
@@ -119,7 +119,7 @@ class KeyeVideoProcessor:
             )
             for item in items
         ]
-        # How the films that may be made to fit look as published.
+        # Frames by the published rules of the films that may be made to fit.
         published = {
             place: self._layout(self.rules.sample(film, decode=False))[0]
             for place, film in enumerate(films)
@@ -128,7 +128,7 @@ class KeyeVideoProcessor:
         needs = {place: count_tokens(frames) for place, frames in published.items()}
 
         done: dict[int, VideoPatches] = {}
-        # Those of a fixed length come first; what they leave is shared among the others.
+        # Films of a fixed length come first; the others share what is left.
         waiting = sorted(range(len(films)), key=published.__contains__)
         for at, place in enumerate(waiting):
             room = None
@@ -147,7 +147,7 @@ class KeyeVideoProcessor:
     def _sampled(
         self, film: Film, fit: Fit, progress: Progress | None, decode: bool
     ) -> tuple[VideoPatches, bool]:
-        """The patches of a film, on the meta device if not decoded; and `Sample.smaller`."""
+        """The film's patches (on the meta device without ``decode``), and `Sample.smaller`."""
         sample = self.rules.sample(film, fit, decode=decode, progress=progress)
         frames, seconds = self._layout(sample)
         what = f"{film.name} with {sample.count} frames"
@@ -155,7 +155,7 @@ class KeyeVideoProcessor:
         return VideoPatches(self._cut(sample.frames, frames), frames, seconds), sample.smaller
 
     def _change(self, frames: Sequence[Frame], published: int) -> str:
-        """What was made of a film of ``published`` frames."""
+        """One line on a film that was fitted; the published rules take ``published`` frames."""
         most = max(frame.rows * frame.columns for frame in frames)
         most = most * self.image_processor.patch_size**2 // TOKEN_PIXELS
         instead = f" instead of {published}" if len(frames) < published else ""

@@ -96,7 +96,7 @@ def sample(
 
     Args:
         fit: The prompt it is part of, which may lower the number of a file's frames or refuse it.
-        decode: Whether to decode a file's frames; else they are None.
+        decode: Whether to decode a file's frames. Else ``frames`` is None.
         progress: Called as ``progress("frames", done, total)`` after each frame.
 
     Returns:

@@ -7,7 +7,7 @@ In the prompt each frame stands behind its mark and its time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,12 +40,6 @@ from keye_model.processing.video_sampling import (
     checked_count,
     frame_indices,
 )
-
-_BOUNDS = {
-    "min_pixels": MIN_PIXELS,
-    "max_pixels": MAX_PIXELS,
-    "video_total_pixels": TOTAL_PIXELS,
-}
 
 
 def frame_count(total: int, rate: float, options: Mapping[str, Any]) -> int:
@@ -81,8 +75,8 @@ def sample(
 
     Args:
         fit: The prompt it is part of, which may lower the number and size of a file's frames.
-        decode: Whether to decode a file's frames; else they are None, and slow and fast as they
-            have most tokens.
+        decode: Whether to decode a file's frames. Else ``frames`` is None, and the split into
+            slow and fast is the one with most tokens.
         progress: Called as ``progress("frames", done, total)`` after each frame.
 
     Returns:
@@ -158,24 +152,27 @@ def _of_list(film: Film, progress: Progress | None) -> Sample:
     if times is None and "fps" in film.options:
         times = [(1 / rate) * index for index in range(total)]
     times = times and [times[place] for place in places]
-    return _sample(frames, size, _classified(film, frames), times, _bounds(film))
+    fast = classify_frames(frames, _similarity(film))
+    return _sample(frames, size, fast, times, film.options)
 
 
 def _of_file(film: Film, fit: Fit | None, decode: bool, progress: Progress | None) -> Sample:
-    clip, bounds = film.clip(frame_count), _bounds(film)
+    clip, options = film.clip(frame_count), film.options
     fitted = fit is not None and fit.room is not None
     if fitted:
         most = _most_frames(film, clip, fit)
         clip = replace(clip, count=fit.most(most, clip.count, film.name))
     if decode:
         frames = ClipFrames(clip, progress)
-        fast = _classified(film, frames)
+        fast = classify_frames(frames, _similarity(film))
         size = frames.size
     else:
         frames, size = None, film.file.frame_size
         fast = _costliest(film, clip.count)
-    lower = _fitting_total(fit, size, fast, clip.times, bounds) if fitted else {}
-    return _sample(frames, size, fast, clip.times, bounds | lower, smaller=bool(lower))
+    if fitted:
+        options = _fitting_options(film, fit, size, fast, clip.times)
+    smaller = options is not film.options
+    return _sample(frames, size, fast, clip.times, options, smaller)
 
 
 def _sample(
@@ -183,40 +180,41 @@ def _sample(
     size: Size,
     fast: list[bool],
     times: list[float] | None,
-    bounds: Mapping[str, float],
+    options: Mapping[str, float],
     smaller: bool = False,
 ) -> Sample:
-    keywords: dict[str, Any] = frame_sizes(*size, *_counts(fast), **bounds)._asdict()
+    keywords: dict[str, Any] = frame_sizes(*size, *_counts(fast), options)._asdict()
     keywords["frame_types"] = torch.tensor(fast, dtype=torch.int32)
     if times is not None:
         keywords["timestamps"] = torch.tensor(times).float()
     return Sample(frames, len(fast), size, keywords, smaller)
 
 
-def _fitting_total(
-    fit: Fit, size: Size, fast: list[bool], times: list[float], bounds: Mapping[str, float]
-) -> dict[str, int]:
-    """The largest ``video_total_pixels`` that keeps a video within ``fit.room``.
-
-    Empty if its own does; 0 if even the smallest frames are too large.
+def _fitting_options(
+    film: Film, fit: Fit, size: Size, fast: list[bool], times: list[float]
+) -> Mapping[str, float]:
+    """The item's options; if they exceed ``fit.room``, with the largest ``video_total_pixels``
+    that does not, or 0 if even the smallest frames are too large.
     """
-    counts = _counts(fast)
-    sizes = frame_sizes(*size, *counts, **bounds)
+    options, counts = film.options, _counts(fast)
+    sizes = frame_sizes(*size, *counts, options)
     marks = fit.tokens(_undecoded(size, sizes, fast, times)) - _tokens(sizes, *counts)
 
-    def tokens(total: int) -> int:
-        lower = {**bounds, "video_total_pixels": total * TOKEN_PIXELS}
-        return marks + _tokens(frame_sizes(*size, *counts, **lower), *counts)
+    def lowered(total: int) -> dict[str, float]:
+        return options | {"video_total_pixels": total * TOKEN_PIXELS}
 
-    most = int(bounds["video_total_pixels"] / TOKEN_PIXELS)
+    def tokens(total: int) -> int:
+        return marks + _tokens(frame_sizes(*size, *counts, lowered(total)), *counts)
+
+    most = int(options.get("video_total_pixels", TOTAL_PIXELS) / TOKEN_PIXELS)
     total = bisect_right(range(1, most + 1), fit.room, key=tokens)
-    return {"video_total_pixels": total * TOKEN_PIXELS} if total < most else {}
+    return lowered(total) if total < most else options
 
 
 def _most_frames(film: Film, clip: Clip, fit: Fit) -> int | None:
     """How many of a clip's frames fit at their smallest; None if none do."""
     size = film.file.frame_size
-    smallest = frame_sizes(*size, 1, 1, **_bounds(film) | {"video_total_pixels": 0})
+    smallest = frame_sizes(*size, 1, 1, film.options | {"video_total_pixels": 0})
 
     def tokens(count: int) -> int:
         """All slow or all but the first fast: at fixed sizes no other split has more."""
@@ -233,20 +231,20 @@ def _undecoded(size: Size, sizes: FrameSizes, fast: list[bool], times: list[floa
 
 
 def _costliest(film: Film, count: int) -> list[bool]:
-    """Which frames are fast where the video has most tokens."""
-    size, bounds = film.file.frame_size, _bounds(film)
+    """Which frames are fast in the split that has most tokens."""
+    size = film.file.frame_size
 
     def tokens(slow: int) -> int:
         counts = slow, count - slow
-        return _tokens(frame_sizes(*size, *counts, **bounds), *counts) + 2 * counts[1]
+        return _tokens(frame_sizes(*size, *counts, film.options), *counts) + 2 * counts[1]
 
     least, most = _slow(film, count)
     return _split(max(range(least, most + 1), key=tokens), count)
 
 
 def _slow(film: Film, count: int) -> tuple[int, int]:
-    """Least and most slow frames. The first is slow, and none less alike than 0."""
-    return 1, count if film.options.get("min_frame_similarity", MIN_FRAME_SIMILARITY) > 0 else 1
+    """Least and most slow frames: the first is slow, and no similarity is below 0."""
+    return 1, count if _similarity(film) > 0 else 1
 
 
 def _split(slow: int, count: int) -> list[bool]:
@@ -254,13 +252,8 @@ def _split(slow: int, count: int) -> list[bool]:
     return [False] * slow + [True] * (count - slow)
 
 
-def _classified(film: Film, frames: Iterable[torch.Tensor]) -> list[bool]:
-    return classify_frames(frames, film.options.get("min_frame_similarity", MIN_FRAME_SIMILARITY))
-
-
-def _bounds(film: Film) -> dict[str, float]:
-    """The keywords of `frame_sizes`."""
-    return {key: film.options.get(key, default) for key, default in _BOUNDS.items()}
+def _similarity(film: Film) -> float:
+    return film.options.get("min_frame_similarity", MIN_FRAME_SIMILARITY)
 
 
 def _checked_sizes(sizes: Mapping[str, int]) -> FrameSizes:

@@ -1,7 +1,11 @@
-"""How many frames by either line's rules."""
+"""How many frames by either line's rules, and that nothing else tells the lines apart."""
+
+import ast
+from pathlib import Path
 
 import pytest
 
+import keye_model
 from keye_model.processing.rules import preview, v1_5
 
 
@@ -60,3 +64,12 @@ def test_frame_count_known(total, rate, options, line, count):
 def test_frame_count_errors(total, options, line, message):
     with pytest.raises(ValueError, match=message):
         line.frame_count(total, 30.0, options)
+
+
+def test_no_other_file_compares_versions():
+    folder = Path(keye_model.__file__).parent
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and path.parent.name != "rules":
+                values = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+                assert not values & {"1.0", "1.5"}, f"{path}:{node.lineno}"
