@@ -33,7 +33,5 @@ class Rules:
     sample: Callable[..., Any]  # (Film, Fit or None, decode=, progress=) → Sample
     layout: Callable[..., Any]  # (Sample, patch size, output_size) → Frame of each, seconds
     resize: Callable[..., Any]  # ([3, h, w] uint8, height, width, resample) → the same, resized
-    batch: Callable[
-        ..., dict[str, Any]
-    ]  # (VideoPatches of each video) → what a batch tells of them
+    batch: Callable[..., dict[str, Any]]  # (VideoPatches of each) → what a batch says of them
     placeholders: Callable[..., list[int]]  # (frames, tokens of each, TokenIds, encode) → ids
