@@ -1,7 +1,7 @@
-"""Keywords that programs written for transformers pass: what changes nothing here is taken.
+"""Keywords of transformers that are accepted because their values change nothing here.
 
-Each table names the keywords of one call that are no argument of ours, with the values that ask for
-what is done anyway. Any other value is refused by name.
+Each table lists the keywords of one call that are not arguments of ours, with the values that ask
+for what we do anyway. Any other value raises an error that names the keyword.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_Table = Mapping[str, Sequence[Any] | None]  # None: whatever the value
+_Table = Mapping[str, Sequence[Any] | None]  # None: any value
 
 _FILES: _Table = {
     "trust_remote_code": None,
@@ -94,16 +94,16 @@ GENERATING: _Table = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
-    "early_stopping": None,  # of beams
-    "length_penalty": None,  # of beams
-    "diversity_penalty": None,  # of beams
+    "early_stopping": None,  # for beam search only
+    "length_penalty": None,  # for beam search only
+    "diversity_penalty": None,  # for beam search only
     "use_cache": (True,),
     "cache_implementation": ("dynamic", "static"),
     "cache_config": (),
     "disable_compile": None,
     "compile_config": (),
-    "bos_token_id": None,  # of an empty prompt
-    "tokenizer": None,  # for stop_strings: the checkpoint's is read
+    "bos_token_id": None,  # for an empty prompt only
+    "tokenizer": None,  # for stop_strings, which use the checkpoint's
     "generation_config": (),
     "inputs": (),
     "inputs_embeds": (),
@@ -159,7 +159,7 @@ GENERATING: _Table = {
 
 
 def without_idle(given: Mapping[str, Any], table: _Table) -> dict[str, Any]:
-    """Drop the keywords of ``table``, whose values must change nothing here; None never does.
+    """Drop the keywords of ``table``; their values must change nothing here, as None never does.
 
     Raises:
         NotImplementedError: A value would change something.

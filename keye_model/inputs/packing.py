@@ -82,7 +82,7 @@ def get_rope_index(
     Args:
         config: As for `rope_positions`.
         input_ids: [batch_size, padded_length], int64.
-        image_grid_thw, video_grid_thw: [num_rows, 3]; rows run on across the batch.
+        image_grid_thw, video_grid_thw: [num_rows, 3], of the whole batch in reading order.
         second_per_grid_ts: [num_video_rows], seconds; None means 1.0.
         num_frames: [num_videos], frames of each video; only their sum is checked.
         attention_mask: [batch_size, padded_length], 0 at padding; None means no padding.
@@ -140,13 +140,13 @@ def split_batch(
     num_frames: torch.Tensor | Sequence | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> list[BatchRow]:
-    """Take the padding off a batch and deal its grid rows out, in reading order.
+    """Remove the padding of a batch and assign its grid rows to batch rows, in reading order.
 
     Arguments as in `get_rope_index`, grids already as host rows. Tensors on a GPU are copied to
     the host once.
 
     Raises:
-        ValueError: A shape is wrong, or a batch row's placeholders do not end with a grid row.
+        ValueError: A shape is wrong, or a batch row's placeholders end within a grid row.
     """
     if not isinstance(input_ids, torch.Tensor):
         raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
@@ -201,12 +201,12 @@ def _host_list(values: torch.Tensor | Sequence | None) -> list:
 
 
 class _Deal:
-    """Deals grid rows out to batch rows by their number of placeholders."""
+    """Assigns grid rows to batch rows by their number of placeholders."""
 
     def __init__(self, kind: str, grid: Grid, merge_size: int) -> None:
         self.kind = kind
         counts = [t * (h // merge_size) * (w // merge_size) for t, h, w in grid]
-        self.ends = np.cumsum([0, *counts])  # merged tokens before each row, and in all
+        self.ends = np.cumsum([0, *counts])  # merged tokens before each row, and in total
         self.row = 0
 
     def take(self, num_placeholders: int, batch_row: int) -> slice:

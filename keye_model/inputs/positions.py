@@ -1,9 +1,10 @@
-"""Where every token of a prompt stands: 3D rope positions, and the token of each vision feature.
+"""3D rope positions of a prompt's tokens, and which token each vision feature replaces.
 
-All of it is host work on ids and grids. Text counts up on three equal axes; a vision block of
-frames x rows x columns merged tokens starts where the text stands, spreads along the axes (time,
-row, column), and the text goes on after its largest position. Rule and rounding are those of
-`get_rope_index` in modeling_keye.py of Keye-VL-8B-Preview and of the transformers port of 1.5.
+All of it is host work on ids and grids. A text token has the same position on all three axes, one
+more than the token before. A vision block of frames x rows x columns merged tokens starts at the
+next position and spreads along the axes (time, row, column); text goes on after its largest one.
+Rule and rounding are those of `get_rope_index` in modeling_keye.py of Keye-VL-8B-Preview and of the
+transformers port of 1.5.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from keye_model.inputs.request import Grid
 
 @dataclass(frozen=True)
 class Placed:
-    """Where the tokens of one prompt stand.
+    """Positions of one prompt's tokens.
 
     Attributes:
         positions: [3, num_tokens], int64: (t, h, w).
-        next_position: Of the first generated token, on all axes.
+        next_position: That of the first generated token, on all axes.
         image_index: [num_image_tokens], int64: the tokens that image features replace.
         video_index: [num_video_tokens], int64: the same for videos.
     """
@@ -95,7 +96,7 @@ def place(
         # 2 tokens per second any order gives the same, with 5 it does not.
         return (frame.astype(np.float32) * step * tokens_per_second).astype(np.int64)
 
-    # Text advances by one; a block by its extent, all at once at its last token.
+    # A text token advances the position by one, a block's last token by the block's extent.
     advance = (~(is_image | is_video)).astype(np.int64)
     advance[starts + counts - 1] = np.maximum(
         elapsed(frames - 1, step) + 1, np.maximum(rows, columns)
@@ -125,7 +126,7 @@ def placeholders(ids: np.ndarray, config: KeyeConfig) -> tuple[np.ndarray, np.nd
 def _blocks(
     kind: str, grid: Grid, index: np.ndarray, merge_size: int, *, split_frames: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks [num_blocks, 3] in merged tokens, one for each row (or frame), and first tokens."""
+    """Sizes in merged tokens of the blocks, one per grid row (or frame), and their first tokens."""
     if any(h % merge_size or w % merge_size for _, h, w in grid):
         raise ValueError(
             f"{kind}_grid_thw must have rows and columns that divide by {merge_size}, got {grid}"

@@ -1,4 +1,4 @@
-"""What the processor makes and the model reads: host tensors, grids and lengths as host values."""
+"""`Request` and `PackedInputs`, which the processor makes and the model reads, all on the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 GridTHW = tuple[int, int, int]  # frames, rows, columns of patches
 Grid = tuple[GridTHW, ...]
-Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
+Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _check_patches(
 
 
 def host_grid(name: str, grid_thw: torch.Tensor | Sequence[Sequence[int]] | None) -> Grid:
-    """A grid argument of any public spelling as host rows: the one place where grids are read.
+    """Convert a grid argument in any accepted form to host rows; every grid is read here.
 
     Args:
         name: The argument's name, for the error.

@@ -55,13 +55,13 @@ class KeyeModel(nn.Module):
         encode: Encode = KeyeVisionModel.encode,
         progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
-        """Embed packed requests, vision features in the place of their placeholders.
+        """Embed packed requests, with vision features instead of their placeholders.
 
         Args:
             packed: From `pack`; its tensors may lie on the host.
             max_patches_per_call, encode: `max_patches` and `encode` of `vision_features`.
-            progress: Called around each call of the tower with the image and video tokens that were
-                launched, and those there are.
+            progress: Called before and after each call of the tower with the number of image and
+                video tokens launched so far, and of all.
 
         Returns:
             [num_tokens, hidden_size], in the model's dtype, on its device.
