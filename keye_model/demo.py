@@ -21,7 +21,7 @@ from keye_model.keye import Keye
 
 
 def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
-    """Show the stack at work, with a checkpoint or, without one, with random weights."""
+    """Show the stack at work on checkpoint ``model``; None: on random weights."""
     with tempfile.TemporaryDirectory(prefix="keye-demo-") as name:
         folder = Path(name)
         if model is None:
@@ -65,7 +65,7 @@ def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
 
 
 def describe_backends() -> str:
-    """Which backend serves each op, and why the others do not; ops of one answer are grouped."""
+    """The backend of each op, and why the others do not serve it; equal ops are grouped."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     groups: dict[tuple[str, ...], list[str]] = {}
     for op, served in backends(device).items():

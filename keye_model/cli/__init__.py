@@ -1,7 +1,7 @@
 """The command line: `keye generate | chat | demo | info | plan`.
 
-Only what parses it is imported here. torch takes seconds, which `--help` and mistakes need not
-wait for.
+Only the parser is imported here: importing torch takes seconds, and `--help` and mistakes need not
+wait for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; mistakes are one line, not a traceback.
+    """Run one command; an error is printed as one line, without a traceback.
 
     Returns:
         The exit status: 1 after an error, 2 if the command line is wrong, 130 after Ctrl-C, and 141
@@ -83,7 +83,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What concerns more than one option, and the question."""
+    """Check the question, and options that depend on each other."""
     command, text = arguments.command, getattr(arguments, "text", None)
     if command in ("generate", "plan") and not arguments.video:
         for name in ("fps", "max_frames", "total_pixels"):
@@ -119,7 +119,7 @@ class _Version(argparse.Action):
 
 def _parser() -> Parser:
     parser = Parser(prog="keye", description="Keye-VL on keye-kernels.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print it and leave")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(name: str, text: str, epilog: str | None = None) -> Parser:
@@ -141,7 +141,7 @@ def _parser() -> Parser:
     _add_model(generate, _DEFAULT_MODEL, loaded=True)
     generate.add_argument("--json", action="store_true", help="print the whole answer as JSON")
 
-    chat = command("chat", "talk about images and videos; /help there tells how")
+    chat = command("chat", "talk about images and videos; /help lists the commands")
     _add_inputs(chat)
     _add_answer(chat)
     _add_model(chat, _DEFAULT_MODEL, loaded=True)
@@ -154,7 +154,7 @@ def _parser() -> Parser:
     _add_model(info, None)
 
     plan = command("plan", "print tokens, memory and least time of a request")
-    _add_text(plan, "the question, if its tokens shall count")
+    _add_text(plan, "the question, to count its tokens too")
     _add_inputs(plan)
     costs = plan.add_argument_group("costs")
     costs.add_argument(
@@ -165,7 +165,7 @@ def _parser() -> Parser:
         help="of each request (%(default)s)",
     )
     for name, kind, default, text in (
-        ("batch", POSITIVE_INT, 1, "as many equal requests (1)"),
+        ("batch", POSITIVE_INT, 1, "number of equal requests (1)"),
         ("matmul", POSITIVE, 790.0, "TFLOP/s of the GPU (H200: 790)"),
         ("copy", POSITIVE, 4.3, "TB/s of the GPU (H200: 4.3)"),
     ):
@@ -188,8 +188,8 @@ def _add_inputs(parser: Parser) -> None:
     add_frames(group)
     add_pixels(group, "a picture or a frame")
     group.description = (
-        "A video that would not fit is taken with the most frames that do, unless --fps\n"
-        "or --max-frames says how many to take."
+        "A video too long for the context is sampled to the most frames that fit, unless\n"
+        "--fps or --max-frames says how many to take."
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
 
@@ -205,7 +205,7 @@ def _add_answer(parser: Parser) -> None:
         help="most tokens of an answer (%(default)s)",
     )
     group.add_argument(
-        "--thinking", choices=("auto", "on", "off"), default="auto", help="ask for it or not"
+        "--thinking", choices=("auto", "on", "off"), default="auto", help="auto: the model decides"
     )
     group.add_argument("--greedy", action="store_true", help="always the most likely token")
     for name, kind, metavar, off in (
@@ -214,12 +214,12 @@ def _add_answer(parser: Parser) -> None:
         ("top-p", number(float, "in (0, 1]", lambda x: 0 < x <= 1), "P", "1 is off"),
         ("repetition-penalty", POSITIVE, "R", "1 is off"),
     ):
-        text = f"{off}; as the checkpoint says if left out"
+        text = f"{off}; default: the checkpoint's"
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     seed = number(int, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
     group.add_argument("--seed", type=seed, metavar="N", help="makes a sampled answer repeatable")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
 
 

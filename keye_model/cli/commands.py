@@ -1,4 +1,4 @@
-"""What the commands of the command line do; `keye_model.cli` reads their options."""
+"""The commands of the command line; `keye_model.cli` parses their options."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Print what is installed, what serves, and a checkpoint's facts."""
+    """Print versions, the backend of each op, and a checkpoint's facts."""
     cuda = torch.cuda.is_available()
     say(f"keye-kernels  {keye_kernels.__version__}")
     say(f"python        {platform.python_version()}")
@@ -119,7 +119,7 @@ def plan(arguments: argparse.Namespace) -> int:
     counts = count(config, [request] * batch, new_tokens)
     seconds = counts.floor_seconds(arguments.matmul * 1e12, arguments.copy * 1e12)
     context = config.text_config.max_position_embeddings
-    # Which frames of a video are slow, and which fast, only decoding tells.
+    # Only decoding tells which frames of a video are slow and which are fast.
     at_most = "at most " * bool(config.variant.timestamped_frames and counts.video_tokens)
     tokens = f"{at_most}{counts.prompt_tokens[0]:,} tokens each"
     if counts.prompt_tokens[0] >= context:
@@ -155,7 +155,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[KeyeProcessor, dict[str, Any]]:
-    """The processor and the options of an answer: what can be wrong before weights are read."""
+    """Load the processor and check the options of an answer, before weights are read."""
     options = {
         "max_new_tokens": arguments.max_new_tokens,
         "do_sample": False if arguments.greedy else None,
@@ -201,7 +201,7 @@ def _messages(arguments: argparse.Namespace, processor: KeyeProcessor) -> list[d
 
 
 def _with_processing(answer: Answer, seconds: float) -> Answer:
-    """The answer to a request that took so long to prepare before the model was loaded."""
+    """Add ``seconds`` to an answer: its request was processed before the model was loaded."""
     t = answer.timings
     t = dataclasses.replace(
         t, processing=t.processing + seconds, first_token=t.first_token + seconds

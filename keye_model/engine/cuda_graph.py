@@ -1,7 +1,7 @@
 """CUDA graphs of steps: a step is captured the second time it runs, and replayed from then on.
 
-A graph stores addresses and numbers. So the inputs of a step must lie in buffers that never move,
-and its shapes must come in few sizes.
+A graph fixes addresses, sizes and scalar arguments. So the inputs of a step must lie in buffers
+that never move, and its shapes must be rounded up to few sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _capturing = threading.Lock()
 
 
 def why_no_graphs(device: torch.device) -> str:
-    """Why steps on `device` are not captured, given the backend in force; "" if they are."""
+    """Why steps on `device` are not captured with the current backend; "" if they are."""
     if device.type != "cuda":
         return "needs a GPU"
     served = backends(device.type)
@@ -46,8 +46,8 @@ def why_no_graphs(device: torch.device) -> str:
 def padded_rows(num_rows: int) -> int:
     """Round ``num_rows`` up to one of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
 
-    Less than half of the rows are padding, above 16 less than a third. Up to about 190 rows a step
-    is bound by reading the weights, so padding costs little time.
+    Padding is less than half of the rows, and less than a third above 16. Up to about 190 rows a
+    step is bound by reading the weights, so padding costs little time.
     """
     power = 1 << (num_rows - 1).bit_length()
     middle = power * 3 // 4
@@ -56,7 +56,7 @@ def padded_rows(num_rows: int) -> int:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures; PyTorch's pool of 32 streams hands one out many times."""
+    """The stream of all captures: a new one each time could be one of PyTorch's 32 in use."""
     return torch.cuda.Stream(device)
 
 

@@ -17,10 +17,10 @@ from keye_model.inputs.request import Grid
 from keye_model.network.upload import upload
 from keye_model.network.vision import KeyeVisionModel, VisionLayout, segments_of
 
-# Larger calls are launched: their arithmetic, 2 ms or more on an H200, can hide the launches.
+# Larger calls are not captured: their arithmetic, 2 ms or more on an H200, can hide the launches.
 MAX_PATCHES = 2048
 _MIN_PATCHES = 64
-_MAX_SEGMENTS = 64  # the padding's included
+_MAX_SEGMENTS = 64  # including that of the padding
 
 
 class VisionBatch:

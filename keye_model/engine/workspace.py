@@ -1,4 +1,4 @@
-"""What a run works with: the cache, the buffers of its steps, and the graphs captured on them.
+"""Memory of a run: the cache, the buffers of its steps, and the graphs captured on them.
 
 A graph stores the addresses of the weights, the cache's pages and the buffers. So a `Workspace`
 holds all of these together, and a model keeps one idle workspace between runs.
@@ -66,7 +66,7 @@ class Workspace:
 
     @property
     def encode(self) -> Encode:
-        """How the tower runs: on the buffers for small images where there are any."""
+        """The function that runs the tower: on the buffers for small images if there are any."""
         return KeyeVisionModel.encode if self.vision is None else self.vision.run
 
     def step(self, model: KeyeModel, lm_head: nn.Module, num_rows: int, longest: int) -> None:
@@ -87,7 +87,7 @@ class Workspace:
 
 
 class WorkspacePool:
-    """Hands a model's runs their workspaces, and keeps one idle between runs for its graphs.
+    """Gives each run of a model a workspace, and keeps one idle between runs for its graphs.
 
     Several threads may share it: a run that finds no idle workspace makes one.
     """
@@ -106,10 +106,10 @@ class WorkspacePool:
     def take(
         self, model: KeyeModel, lm_head: nn.Module, num_pages: int, max_pages: int
     ) -> Workspace:
-        """Take a workspace with an empty cache; it has graphs where steps can be captured.
+        """Take a workspace with an empty cache; it has graphs if steps can be captured.
 
         Args:
-            model, lm_head: Of the run's steps.
+            model, lm_head: The modules that the run's steps call.
             num_pages: Pages that the run needs.
             max_pages: Pages that the cache may have.
         """
