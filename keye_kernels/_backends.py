@@ -1,4 +1,4 @@
-"""Which implementation serves each op: a registry filled by the op families, and the choice."""
+"""The implementations of each op, registered by the op families, and the choice among them."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import triton.language as tl
 
 _ORDER = ("cuda", "triton", "reference")  # "auto" takes the first that can serve
 _VARIABLE = "KEYE_KERNELS_BACKEND"
-# TRITON_INTERPRET=1 counts when triton is imported: tl.sum is then no JITFunction.
+# TRITON_INTERPRET=1 must be set when triton is imported; tl.sum is then not a JITFunction.
 _INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 
 

@@ -35,7 +35,7 @@ def matrices(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | Non
 
 
 def _merged(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Merge dims while outer stride = inner size * inner stride in every tensor for two of them."""
+    """Merge dims whose outer stride is inner size * inner stride in every tensor, until none is."""
     for outer, inner in itertools.permutations(dims, 2):
         size, *strides = inner
         if all(a == size * b for a, b in zip(outer[1:], strides, strict=True)):

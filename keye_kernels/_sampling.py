@@ -12,7 +12,7 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def logit_of(key):
-    """Logit of a key, by the operation on bits that makes keys of logits: it is its own inverse."""
+    """Logit of a key. The operation on bits is its own inverse: `keys_of` makes keys by it."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -59,7 +59,7 @@ def middle_of(low, high):
 def group_bound(group_keys, top_key, top_k):
     """A lower bound of the top_k-th largest key: at least top_k groups have a maximum >= it.
 
-    At most max(top_k, TILE) groups do, except for ties. With fewer groups, it is the lowest key.
+    At most max(top_k, TILE) groups do, but for ties. With fewer than top_k, it is the lowest key.
     """
     low, high = NOTHING + 1, top_key
     count = tl.sum((group_keys >= low).to(tl.int32))

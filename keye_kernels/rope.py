@@ -88,7 +88,7 @@ def frequencies(dim: int, theta: float, repeats: int, device: torch.device) -> t
 def cos_sin(angle):
     """cos and sin of fp32 angles up to 2^20 rad, within one unit in the last place of 1.
 
-    tl.cos and tl.sin are as accurate, but each reduces the angle, large ones through stack memory.
+    tl.cos and tl.sin are as accurate, but each reduces the angle anew, and large ones on the stack.
     """
     # Adding 1.5 * 2^23 rounds to an integer, whose low bits are then those of the mantissa.
     shifted = angle * 0.6366197723675814 + 12582912.0  # 2 / pi

@@ -1,8 +1,7 @@
 """A tiny Keye-VL checkpoint with random weights, in the layout of the published ones.
 
-For the demo and the tests. It has every file that the loader and the processor read, from a sharded
-safetensors index to a byte-level BPE trained here, so nothing is downloaded. Its answers mean
-nothing.
+For the demo and the tests. It has all files that the loader and the processor read, from a sharded
+safetensors index to a byte-level BPE trained here: no download is needed. Its answers mean nothing.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def known(*kinds: type) -> frozenset[type]:
 
 LINEAR = known(nn.Linear)
 OURS: dict[type, type] = {}  # a class of `_subclass.subclass` -> the library's class it replaces
-_PLAIN = (torch.Tensor, nn.Parameter)  # replicas of DataParallel hold the first
+_PLAIN = (torch.Tensor, nn.Parameter)  # DataParallel's replicas have Tensor weights
 
 Part = tuple[str, Collection[type]]  # path of a child, and the classes it may have
 

@@ -116,7 +116,7 @@ def revert(model_or_family: nn.Module | str) -> None:
     if isinstance(model_or_family, str):
         family, modeling = _family(model_or_family)
         if not _is_family_changed(family, modeling):
-            raise RuntimeError(f"{model_or_family!r} is not changed; apply it first")
+            raise RuntimeError(f"{model_or_family!r} is not changed; call apply first")
         for replacement in family.replacements:
             cls, _ = _resolve(replacement, modeling)
             if _is_marked(cls.forward):
@@ -124,12 +124,12 @@ def revert(model_or_family: nn.Module | str) -> None:
         return
     changed = [module for module in model_or_family.modules() if _is_ours(module)]
     if not changed:
-        raise RuntimeError("the model is not changed by itself; apply it first")
+        raise RuntimeError("the model itself is not changed; call apply first")
     for module in changed:
         if type(module) not in OURS and _has_our_class(module):
             raise RuntimeError(
-                f"{type(module).__name__} must have the class that apply gave it, got another over "
-                "it; remove its parametrizations or wrappers, then call revert"
+                f"{type(module).__name__} must have the class that apply gave it, got another made "
+                "from it; remove its parametrizations or wrappers, then call revert"
             )
     for module in changed:
         if type(module) in OURS:
@@ -254,7 +254,7 @@ def _chosen(found: list[Family], ops: Collection[str] | None) -> set[str]:
     known = {op for family in found for row in family.replacements for op in row.ops}
     known |= {_DECODER_ATTENTION for family in found if family.decoder}
     if ops is not None and (isinstance(ops, str) or not ops or set(ops) - known):
-        raise ValueError(f"ops must be names out of {', '.join(sorted(known))}, got {ops!r}")
+        raise ValueError(f"ops must hold names from {', '.join(sorted(known))}, got {ops!r}")
     return known if ops is None else set(ops)
 
 

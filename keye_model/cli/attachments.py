@@ -123,7 +123,7 @@ def _pixels(options: argparse.Namespace, processor: KeyeProcessor) -> dict[str, 
         if value is not None and not least <= value <= most:
             raise ValueError(
                 f"{name} must be in [{least}, {most}], got {value}; "
-                f"keye chat --{name.replace('_', '-')} moves the bound"
+                f"keye chat --{name.replace('_', '-')} sets the bound"
             )
     own = {"min_pixels": least, "max_pixels": most}
     return {name: value for name, value in given.items() if value not in (None, own[name])}

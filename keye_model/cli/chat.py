@@ -24,9 +24,9 @@ from keye_model.processing.processor import KeyeProcessor
 _HELP = """\
 /image PATH_OR_URL [--max-pixels N] [--min-pixels N] [--exif]
 /video PATH_OR_URL [--fps F] [--max-frames N] [--max-pixels N] [--min-pixels N] [--total-pixels N]
-            add to the next message; a video without options is made to fit
-/undo       take the last attachment back, else the last question with its answer
-/reset      forget all
+            add to the next message; --fps and --max-frames keep a video from being sampled to fit
+/undo       remove the last attachment, else the last question and its answer
+/reset      forget everything but the system message
 /save FILE  write the conversation as JSON
 /quit       leave, as do exit, quit and Ctrl-D
 Ctrl-C stops an answer. A space before / makes it text."""
@@ -77,8 +77,7 @@ class Conversation:
         """Read lines until the input ends.
 
         Returns:
-            The exit status: 130 after Ctrl-C (at a terminal, twice); 1 if a line of a script
-            failed.
+            The exit status: 130 after Ctrl-C (at a terminal, twice); 1 if a script's line failed.
         """
         interactive = self._interactive = sys.stdin.isatty()
         leaving = failed = False
@@ -151,7 +150,7 @@ class Conversation:
                 self._ask(line.strip())
             except (KeyboardInterrupt, *ERRORS):
                 if self._attached:
-                    note("what is attached waits for the next message; /undo drops the last")
+                    note("attachments are kept for the next message; /undo drops the last one")
                 elif self._turns:
                     note(
                         "the message is forgotten; /undo forgets the last question too, /reset all"
@@ -239,7 +238,7 @@ class Conversation:
             note(f"{_name(item)} is dropped")
         elif self._turns:
             self._attached = self._turns.pop().attached
-            waits = "; what was attached to it waits again" if self._attached else ""
+            waits = "; its attachments go to the next message" if self._attached else ""
             note(f"the last question and its answer are forgotten{waits}")
         else:
             raise ValueError("there is nothing to undo")

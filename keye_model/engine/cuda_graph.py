@@ -22,8 +22,8 @@ from keye_kernels import backends
 _MAX_GRAPHS = 64
 
 # The cache leaves this much memory free for graphs: activations of 2048 patches, logits of up to
-# 256 rows (240 MB if the numbers of rows come up in ascending order), cuBLAS's workspace, and the
-# lists of launches.
+# 256 rows (240 MB if steps are captured with ascending numbers of rows), cuBLAS's workspace, and
+# the lists of launches.
 GRAPH_BYTES = 512 << 20
 
 # The definitions of these ops read lengths, slots or parameters back to the host; a graph cannot.
@@ -80,7 +80,7 @@ class CudaRecorder:
         # Restores the current stream if the capture fails.
         current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
         with _capturing, current, _no_garbage_collection():
-            torch.cuda.current_blas_handle()  # creates this thread's; a capture cannot
+            torch.cuda.current_blas_handle()  # creates this thread's handle, which a capture cannot
             # cuBLAS keeps a workspace per stream. Clearing it before and after the capture puts it
             # into this pool and hides it from graphs of other pools.
             torch._C._cuda_clearCublasWorkspaces()

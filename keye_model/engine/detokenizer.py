@@ -19,7 +19,7 @@ class Detokenizer:
         stop_strings: The text ends before the first of these.
 
     Raises:
-        ValueError: A stop string is empty or no string.
+        ValueError: A stop string is empty or not a string.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from keye_model.network.model import KeyeModel
 from keye_model.network.vision import KeyeVisionModel
 
 # Tokens in the cache of the kept workspace: 1.2 GB at the 8B model's widths. A run that needs more
-# gets its own workspace and drops it with its graphs; it is long enough to capture new ones.
+# gets its own workspace and drops it with its graphs: it runs long enough to pay for new ones.
 KEPT_TOKENS = 8192
 
 

@@ -175,6 +175,6 @@ def without_idle(given: Mapping[str, Any], table: _Table) -> dict[str, Any]:
 
 
 def refuse(unknown: Mapping[str, Any], known: str) -> None:
-    """Raise a TypeError for the first keyword, if there is one; ``known`` lists the others."""
+    """Raise a TypeError for the first keyword, if there is one; ``known`` lists the valid ones."""
     for name in unknown:
         raise TypeError(f"unknown keyword {name!r}; known: {known}")

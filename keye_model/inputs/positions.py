@@ -92,8 +92,8 @@ def place(
     tokens_per_second = np.float32(config.vision_config.tokens_per_second or 0)
 
     def elapsed(frame: np.ndarray, step: np.ndarray) -> np.ndarray:
-        # fp32, multiplied in this order and truncated, as published: 2.02 fps gives 0 0 1 2 3. With
-        # 2 tokens per second any order gives the same, with 5 it does not.
+        # fp32, multiplied in this order and truncated, as published: at 2.02 fps frames get 0 0 1 2
+        # 3. The order matters with 5 tokens per second, but not with 2.
         return (frame.astype(np.float32) * step * tokens_per_second).astype(np.int64)
 
     # A text token advances the position by one, a block's last token by the block's extent.

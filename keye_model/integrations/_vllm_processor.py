@@ -144,7 +144,7 @@ class KeyeProcessor(ProcessorMixin):
 
 
 class KeyeVL1_5Processor(KeyeProcessor):
-    """`KeyeProcessor` by the name in a 1.5 checkpoint's files."""
+    """`KeyeProcessor` under the name in a 1.5 checkpoint's files."""
 
 
 def _times(metadata: Mapping[str, Any], num_frames: int) -> list[float] | None:

@@ -116,7 +116,7 @@ class _Model:
 
 
 class KeyeProcessor(keye_model.KeyeProcessor):
-    """`keye_model.KeyeProcessor` by the name in a published `preprocessor_config.json`."""
+    """`keye_model.KeyeProcessor` under the name in a published `preprocessor_config.json`."""
 
     @classmethod
     def from_pretrained(
@@ -127,7 +127,7 @@ class KeyeProcessor(keye_model.KeyeProcessor):
 
 
 class KeyeVL1_5Processor(KeyeProcessor):
-    """The same by the name in 1.5's files."""
+    """The same under the name in 1.5's files."""
 
 
 _LINES = (

@@ -82,10 +82,10 @@ class KeyeVisionModel(nn.Module):
         return self.norm(*self.encode(pixel_values, host_grid("grid_thw", grid_thw)))
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run all layers; returns the last branch and the residual stream, like x each.
+        """Run all layers; returns the last branch and the residual stream.
 
-        The final norm adds the two. The projector takes the pair, since it applies that norm in its
-        own pass over the patches.
+        Both are [num_patches, hidden_size]; the final norm adds them. The projector takes the pair,
+        since it applies that norm in its own pass over the patches.
         """
         x = self.embed(pixel_values, grid)
         num_heads = self.config.num_attention_heads
