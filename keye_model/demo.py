@@ -14,13 +14,14 @@ from PIL import Image, ImageDraw
 
 from keye_kernels import backends
 from keye_model.answer import Answer
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.cli.terminal import Progress, say
 from keye_model.demo_checkpoint import build
 from keye_model.keye import Keye
 
 
-def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
+def run(model: str | Checkpoint | None = None, *, max_new_tokens: int = 32) -> None:
     """Show the stack at work, with a checkpoint or, without one, with random weights."""
     with tempfile.TemporaryDirectory(prefix="keye-demo-") as name:
         folder = Path(name)

@@ -24,6 +24,7 @@ from keye_model.cli.options import (
     number,
     with_flags,
 )
+from keye_model.engine.options import SamplingOptions
 
 _DEFAULT_MODEL = "Kwai-Keye/Keye-VL-8B-Preview"
 _EXAMPLES = """\
@@ -72,10 +73,11 @@ def _run(argv: Sequence[str] | None) -> int:
     _check(arguments)
     if arguments.model is not None:
         with terminal.interrupt_exits():
-            from keye_model.checkpoint.hub import locate, read_json
+            from keye_model.checkpoint.checkpoint import Checkpoint
 
-        where = {"local_files_only": getattr(arguments, "local_files_only", False)}
-        read_json(locate(arguments.model, weights=False, **where), "config.json")
+        offline = getattr(arguments, "local_files_only", False)
+        arguments.model = Checkpoint.at(arguments.model, local_files_only=offline)
+        arguments.model.json("config.json")
     with terminal.interrupt_exits():
         from keye_model.cli import commands
 
@@ -160,7 +162,7 @@ def _parser() -> Parser:
     costs.add_argument(
         "--max-new-tokens",
         type=POSITIVE_INT,
-        default=512,
+        default=SamplingOptions.max_new_tokens,
         metavar="N",
         help="of each request (%(default)s)",
     )
@@ -200,14 +202,20 @@ def _add_answer(parser: Parser) -> None:
     group.add_argument(
         "--max-new-tokens",
         type=POSITIVE_INT,
-        default=512,
+        default=SamplingOptions.max_new_tokens,
         metavar="N",
         help="most tokens of an answer (%(default)s)",
     )
     group.add_argument(
         "--thinking", choices=("auto", "on", "off"), default="auto", help="ask for it or not"
     )
-    group.add_argument("--greedy", action="store_true", help="always the most likely token")
+    group.add_argument(
+        "--greedy",
+        action="store_const",
+        const=False,
+        dest="do_sample",
+        help="always the most likely token",
+    )
     for name, kind, metavar, off in (
         ("temperature", number(float, "at least 0", lambda x: x >= 0), "T", "0 is greedy"),
         ("top-k", not_negative, "K", "0 is off"),
@@ -219,7 +227,12 @@ def _add_answer(parser: Parser) -> None:
     seed = number(int, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
     group.add_argument("--seed", type=seed, metavar="N", help="makes a sampled answer repeatable")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+        "--stop",
+        action="append",
+        default=[],
+        dest="stop_strings",
+        metavar="TEXT",
+        help="end before it; repeatable",
     )
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.engine.decode_batch import MAX_ROWS, Sequence
-from keye_model.engine.plan import Limits, activation_bytes, cache_pages
+from keye_model.engine.memory import Limits, activation_bytes, cache_pages
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.workspace import Workspace, WorkspacePool
 from keye_model.inputs.packing import pack

@@ -13,7 +13,7 @@ from PIL import Image
 from keye_kernels import backends
 from keye_model import Answer, Keye
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.engine.plan import Limits
+from keye_model.engine.memory import Limits
 from keye_model.inputs.packing import pack
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

@@ -9,7 +9,7 @@ import torch
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine import scheduler as generation_module
-from keye_model.engine.plan import Limits
+from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.scheduler import Scheduler
 from keye_model.inputs.packing import pack
