@@ -21,7 +21,7 @@ class Timings:
     """Seconds of the run this request was part of; ``first_token`` is of this request, from the
     start of its processing, without the time a stream lay idle before it was read.
 
-    ``cuda_graphs``: steps were captured as CUDA graphs where they came up again.
+    ``cuda_graphs``: forward passes were captured as CUDA graphs where they came up again.
     """
 
     processing: float

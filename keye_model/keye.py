@@ -84,7 +84,8 @@ class Keye:
         """Load a checkpoint of either line.
 
         Args:
-            path_or_id: A directory in the layout of the Hub, or a Hub id.
+            path_or_id: A directory in the layout of the Hub, a Hub id, or a `Checkpoint`, which has
+                its own ``local_files_only``. So for the other classes' `from_pretrained`.
             dtype: Of the parameters; "auto" is the checkpoint's.
             device: "auto" is a GPU if there is one, else the CPU.
             backend: Backend of the ops of this object: "cuda", "triton", "reference", or "auto",

@@ -150,7 +150,7 @@ def _parser() -> Parser:
 
     demo = command("demo", "show a picture, a video and a mixed batch")
     demo.add_argument("--model", help="directory or Hub id; without it random weights")
-    demo.add_argument("--max-new-tokens", type=POSITIVE_INT, default=32, metavar="N")
+    _add_max_new_tokens(demo, "of each answer (%(default)s)", 32)
 
     info = command("info", "print versions, backends and a checkpoint's facts")
     _add_model(info, None)
@@ -159,13 +159,7 @@ def _parser() -> Parser:
     _add_text(plan, "the question, if its tokens shall count")
     _add_inputs(plan)
     costs = plan.add_argument_group("costs")
-    costs.add_argument(
-        "--max-new-tokens",
-        type=POSITIVE_INT,
-        default=SamplingOptions.max_new_tokens,
-        metavar="N",
-        help="of each request (%(default)s)",
-    )
+    _add_max_new_tokens(costs, "of each request (%(default)s)")
     for name, kind, default, text in (
         ("batch", POSITIVE_INT, 1, "as many equal requests (1)"),
         ("matmul", POSITIVE, 790.0, "TFLOP/s of the GPU (H200: 790)"),
@@ -199,13 +193,7 @@ def _add_inputs(parser: Parser) -> None:
 def _add_answer(parser: Parser) -> None:
     group = parser.add_argument_group("the answer")
     not_negative = number(int, "an integer of at least 0", lambda x: x >= 0)
-    group.add_argument(
-        "--max-new-tokens",
-        type=POSITIVE_INT,
-        default=SamplingOptions.max_new_tokens,
-        metavar="N",
-        help="most tokens of an answer (%(default)s)",
-    )
+    _add_max_new_tokens(group, "most tokens of an answer (%(default)s)")
     group.add_argument(
         "--thinking", choices=("auto", "on", "off"), default="auto", help="ask for it or not"
     )
@@ -233,6 +221,14 @@ def _add_answer(parser: Parser) -> None:
         dest="stop_strings",
         metavar="TEXT",
         help="end before it; repeatable",
+    )
+
+
+def _add_max_new_tokens(
+    parser: argparse._ActionsContainer, text: str, default: int = SamplingOptions.max_new_tokens
+) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=POSITIVE_INT, default=default, metavar="N", help=text
     )
 
 

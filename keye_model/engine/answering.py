@@ -1,4 +1,4 @@
-"""The answering loop behind both doors: tokens as they are made, their text, and why each ends."""
+"""The answering loop behind both doors: a batch's tokens, their text, and why each answer ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Draft:
     Attributes:
         detokenizer: Of its text; None where only ids are wanted.
         token_ids: All generated ids, with the stop id if there was one.
-        finish_reason: "stop" (a stop id or a stop string) or "length"; right at the end.
+        finish_reason: "stop" (a stop id or a stop string) or "length", final when the loop ends.
         first_token: Seconds from the start of the loop to the first token.
     """
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.weights import tensor_shapes
+from keye_model.checkpoint.weights import DECODER_LAYERS, PROJECTOR, TOWER, tensor_shapes
 from keye_model.engine.memory import Limits, activation_bytes, attention_segments, cache_pages
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PAGE_SIZE
@@ -38,17 +38,17 @@ class Costs:
         shapes = tensor_shapes(config)
         itemsize = config.dtype.itemsize
 
-        def matmul_flops(prefix: str) -> int:
-            matrices = (s for n, s in shapes.items() if n.startswith(prefix) and len(s) > 1)
+        def matmul_flops(part: str) -> int:
+            matrices = (s for n, s in shapes.items() if n.startswith(part) and len(s) > 1)
             return sum(2 * math.prod(shape) for shape in matrices)
 
         position_table = 2 * vision.position_grid**2 * vision.hidden_size
         head = 2 * text.vocab_size * text.hidden_size
-        layers = matmul_flops("model.layers.")
+        layers = matmul_flops(DECODER_LAYERS)
         return cls(
-            vision_linear=matmul_flops("visual.") - position_table,
+            vision_linear=matmul_flops(TOWER) - position_table,
             vision_attention=4 * vision.num_hidden_layers * vision.hidden_size,
-            projector=matmul_flops("mlp_AR."),
+            projector=matmul_flops(PROJECTOR),
             text_linear=layers,
             text_attention=4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim,
             lm_head=head,

@@ -57,14 +57,14 @@ class Scheduler:
         params: Sampling parameters of each request.
         eos_token_ids: A request ends after any of these.
         limits: Bounds of memory.
-        workspaces: The model's pool: steps are captured where that is possible, and the graphs kept
-            for the next run. None: steps are launched one by one.
+        workspaces: The model's pool: passes are captured where that is possible, and the graphs
+            kept for the next run. None: kernels are launched one by one.
         progress: Called as ``progress(stage, done, total)`` while prompts are launched: tokens of
             "vision" and of "prefill".
 
     Attributes:
         timings: Seconds of the run so far.
-        cuda_graphs: Whether steps are captured; known with the first token.
+        cuda_graphs: Whether passes are captured; known with the first token.
 
     Raises:
         ValueError: There is no request, a prompt is longer than the context, or one request needs

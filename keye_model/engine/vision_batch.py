@@ -62,14 +62,14 @@ class VisionBatch:
         visual.embed(pixel_values, grid, out=self._x[patches])
         self._positions[patches].copy_(upload(torch.from_numpy(positions), device))
         self._cu_seqlens[: len(cu_seqlens)].copy_(upload(torch.from_numpy(cu_seqlens), device))
-        step = partial(self._step, visual, num_rows, num_segments)
+        forward = partial(self._forward, visual, num_rows, num_segments)
         if self._graphs is None:
-            step()
+            forward()
         else:
-            self._graphs.run(("vision", num_rows, num_segments), step)
+            self._graphs.run(("vision", num_rows, num_segments), forward)
         return self._x[patches], self._residual[patches]
 
-    def _step(self, visual: KeyeVisionModel, num_rows: int, num_segments: int) -> None:
+    def _forward(self, visual: KeyeVisionModel, num_rows: int, num_segments: int) -> None:
         rows = slice(num_rows)
         # No schedule: its number of tiles depends on the lengths, so it cannot be captured.
         layout = VisionLayout(

@@ -191,7 +191,7 @@ def take(workspaces, model, num_pages=1, max_pages=2**31):
 
 
 @uses_recorder
-def test_a_runner_is_kept_for_the_next_run(model):
+def test_a_workspace_is_kept_for_the_next_run(model):
     workspaces = WorkspacePool()
     assert workspaces.idle_bytes == 0
     first = take(workspaces, model)

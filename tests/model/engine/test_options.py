@@ -1,0 +1,40 @@
+"""Options of an answer: the keywords of each door, and the refusal of others."""
+
+import dataclasses
+
+import pytest
+
+from keye_model.engine.options import SamplingKeywords, SamplingOptions
+
+
+def test_the_keywords_are_the_fields():
+    fields = {field.name: field.type for field in dataclasses.fields(SamplingOptions)}
+    keywords = {
+        name: hint.__forward_arg__ for name, hint in SamplingKeywords.__annotations__.items()
+    }
+    assert keywords == fields
+    assert not SamplingKeywords.__required_keys__
+
+
+def test_every_field_is_explained():
+    for field in dataclasses.fields(SamplingOptions):
+        assert f"        {field.name}: " in SamplingOptions.__doc__
+
+
+def test_options_of_keywords():
+    assert SamplingOptions.of({}) == SamplingOptions()
+    assert SamplingOptions.of({"top_k": 3, "seed": [1, 2]}) == SamplingOptions(top_k=3, seed=[1, 2])
+
+
+def test_unknown_keywords_are_refused_by_name():
+    message = (
+        "unknown keyword 'temprature'; known: max_new_tokens, do_sample, temperature, top_k, "
+        "top_p, repetition_penalty, seed, stop_strings, limits"
+    )
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        SamplingOptions.of({"top_p": 0.5, "temprature": 1.0}, "limits")
+
+
+def test_options_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingOptions().top_k = 4
