@@ -19,7 +19,7 @@ from keye_model.engine.memory import Limits
 from keye_model.engine.options import SamplingKeywords, SamplingOptions
 from keye_model.engine.sampling import sampling_params
 from keye_model.engine.scheduler import Scheduler
-from keye_model.inputs.request import Progress, Request
+from keye_model.inputs.request import Progress, Request, num_patches
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
 
@@ -295,7 +295,7 @@ def _requests(
 def _prompt_usage(request: Request, merge: int) -> tuple[int, int, int]:
     """Prompt, image and video tokens."""
     grids = (request.image_grid_thw, request.video_grid_thw)
-    images, videos = (sum(t * h * w for t, h, w in grid) // merge for grid in grids)
+    images, videos = (num_patches(grid) // merge for grid in grids)
     return request.input_ids.numel(), images, videos
 
 

@@ -20,11 +20,13 @@ class Checkpoint:
     Attributes:
         path_or_id: The directory or Hub id that was asked for.
         local_files_only: Never touch the network.
+        download: Other options of `locate`, ``revision`` for one.
         directory: Holds the configuration and the tokenizer.
     """
 
     path_or_id: str | os.PathLike
     local_files_only: bool
+    download: dict[str, Any]
     directory: Path
     _contents: dict[str, dict[str, Any] | None] = field(
         default_factory=dict, repr=False, compare=False
@@ -32,16 +34,22 @@ class Checkpoint:
 
     @classmethod
     def at(
-        cls, path_or_id: str | os.PathLike | Checkpoint, *, local_files_only: bool = False
+        cls,
+        path_or_id: str | os.PathLike | Checkpoint,
+        *,
+        local_files_only: bool = False,
+        **download: Any,
     ) -> Checkpoint:
-        """Find a checkpoint and fetch its small files, not its weights; raises as `locate`.
+        """Find a checkpoint and fetch its small files, not its weights; all as for `locate`.
 
         A `Checkpoint` is returned as it is.
         """
         if isinstance(path_or_id, Checkpoint):
             return path_or_id
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
-        return cls(path_or_id, local_files_only, directory)
+        where = {"local_files_only": local_files_only, **download}
+        return cls(
+            path_or_id, local_files_only, download, locate(path_or_id, weights=False, **where)
+        )
 
     def json(self, filename: str, *, required: bool = True) -> dict[str, Any] | None:
         """Contents of a JSON file, not to be changed; None or an error as from `read_json`."""
@@ -67,4 +75,5 @@ class Checkpoint:
 
     def fetch_weights(self) -> Path:
         """Fetch the safetensors files too; returns the directory that holds them."""
-        return locate(self.path_or_id, weights=True, local_files_only=self.local_files_only)
+        where = {"local_files_only": self.local_files_only, **self.download}
+        return locate(self.path_or_id, weights=True, **where)

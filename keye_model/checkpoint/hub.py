@@ -19,7 +19,13 @@ CONFIG_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 
 
-def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bool = False) -> Path:
+def locate(
+    path_or_id: str | os.PathLike,
+    *,
+    weights: bool,
+    local_files_only: bool = False,
+    **download: Any,
+) -> Path:
     """Return the directory that holds a checkpoint's files, downloading them if they are not here.
 
     Args:
@@ -27,6 +33,7 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
         weights: Whether the safetensors files are wanted too, or only configuration and tokenizer.
             Code files are never fetched.
         local_files_only: Never touch the network. ``HF_HUB_OFFLINE=1`` does the same.
+        download: Other options of `huggingface_hub.snapshot_download`, ``revision`` for one.
 
     Raises:
         FileNotFoundError: The directory does not exist, or the Hub (or its cache) has no such
@@ -52,7 +59,10 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
     try:
         return Path(
             snapshot_download(
-                name, allow_patterns=list(patterns), local_files_only=local_files_only
+                name,
+                allow_patterns=list(patterns),
+                local_files_only=local_files_only,
+                **download,
             )
         )
     except LocalEntryNotFoundError as error:

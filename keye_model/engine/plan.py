@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.weights import DECODER_LAYERS, PROJECTOR, TOWER, tensor_shapes
 from keye_model.engine.memory import Limits, activation_bytes, attention_segments, cache_pages
-from keye_model.inputs.request import Request
+from keye_model.inputs.request import Request, num_patches
 from keye_model.network.cache import PAGE_SIZE
 
 
@@ -123,8 +123,8 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     step = (costs.text_linear + costs.lm_head) * len(prompts)
     return Plan(
         prompt_tokens=prompts,
-        image_tokens=sum(math.prod(grid) for grid in images) // merge,
-        video_tokens=sum(math.prod(grid) for grid in videos) // merge,
+        image_tokens=num_patches(images) // merge,
+        video_tokens=num_patches(videos) // merge,
         patches=patches,
         longest_segment=max((length for _, length in segments), default=0),
         vision_flops=vision + costs.projector * (patches // merge),

@@ -13,7 +13,7 @@ import torch
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs.positions import place, placeholders, rope_positions
-from keye_model.inputs.request import Grid, PackedInputs, Request, host_grid
+from keye_model.inputs.request import Grid, PackedInputs, Request, host_grid, num_patches
 
 
 def pack(requests: Sequence[Request], config: KeyeConfig) -> PackedInputs:
@@ -203,7 +203,7 @@ def requests_of(
 
     def take(pixels: torch.Tensor | None, kind: int, grid: Grid) -> torch.Tensor | None:
         start = taken[kind]
-        taken[kind] += sum(t * h * w for t, h, w in grid)
+        taken[kind] += num_patches(grid)
         return pixels[start : taken[kind]] if grid and pixels is not None else None
 
     for row in rows:

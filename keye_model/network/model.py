@@ -13,7 +13,7 @@ from torch import nn
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs import packing
-from keye_model.inputs.request import PackedInputs, host_grid
+from keye_model.inputs.request import PackedInputs, host_grid, num_patches
 from keye_model.network.cache import CacheLayout, PagedCache
 from keye_model.network.features import MAX_PATCHES_PER_CALL, Encode, vision_features
 from keye_model.network.projector import KeyeProjector
@@ -146,9 +146,9 @@ class KeyeModel(nn.Module):
 
     def _features(self, name: str, pixels: torch.Tensor, grid_thw: GridLike) -> torch.Tensor:
         grid = host_grid(name, grid_thw)
-        num_patches = sum(t * h * w for t, h, w in grid)
-        if num_patches == 0 or pixels.shape[0] != num_patches:
+        total = num_patches(grid)
+        if total == 0 or pixels.shape[0] != total:
             raise ValueError(
-                f"{name} must add up to the {pixels.shape[0]} patches given, got {num_patches}"
+                f"{name} must add up to the {pixels.shape[0]} patches given, got {total}"
             )
         return torch.cat(list(vision_features(self.visual, self.mlp_AR, pixels, grid)))

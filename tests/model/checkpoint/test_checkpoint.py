@@ -34,9 +34,9 @@ def visits(monkeypatch):
     """For each visit to the Hub or to a directory: whether it was for the weights."""
     made, real = [], checkpoint_module.locate
 
-    def locate(path_or_id, *, weights, local_files_only):
+    def locate(path_or_id, *, weights, **options):
         made.append(weights)
-        return real(path_or_id, weights=weights, local_files_only=local_files_only)
+        return real(path_or_id, weights=weights, **options)
 
     monkeypatch.setattr(checkpoint_module, "locate", locate)
     return made
@@ -100,10 +100,9 @@ def test_the_weights_are_fetched_from_where_the_configuration_was(monkeypatch, t
         return tmp_path
 
     monkeypatch.setattr(checkpoint_module, "locate", locate)
-    assert Checkpoint.at("owner/name", local_files_only=True).fetch_weights() == tmp_path
-    assert asked == [
-        ("owner/name", {"weights": weights, "local_files_only": True}) for weights in (False, True)
-    ]
+    options = {"local_files_only": True, "revision": "abc"}
+    assert Checkpoint.at("owner/name", **options).fetch_weights() == tmp_path
+    assert asked == [("owner/name", {"weights": found, **options}) for found in (False, True)]
 
 
 def test_a_file_that_was_absent_is_looked_for_again(tmp_path):
