@@ -207,7 +207,11 @@ class KeyeForConditionalGeneration(nn.Module):
         """
         given = without_idle(options, GENERATING)
         sampling = SamplingOptions.of(given, "eos_token_id", "pad_token_id", "limits")
-        defaults = self._defaults()
+        defaults = self.generation_config
+        if defaults is None:
+            raise RuntimeError(
+                "generation_config must be set before generate(); from_pretrained does it"
+            )
         ends, pad = defaults.eos_token_ids, defaults.pad_token_id
         if eos_token_id is not None:
             ends = _token_ids("eos_token_id", eos_token_id)
@@ -236,13 +240,6 @@ class KeyeForConditionalGeneration(nn.Module):
         padded = [one.token_ids + [pad] * (longest - len(one.token_ids)) for one in drafts]
         new = torch.tensor(padded, dtype=torch.int64, device=input_ids.device)
         return torch.cat([input_ids, new], dim=1)
-
-    def _defaults(self) -> GenerationDefaults:
-        if self.generation_config is None:
-            raise RuntimeError(
-                "generation_config must be set before generate(); from_pretrained does it"
-            )
-        return self.generation_config
 
     def _tokenizer(self) -> Tokenizer:
         try:

@@ -118,10 +118,5 @@ def _print_costs(answers: list[Answer]) -> None:
     prompt, new = sum(u.prompt_tokens for u in usage), sum(u.new_tokens for u in usage)
     images, videos = sum(u.image_tokens for u in usage), sum(u.video_tokens for u in usage)
     say(f"  {prompt} prompt tokens ({images} image, {videos} video), {new} new tokens")
-    stages = {
-        "processing": t.processing,
-        "vision": t.vision,
-        "prefill": t.prefill,
-        "decode": t.decode,
-    }
-    say("  " + ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in stages.items()))
+    stages = ("processing", "vision", "prefill", "decode")
+    say("  " + ", ".join(f"{name} {1000 * getattr(t, name):.1f} ms" for name in stages))

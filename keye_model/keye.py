@@ -231,8 +231,18 @@ class _Run:
         self._drafts = [
             Draft(Detokenizer(processor.tokenizer, options.stop_strings)) for _ in params
         ]
-        context = model.config.text_config.max_position_embeddings
-        requests = _requests(processor, conversations, thinking, context - 1, progress)
+        prepared = [isinstance(one, Request) for one in conversations]
+        if not any(prepared):
+            room = model.config.text_config.max_position_embeddings - 1
+            requests = processor.requests(
+                conversations, thinking=thinking, max_tokens=room, progress=progress
+            )
+        elif all(prepared) and thinking == "auto":
+            requests = conversations
+        else:
+            raise TypeError(
+                "messages must be all conversations, or all requests with thinking 'auto'"
+            )
         merge = model.config.vision_config.spatial_merge_size**2
         self._prompts = [_prompt_usage(request, merge) for request in requests]
         self._processing = time.perf_counter() - started
@@ -254,14 +264,11 @@ class _Run:
         self.answers = [self._answer(*one) for one in zip(self._drafts, self._prompts, strict=True)]
 
     def _answer(self, draft: Draft, prompt: tuple[int, int, int]) -> Answer:
-        stages = self._scheduler.timings
         timings = Timings(
-            self._processing,
-            stages.vision,
-            stages.prefill,
-            stages.decode,
-            self._processing + draft.first_token,
-            self._scheduler.cuda_graphs,
+            processing=self._processing,
+            first_token=self._processing + draft.first_token,
+            cuda_graphs=self._scheduler.cuda_graphs,
+            **vars(self._scheduler.timings),
         )
         parts = parse_answer(draft.detokenizer.text)
         return Answer(
@@ -273,23 +280,6 @@ class _Run:
             Usage(*prompt, len(draft.token_ids)),
             timings,
         )
-
-
-def _requests(
-    processor: KeyeProcessor,
-    conversations: list[Messages | Request],
-    thinking: Thinking,
-    max_tokens: int,
-    progress: Progress | None,
-) -> list[Request]:
-    prepared = [isinstance(one, Request) for one in conversations]
-    if not any(prepared):
-        return processor.requests(
-            conversations, thinking=thinking, max_tokens=max_tokens, progress=progress
-        )
-    if not all(prepared) or thinking != "auto":
-        raise TypeError("messages must be all conversations, or all requests with thinking 'auto'")
-    return conversations
 
 
 def _prompt_usage(request: Request, merge: int) -> tuple[int, int, int]:

@@ -56,15 +56,9 @@ def locate(
             f"path_or_id must be an existing directory or a Hub id 'owner/name', got {name!r}{hint}"
         )
     patterns = CONFIG_FILES + (WEIGHT_FILES if weights else ())
+    options = {"allow_patterns": list(patterns), "local_files_only": local_files_only}
     try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=list(patterns),
-                local_files_only=local_files_only,
-                **download,
-            )
-        )
+        return Path(snapshot_download(name, **options, **download))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"path_or_id {name!r} is no directory here, is not in the local Hub cache, and the Hub "

@@ -71,6 +71,8 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     _check(arguments)
+    if "thinking" in arguments:
+        arguments.thinking = {"on": True, "off": False}.get(arguments.thinking, "auto")
     if arguments.model is not None:
         with terminal.interrupt_exits():
             from keye_model.checkpoint.checkpoint import Checkpoint

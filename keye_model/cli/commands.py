@@ -31,8 +31,6 @@ from keye_model.engine.workspace import KEPT_TOKENS
 from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
 
-_THINKING = {"auto": "auto", "on": True, "off": False}
-
 
 def generate(arguments: argparse.Namespace) -> int:
     """Answer one question."""
@@ -43,7 +41,7 @@ def generate(arguments: argparse.Namespace) -> int:
             processor,
             _messages(arguments, processor),
             arguments.max_new_tokens,
-            thinking=_THINKING[arguments.thinking],
+            thinking=arguments.thinking,
             progress=progress,
         )
         processing = time.perf_counter() - started
@@ -65,7 +63,6 @@ def generate(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     """Talk until the input ends."""
     processor, options = _checked(arguments)
-    options["thinking"] = _THINKING[arguments.thinking]
     conversation = Conversation(processor, arguments, options)
     for kind in ("image", "video"):
         for source in getattr(arguments, kind):

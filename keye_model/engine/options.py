@@ -34,7 +34,8 @@ class SamplingOptions:
             three.
         top_k: Sample among the k most likely tokens; 0 and -1 are off.
         top_p: In (0, 1]: sample among the most likely tokens that together reach it; 1 is off.
-        repetition_penalty: Positive; above 1, tokens of prompt and answer become less likely.
+        repetition_penalty: Logits of tokens seen in prompt or answer are divided by it when
+            positive, multiplied when negative; 1 is off.
         seed: One for all conversations (equal ones then get equal answers), or one for each. None
             draws them from torch's global generator.
         stop_strings: An answer ends with the first of these in its text.

@@ -45,6 +45,7 @@ class Costs:
         position_table = 2 * vision.position_grid**2 * vision.hidden_size
         head = 2 * text.vocab_size * text.hidden_size
         layers = matmul_flops(DECODER_LAYERS)
+        kv_width = text.num_key_value_heads * text.head_dim
         return cls(
             vision_linear=matmul_flops(TOWER) - position_table,
             vision_attention=4 * vision.num_hidden_layers * vision.hidden_size,
@@ -54,11 +55,7 @@ class Costs:
             lm_head=head,
             weight_bytes=sum(map(math.prod, shapes.values())) * itemsize,
             decode_bytes=(layers + head) // 2 * itemsize,
-            cache_bytes=2
-            * text.num_hidden_layers
-            * text.num_key_value_heads
-            * text.head_dim
-            * itemsize,
+            cache_bytes=2 * text.num_hidden_layers * kv_width * itemsize,
         )
 
 

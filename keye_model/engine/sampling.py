@@ -18,17 +18,10 @@ _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """One request's parameters.
+    """One request's parameters: fields of `SamplingOptions` with a value each, 0 for top_k off.
 
-    Attributes:
-        max_new_tokens: At most this many tokens are generated.
-        temperature: Divides the logits; 0 is greedy.
-        top_k: Keep the k most likely tokens; 0 keeps all.
-        top_p: Keep the most likely tokens that together reach this probability; 1 keeps all.
-        repetition_penalty: Logits of tokens seen in prompt or answer are divided by it when
-            positive, multiplied when negative; 1 changes nothing.
-        seed: Drives a counter-based generator, so that a request's tokens depend on its own seed
-            and never on its neighbours in the batch.
+    The seed drives a counter-based generator, so that a request's tokens depend on its own seed and
+    never on its neighbours in the batch.
 
     Raises:
         ValueError: A value is out of its range.

@@ -134,15 +134,8 @@ class KeyeModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """3D positions of a padded batch; see `keye_model.inputs.packing.get_rope_index`."""
-        return packing.get_rope_index(
-            self.config,
-            input_ids,
-            image_grid_thw,
-            video_grid_thw,
-            second_per_grid_ts,
-            num_frames,
-            attention_mask,
-        )
+        grids = (image_grid_thw, video_grid_thw, second_per_grid_ts, num_frames)
+        return packing.get_rope_index(self.config, input_ids, *grids, attention_mask)
 
     def _features(self, name: str, pixels: torch.Tensor, grid_thw: GridLike) -> torch.Tensor:
         grid = host_grid(name, grid_thw)
