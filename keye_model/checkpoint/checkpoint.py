@@ -19,18 +19,14 @@ class Checkpoint:
 
     Attributes:
         path_or_id: The directory or Hub id that was asked for.
-        local_files_only: Never touch the network.
-        download: Other options of `locate`, ``revision`` for one.
         directory: Holds the configuration and the tokenizer.
+        options: Of `locate`: ``local_files_only``, ``revision`` and others.
     """
 
     path_or_id: str | os.PathLike
-    local_files_only: bool
-    download: dict[str, Any]
     directory: Path
-    _contents: dict[str, dict[str, Any] | None] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    options: dict[str, Any] = field(repr=False)  # may hold a token
+    _contents: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def at(
@@ -46,10 +42,13 @@ class Checkpoint:
         """
         if isinstance(path_or_id, Checkpoint):
             return path_or_id
-        where = {"local_files_only": local_files_only, **download}
-        return cls(
-            path_or_id, local_files_only, download, locate(path_or_id, weights=False, **where)
-        )
+        options = {"local_files_only": local_files_only, **download}
+        return cls(path_or_id, locate(path_or_id, weights=False, **options), options)
+
+    @property
+    def local_files_only(self) -> bool:
+        """Never touch the network."""
+        return self.options["local_files_only"]
 
     def json(self, filename: str, *, required: bool = True) -> dict[str, Any] | None:
         """Contents of a JSON file, not to be changed; None or an error as from `read_json`."""
@@ -75,5 +74,4 @@ class Checkpoint:
 
     def fetch_weights(self) -> Path:
         """Fetch the safetensors files too; returns the directory that holds them."""
-        where = {"local_files_only": self.local_files_only, **self.download}
-        return locate(self.path_or_id, weights=True, **where)
+        return locate(self.path_or_id, weights=True, **self.options)

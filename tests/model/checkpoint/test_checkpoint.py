@@ -100,8 +100,10 @@ def test_the_weights_are_fetched_from_where_the_configuration_was(monkeypatch, t
         return tmp_path
 
     monkeypatch.setattr(checkpoint_module, "locate", locate)
-    options = {"local_files_only": True, "revision": "abc"}
-    assert Checkpoint.at("owner/name", **options).fetch_weights() == tmp_path
+    options = {"local_files_only": True, "revision": "abc", "token": "secret"}
+    checkpoint = Checkpoint.at("owner/name", **options)
+    assert checkpoint.fetch_weights() == tmp_path
+    assert "secret" not in repr(checkpoint)
     assert asked == [("owner/name", {"weights": found, **options}) for found in (False, True)]
 
 

@@ -1,6 +1,7 @@
 """Options of an answer: the keywords of each door, and the refusal of others."""
 
 import dataclasses
+from typing import get_type_hints
 
 import pytest
 
@@ -8,11 +9,7 @@ from keye_model.engine.options import SamplingKeywords, SamplingOptions
 
 
 def test_the_keywords_are_the_fields():
-    fields = {field.name: field.type for field in dataclasses.fields(SamplingOptions)}
-    keywords = {
-        name: hint.__forward_arg__ for name, hint in SamplingKeywords.__annotations__.items()
-    }
-    assert keywords == fields
+    assert get_type_hints(SamplingKeywords) == get_type_hints(SamplingOptions)
     assert not SamplingKeywords.__required_keys__
 
 
