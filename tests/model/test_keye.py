@@ -306,8 +306,10 @@ def test_max_new_tokens_must_be_positive(keye, conversations, value):
 
 
 def test_unknown_option(keye, conversations):
-    with pytest.raises(TypeError, match="num_beams"):
-        keye.generate(conversations[3], num_beams=4)
+    message = "unknown keyword 'num_beams'; known: max_new_tokens, .* stop_strings, thinking, prog"
+    for door in (keye.generate, keye.stream):
+        with pytest.raises(TypeError, match=message):
+            door(conversations[3], num_beams=4)
 
 
 @pytest.mark.parametrize("messages", [[], [[]]], ids=["none", "an empty conversation"])
