@@ -21,7 +21,7 @@ class Timings:
     """Seconds of the whole run that this request was part of. ``first_token`` is the request's own,
     from the start of its processing, without the time before a stream was first read.
 
-    ``cuda_graphs``: steps that ran again were captured as CUDA graphs.
+    ``cuda_graphs``: forward passes that ran again were captured as CUDA graphs.
     """
 
     processing: float

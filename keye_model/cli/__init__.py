@@ -24,6 +24,7 @@ from keye_model.cli.options import (
     number,
     with_flags,
 )
+from keye_model.engine.options import SamplingOptions
 
 _DEFAULT_MODEL = "Kwai-Keye/Keye-VL-8B-Preview"
 _EXAMPLES = """\
@@ -70,12 +71,15 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     _check(arguments)
+    if "thinking" in arguments:
+        arguments.thinking = {"on": True, "off": False}.get(arguments.thinking, "auto")
     if arguments.model is not None:
         with terminal.interrupt_exits():
-            from keye_model.checkpoint.hub import locate, read_json
+            from keye_model.checkpoint.checkpoint import Checkpoint
 
-        where = {"local_files_only": getattr(arguments, "local_files_only", False)}
-        read_json(locate(arguments.model, weights=False, **where), "config.json")
+        offline = getattr(arguments, "local_files_only", False)
+        arguments.model = Checkpoint.at(arguments.model, local_files_only=offline)
+        arguments.model.json("config.json")
     with terminal.interrupt_exits():
         from keye_model.cli import commands
 
@@ -148,7 +152,7 @@ def _parser() -> Parser:
 
     demo = command("demo", "show a picture, a video and a mixed batch")
     demo.add_argument("--model", help="directory or Hub id; without it random weights")
-    demo.add_argument("--max-new-tokens", type=POSITIVE_INT, default=32, metavar="N")
+    _add_max_new_tokens(demo, "of each answer (%(default)s)", 32)
 
     info = command("info", "print versions, backends and a checkpoint's facts")
     _add_model(info, None)
@@ -157,13 +161,7 @@ def _parser() -> Parser:
     _add_text(plan, "the question, to count its tokens too")
     _add_inputs(plan)
     costs = plan.add_argument_group("costs")
-    costs.add_argument(
-        "--max-new-tokens",
-        type=POSITIVE_INT,
-        default=512,
-        metavar="N",
-        help="of each request (%(default)s)",
-    )
+    _add_max_new_tokens(costs, "of each request (%(default)s)")
     for name, kind, default, text in (
         ("batch", POSITIVE_INT, 1, "number of equal requests (1)"),
         ("matmul", POSITIVE, 790.0, "TFLOP/s of the GPU (H200: 790)"),
@@ -197,17 +195,17 @@ def _add_inputs(parser: Parser) -> None:
 def _add_answer(parser: Parser) -> None:
     group = parser.add_argument_group("the answer")
     not_negative = number(int, "an integer of at least 0", lambda x: x >= 0)
-    group.add_argument(
-        "--max-new-tokens",
-        type=POSITIVE_INT,
-        default=512,
-        metavar="N",
-        help="most tokens of an answer (%(default)s)",
-    )
+    _add_max_new_tokens(group, "most tokens of an answer (%(default)s)")
     group.add_argument(
         "--thinking", choices=("auto", "on", "off"), default="auto", help="auto: the model decides"
     )
-    group.add_argument("--greedy", action="store_true", help="always the most likely token")
+    group.add_argument(
+        "--greedy",
+        action="store_const",
+        const=False,
+        dest="do_sample",
+        help="always the most likely token",
+    )
     for name, kind, metavar, off in (
         ("temperature", number(float, "at least 0", lambda x: x >= 0), "T", "0 is greedy"),
         ("top-k", not_negative, "K", "0 is off"),
@@ -219,7 +217,20 @@ def _add_answer(parser: Parser) -> None:
     seed = number(int, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
     group.add_argument("--seed", type=seed, metavar="N", help="makes a sampled answer repeatable")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+        "--stop",
+        action="append",
+        default=[],
+        dest="stop_strings",
+        metavar="TEXT",
+        help="end before TEXT; repeatable",
+    )
+
+
+def _add_max_new_tokens(
+    parser: argparse._ActionsContainer, text: str, default: int = SamplingOptions.max_new_tokens
+) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=POSITIVE_INT, default=default, metavar="N", help=text
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from keye_model.cli import terminal
-from keye_model.inputs.request import Progress, Request
+from keye_model.inputs.request import Progress, Request, num_patches
 from keye_model.processing.chat import Thinking
 from keye_model.processing.fetch import describe
 from keye_model.processing.picture import FETCH_TIMEOUT, MAX_IMAGE_BYTES
@@ -108,7 +107,7 @@ def prepare(
 def vision_tokens(request: Request, processor: KeyeProcessor) -> int:
     """Tokens of a request's pictures and videos."""
     merge = processor.config.vision_config.spatial_merge_size**2
-    return sum(map(math.prod, request.image_grid_thw + request.video_grid_thw)) // merge
+    return num_patches(request.image_grid_thw + request.video_grid_thw) // merge
 
 
 def _pixels(options: argparse.Namespace, processor: KeyeProcessor) -> dict[str, int]:

@@ -46,8 +46,8 @@ class Conversation:
 
     Args:
         processor: The checkpoint's.
-        arguments: The command line's: the system message, and defaults for videos.
-        options: Options of `Keye.stream`, and ``thinking``.
+        arguments: The command line's: the system message, thinking, and defaults for videos.
+        options: Options of `Keye.stream`.
 
     Attributes:
         keye: The model that answers; not needed to attach.
@@ -59,8 +59,7 @@ class Conversation:
         self.keye: Keye | None = None
         self._processor = processor
         self._arguments = arguments
-        self._options = dict(options)
-        self._thinking = self._options.pop("thinking")
+        self._options = options
         system = arguments.system
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[_Turn] = []
@@ -206,7 +205,7 @@ class Conversation:
             self._processor,
             messages,
             self._options["max_new_tokens"],
-            thinking=self._thinking,
+            thinking=self._arguments.thinking,
             used=used,
             shapes_only=shapes_only,
             note=self._note_once,

@@ -16,21 +16,20 @@ import keye_kernels
 from keye_model import demo as demonstration
 from keye_model.answer import Answer
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import locate
+from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.cli import attachments
 from keye_model.cli.chat import Conversation, why_cut, write_answer
 from keye_model.cli.terminal import Progress, note, say
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.engine.detokenizer import Detokenizer
+from keye_model.engine.options import SamplingOptions
 from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
-from keye_model.engine.sampling import GenerationDefaults
+from keye_model.engine.sampling import sampling_params
 from keye_model.engine.workspace import KEPT_TOKENS
 from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
-
-_THINKING = {"auto": "auto", "on": True, "off": False}
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -42,7 +41,7 @@ def generate(arguments: argparse.Namespace) -> int:
             processor,
             _messages(arguments, processor),
             arguments.max_new_tokens,
-            thinking=_THINKING[arguments.thinking],
+            thinking=arguments.thinking,
             progress=progress,
         )
         processing = time.perf_counter() - started
@@ -64,7 +63,6 @@ def generate(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     """Talk until the input ends."""
     processor, options = _checked(arguments)
-    options["thinking"] = _THINKING[arguments.thinking]
     conversation = Conversation(processor, arguments, options)
     for kind in ("image", "video"):
         for source in getattr(arguments, kind):
@@ -92,9 +90,7 @@ def info(arguments: argparse.Namespace) -> int:
     why_not = why_no_graphs(torch.device("cuda" if cuda else "cpu"))
     say(f"cuda graphs   {f'no: {why_not}' if why_not else 'yes'}")
     if arguments.model:
-        config = KeyeConfig.from_pretrained(
-            arguments.model, local_files_only=arguments.local_files_only
-        )
+        config = KeyeConfig.from_pretrained(arguments.model)
         weight_bytes = Costs.of(config).weight_bytes
         say(f"model         {config.variant.name}")
         say(f"parameters    {weight_bytes // config.dtype.itemsize:,}")
@@ -156,29 +152,22 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _checked(arguments: argparse.Namespace) -> tuple[KeyeProcessor, dict[str, Any]]:
     """Load the processor and check the options of an answer, before weights are read."""
-    options = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "do_sample": False if arguments.greedy else None,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "repetition_penalty": arguments.repetition_penalty,
-        "seed": arguments.seed,
-    }
+    options = SamplingOptions(
+        **{
+            field.name: getattr(arguments, field.name)
+            for field in dataclasses.fields(SamplingOptions)
+        }
+    )
     check_backend(arguments.backend, resolve_device("device", arguments.device))
     processor = _processor(arguments)
-    directory = locate(arguments.model, weights=False, local_files_only=arguments.local_files_only)
-    GenerationDefaults.from_directory(directory).params(**options)
-    Detokenizer(processor.tokenizer, arguments.stop)
-    return processor, options | {"stop_strings": arguments.stop}
+    sampling_params(options, GenerationDefaults.from_pretrained(arguments.model), 1)
+    Detokenizer(processor.tokenizer, options.stop_strings)
+    return processor, dataclasses.asdict(options)
 
 
 def _processor(arguments: argparse.Namespace) -> KeyeProcessor:
     return KeyeProcessor.from_pretrained(
-        arguments.model,
-        min_pixels=arguments.min_pixels,
-        max_pixels=arguments.max_pixels,
-        local_files_only=arguments.local_files_only,
+        arguments.model, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
     )
 
 
@@ -187,7 +176,6 @@ def _load(arguments: argparse.Namespace, processor: KeyeProcessor) -> Keye:
         arguments.model,
         dtype=arguments.dtype,
         device_map=resolve_device("device", arguments.device),
-        local_files_only=arguments.local_files_only,
     )
     return Keye(model, processor, backend=arguments.backend)
 

@@ -1,7 +1,8 @@
-"""CUDA graphs of steps: a step is captured the second time it runs, and replayed from then on.
+"""CUDA graphs of forward passes: captured the second time a pass runs, replayed from then on.
 
-A graph fixes addresses, sizes and scalar arguments. So the inputs of a step must lie in buffers
-that never move, and its shapes must be rounded up to few sizes.
+A pass is a decode step, or the tower's layers for small images. A graph fixes addresses, sizes and
+scalar arguments. So the inputs of a pass must lie in buffers that never move, and its shapes must
+be rounded up to few sizes.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ GRAPH_BYTES = 512 << 20
 # The definitions of these ops read lengths, slots or parameters back to the host; a graph cannot.
 _READ_BACK = ("varlen_attention", "qk_norm_mrope_store", "paged_decode_attention", "sample")
 
-Step = Callable[[], None]
+Forward = Callable[[], None]
 
 _capturing = threading.Lock()
 
 
 def why_no_graphs(device: torch.device) -> str:
-    """Why steps on `device` are not captured with the current backend; "" if they are."""
+    """Why passes on `device` are not captured with the current backend; "" if they are."""
     if device.type != "cuda":
         return "needs a GPU"
     served = backends(device.type)
@@ -47,7 +48,7 @@ def padded_rows(num_rows: int) -> int:
     """Round ``num_rows`` up to one of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
 
     Padding is less than half of the rows, and less than a third above 16. Up to about 190 rows a
-    step is bound by reading the weights, so padding costs little time.
+    decode step is bound by reading the weights, so padding costs little time.
     """
     power = 1 << (num_rows - 1).bit_length()
     middle = power * 3 // 4
@@ -61,17 +62,17 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class CudaRecorder:
-    """Captures steps into its own memory pool."""
+    """Captures passes into its own memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, step: Step) -> torch.cuda.CUDAGraph:
-        """Record the launches of a step, which must have run before, without running them.
+    def capture(self, forward: Forward) -> torch.cuda.CUDAGraph:
+        """Record the launches of a pass, which must have run before, without running them.
 
         Raises:
-            RuntimeError: The step cannot be captured.
+            RuntimeError: The pass cannot be captured.
             torch.OutOfMemoryError: There is no memory for it.
         """
         graph = torch.cuda.CUDAGraph()
@@ -86,13 +87,13 @@ class CudaRecorder:
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 with torch.cuda.graph(graph, self._pool, self._stream, **mode):
-                    step()
+                    forward()
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 raise RuntimeError(
-                    f"a step could not be captured as a CUDA graph ({error}); start again with "
-                    "cuda_graphs=False, which launches steps one by one"
+                    f"a forward pass could not be captured as a CUDA graph ({error}); start again "
+                    "with cuda_graphs=False, which launches its kernels one by one"
                 ) from error
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
@@ -112,7 +113,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class CudaGraphs:
-    """The captured steps of one run, at most 64; the least recently used one is dropped.
+    """The captured passes of one run, at most 64; the least recently used one is dropped.
 
     They share one memory pool: only one is replayed at a time, and no result stays in the pool.
     """
@@ -122,18 +123,18 @@ class CudaGraphs:
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
         self._seen: set[Hashable] = set()
 
-    def run(self, key: Hashable, step: Step) -> None:
-        """Run ``step``, whose launches depend on nothing but ``key``.
+    def run(self, key: Hashable, forward: Forward) -> None:
+        """Run ``forward``, whose launches depend on nothing but ``key``.
 
         The first run of a key launches its kernels: they must be compiled before a capture, and
         many keys come up only once. The second run captures, later ones replay.
         """
         if key not in self._seen:
             self._seen.add(key)
-            step()
+            forward()
             return
         if key not in self._graphs:
-            self._graphs[key] = self._recorder.capture(step)
+            self._graphs[key] = self._recorder.capture(forward)
             # Only after the capture: the memory pool is freed with its last graph.
             if len(self._graphs) > _MAX_GRAPHS:
                 self._graphs.popitem(last=False)

@@ -1,7 +1,7 @@
 """The decode step, one token for each running sequence, on device buffers with a row for each.
 
 A captured step can be replayed, because its tensors lie in buffers that never move and their shapes
-depend only on a number of rows and a capacity. A step neither reads from the device nor uploads:
+depend only on a number of rows and a capacity. It neither reads from the device nor uploads:
 the device counts tokens itself. The host rewrites the rows when sequences come or go.
 """
 
@@ -76,7 +76,7 @@ class DecodeBatch:
         self._ints = torch.zeros(7, MAX_ROWS, dtype=torch.int64, device=device)
         # A step adds `active` to each of the three counters: 1, or 0 for padding.
         self.counters, self._active = self._ints[:3], self._ints[3]
-        self._stored, self._positions, self._step = self.counters
+        self._stored, self._positions, self._generated = self.counters
         self.token_ids, self._top_k, self._seed = self._ints[4:]
         self._floats = torch.ones(3, MAX_ROWS, device=device)
         self._temperature, self._top_p, self._penalty = self._floats
@@ -180,7 +180,7 @@ class DecodeBatch:
             self._top_k[rows],
             self._top_p[rows],
             self._seed[rows],
-            self._step[rows],
+            self._generated[rows],
             repetition_penalty=self._penalty[rows] if penalised else None,
             seen=self._seen[rows] if penalised else None,
             out=self.token_ids[rows],

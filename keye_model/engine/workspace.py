@@ -1,4 +1,4 @@
-"""Memory of a run: the cache, the buffers of its steps, and the graphs captured on them.
+"""Memory of a run: the cache, the buffers of its passes, and the graphs captured on them.
 
 A graph stores the addresses of the weights, the cache's pages and the buffers. So a `Workspace`
 holds all of these together, and a model keeps one idle workspace between runs.
@@ -29,14 +29,14 @@ KEPT_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Workspace:
-    """Cache, buffers and captured steps of one run.
+    """Cache, buffers and captured passes of one run.
 
     Attributes:
         cache: Keys and values of the run's sequences.
         batch: Buffers of the decode step.
         vision: Buffers for small images; None on a CPU, where padding only costs time.
-        graphs: Captured steps. None: steps are launched one by one, on a GPU with the same padding,
-            so both give the same bits.
+        graphs: Captured passes. None: kernels are launched one by one, on a GPU with the same
+            padding, so both give the same bits.
         identity: The weights and kernels that the graphs were captured with. PyTorch's settings for
             matrix products are not part of it: they must not change.
     """
@@ -106,10 +106,10 @@ class WorkspacePool:
     def take(
         self, model: KeyeModel, lm_head: nn.Module, num_pages: int, max_pages: int
     ) -> Workspace:
-        """Take a workspace with an empty cache; it has graphs if steps can be captured.
+        """Take a workspace with an empty cache; it has graphs if passes can be captured.
 
         Args:
-            model, lm_head: The modules that the run's steps call.
+            model, lm_head: The modules that the run calls.
             num_pages: Pages that the run needs.
             max_pages: Pages that the cache may have.
         """

@@ -75,10 +75,10 @@ def place(
     video_blocks, video_starts = _blocks(
         "video", videos, video_index, merge_size, split_frames=not variant.timed_positions
     )
-    step = np.zeros(len(image_blocks) + len(video_blocks), np.float32)
+    interval = np.zeros(len(image_blocks) + len(video_blocks), np.float32)
     if variant.timed_positions:
-        step[len(image_blocks) :] = np.asarray(seconds or [1.0] * len(videos), np.float32)
-        if not np.all(np.isfinite(step) & (step >= 0)):
+        interval[len(image_blocks) :] = np.asarray(seconds or [1.0] * len(videos), np.float32)
+        if not np.all(np.isfinite(interval) & (interval >= 0)):
             raise ValueError(
                 f"second_per_grid_ts must be finite and not negative, got {tuple(seconds)}"
             )
@@ -86,20 +86,20 @@ def place(
     blocks = np.concatenate([image_blocks, video_blocks])  # [num_blocks, 3]
     starts = np.concatenate([image_starts, video_starts])
     order = np.argsort(starts)
-    blocks, starts, step = blocks[order], starts[order], step[order]
+    blocks, starts, interval = blocks[order], starts[order], interval[order]
     frames, rows, columns = blocks.T
     counts = blocks.prod(axis=1)
     tokens_per_second = np.float32(config.vision_config.tokens_per_second or 0)
 
-    def elapsed(frame: np.ndarray, step: np.ndarray) -> np.ndarray:
+    def elapsed(frame: np.ndarray, interval: np.ndarray) -> np.ndarray:
         # fp32, multiplied in this order and truncated, as published: at 2.02 fps frames get 0 0 1 2
         # 3. The order matters with 5 tokens per second, but not with 2.
-        return (frame.astype(np.float32) * step * tokens_per_second).astype(np.int64)
+        return (frame.astype(np.float32) * interval * tokens_per_second).astype(np.int64)
 
     # A text token advances the position by one, a block's last token by the block's extent.
     advance = (~(is_image | is_video)).astype(np.int64)
     advance[starts + counts - 1] = np.maximum(
-        elapsed(frames - 1, step) + 1, np.maximum(rows, columns)
+        elapsed(frames - 1, interval) + 1, np.maximum(rows, columns)
     )
     after = np.cumsum(advance)
     before = after - advance
@@ -111,7 +111,7 @@ def place(
     row, column = np.divmod(cell, columns[block])
     token = starts[block] + offset
     positions[:, token] = before[starts][block] + np.stack(
-        [elapsed(frame, step[block]), row, column]
+        [elapsed(frame, interval[block]), row, column]
     )
     return Placed(positions, int(after[-1]), image_index, video_index)
 

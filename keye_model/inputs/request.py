@@ -83,6 +83,11 @@ class PackedInputs:
     video_index: torch.Tensor
 
 
+def num_patches(grid: Grid) -> int:
+    """Patches of all rows of a grid."""
+    return sum(t * h * w for t, h, w in grid)
+
+
 def _check_patches(
     name: str, pixels: torch.Tensor | None, grid_name: str, grid_thw: tuple[GridTHW, ...]
 ) -> None:
@@ -91,7 +96,7 @@ def _check_patches(
             raise ValueError(
                 f"{grid_name} must hold rows of three positive integers (t, h, w), got {row}"
             )
-    expected = sum(t * h * w for t, h, w in grid_thw)
+    expected = num_patches(grid_thw)
     if pixels is None and expected == 0:
         return
     shape = None if pixels is None else tuple(pixels.shape)

@@ -49,7 +49,7 @@ from keye_kernels.integrations.vllm import KeyeEncoderAttention, our_layers, rep
 from keye_model.checkpoint.config import KeyeConfig, KeyeVisionConfig
 from keye_model.checkpoint.weights import published_name
 from keye_model.inputs.positions import rope_positions
-from keye_model.inputs.request import Grid, host_grid
+from keye_model.inputs.request import Grid, host_grid, num_patches
 from keye_model.integrations._vllm_processor import (
     KeyeDummyInputsBuilder,
     KeyeMultiModalProcessor,
@@ -247,7 +247,7 @@ class KeyeForConditionalGeneration(
         merged = self.mlp_AR.merge_size**2
         sizes, row = [], 0
         for count in rows_of_items:
-            sizes.append(sum(t * h * w for t, h, w in grid[row : row + count]) // merged)
+            sizes.append(num_patches(grid[row : row + count]) // merged)
             row += count
         return torch.cat(parts).split(sizes)
 

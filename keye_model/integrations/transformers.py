@@ -11,13 +11,11 @@ The model is a `keye_model.KeyeForConditionalGeneration` and the processor a
 """
 
 import os
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,7 +30,7 @@ from transformers.models.auto import configuration_auto, processing_auto
 
 import keye_model
 from keye_model import KeyeForConditionalGeneration
-from keye_model.checkpoint.hub import CONFIG_FILES, WEIGHT_FILES, locate
+from keye_model.checkpoint.checkpoint import Checkpoint
 
 # Options of the Auto classes that mean nothing for a checkpoint whose code is never run.
 _NOT_OURS = (
@@ -47,22 +45,15 @@ _OLD = transformers.__version__.startswith("4.")
 _ROPE = "rope_scaling" if _OLD else "rope_parameters"
 # Public programs load Keye by AutoModel, with which the published code registers itself.
 _AUTO_MODELS = (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM)
-_DOWNLOAD = ("cache_dir", "force_download", "revision", "token")
+_DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def _directory(path_or_id: str | os.PathLike, options: dict[str, Any], *, weights: bool) -> Path:
-    """The checkpoint's directory; removes from ``options`` those that only serve to find it."""
+def _checkpoint(path_or_id: str | os.PathLike, options: dict[str, Any]) -> Checkpoint:
+    """Find the checkpoint; removes from ``options`` those that only serve to find it."""
     for name in _NOT_OURS:
         options.pop(name, None)
-    download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
-    given = {name: value for name, value in download.items() if value}
-    local = options.get("local_files_only", False)
-    if not given or os.path.isdir(path_or_id):
-        return locate(path_or_id, weights=weights, local_files_only=local)
-    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
-    return Path(
-        snapshot_download(path_or_id, allow_patterns=patterns, local_files_only=local, **given)
-    )
+    given = {name: options.pop(name) for name in _DOWNLOAD if name in options}
+    return Checkpoint.at(path_or_id, **{name: value for name, value in given.items() if value})
 
 
 class _AutoConfig(PretrainedConfig):
@@ -111,8 +102,8 @@ class _Model:
     def from_pretrained(
         cls, path_or_id: str | os.PathLike, **options: Any
     ) -> KeyeForConditionalGeneration:
-        directory = _directory(path_or_id, options, weights=True)
-        return KeyeForConditionalGeneration.from_pretrained(directory, **options)
+        checkpoint = _checkpoint(path_or_id, options)
+        return KeyeForConditionalGeneration.from_pretrained(checkpoint, **options)
 
 
 class KeyeProcessor(keye_model.KeyeProcessor):
@@ -122,8 +113,8 @@ class KeyeProcessor(keye_model.KeyeProcessor):
     def from_pretrained(
         cls, path_or_id: str | os.PathLike, **options: Any
     ) -> keye_model.KeyeProcessor:
-        directory = _directory(path_or_id, options, weights=False)
-        return keye_model.KeyeProcessor.from_pretrained(directory, **options)
+        checkpoint = _checkpoint(path_or_id, options)
+        return keye_model.KeyeProcessor.from_pretrained(checkpoint, **options)
 
 
 class KeyeVL1_5Processor(KeyeProcessor):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from keye_model.inputs.request import Grid, GridTHW
+from keye_model.inputs.request import Grid, GridTHW, num_patches
 from keye_model.network.projector import KeyeProjector
 from keye_model.network.upload import upload
 from keye_model.network.vision import KeyeVisionModel
@@ -48,7 +48,7 @@ def vision_features(
         raise ValueError(f"max_patches_per_call must be positive, got {max_patches}")
     device, first = visual.post_layernorm.weight.device, 0
     for part in split_grid(grid, visual.joint_video_attention, max_patches):
-        last = first + sum(t * h * w for t, h, w in part)
+        last = first + num_patches(part)
         patches = upload(pixels[first:last], device)
         branch, residual = encode(visual, patches, part)
         norm = visual.post_layernorm
