@@ -2,7 +2,8 @@
 
 The keys of a sequence are cut into pieces of whole tiles. A program has one piece of one key/value
 head, with the query heads that share it as rows of its matrix products. A second launch adds the
-pieces up; where there is one piece, the first writes the result.
+pieces up; where there is one piece, the first writes the result. The CUDA kernel of `csrc` calls
+its pieces runs; the last of its blocks adds them up, in the same launch.
 
 How many pieces there are follows from shapes, so a captured graph stays valid. Where they start
 follows from the sequence's own length, read on the device: all have work whatever the length, and
@@ -15,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from keye_kernels import _backends, reference
+from keye_kernels import _backends, _cuda, _ext, reference
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
 from keye_kernels.paged_attention import check_paged
@@ -34,6 +35,7 @@ _ROUND = 32  # pieces that the second launch adds up at once
 # for two tiles ahead. With 3 or 4 stages Triton makes room for one tile of them, and where a page
 # number is carried from tile to tile it gives up its pipeline.
 _STAGES = 5
+_MAX_RUNS = 128  # of the CUDA kernel: kMaxSplits of csrc
 
 
 class Tiles(NamedTuple):
@@ -238,6 +240,62 @@ def _paged_decode_attention_triton(
 
 
 _backends.register("paged_decode_attention", "triton", _paged_decode_attention_triton)
+
+
+def _num_runs(batch_size: int, num_head_blocks: int, max_seqlen_k: int, num_sms: int) -> int:
+    """Runs that the CUDA kernel cuts a sequence into.
+
+    Two blocks per multiprocessor keep enough bytes on their way. Past that a run is 2048 keys long,
+    so that one long sequence among short ones is spread too. A run has 64 keys or more, a chunk for
+    each warp.
+    """
+    blocks = batch_size * num_head_blocks
+    fill = 2 * num_sms // blocks
+    spread = min(-(-max_seqlen_k // 2048), 16 * num_sms // blocks)
+    return max(min(max(fill, spread), -(-max_seqlen_k // 64), _MAX_RUNS), 1)
+
+
+def _paged_decode_attention_cuda(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    max_seqlen_k: int,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    batch_size, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    head_blocks = num_kv_heads * -(-group // 16)
+    num_splits = _num_runs(batch_size, head_blocks, max_seqlen_k, device_of(q).num_sms)
+    stream = _ext.stream_of(q)
+    partial_out = partial_lse = counts = None
+    if num_splits > 1:
+        rows = batch_size * head_blocks * num_splits * 16
+        partial_out = torch.empty(rows * head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+        counts = _cuda.counters.get(q.device, stream, batch_size * head_blocks)
+    _ext.extension().paged_decode_attention(
+        dtype=_ext.DTYPES[q.dtype], head_dim=head_dim, q=q.data_ptr(), k_cache=k_cache.data_ptr(),
+        v_cache=v_cache.data_ptr(), block_table=block_table.data_ptr(),
+        cache_seqlens=cache_seqlens.data_ptr(), out=out.data_ptr(), lse=_cuda.address(lse),
+        partial_out=_cuda.address(partial_out), partial_lse=_cuda.address(partial_lse),
+        counters=_cuda.address(counts), q_strides=q.stride(), k_strides=k_cache.stride(),
+        v_strides=v_cache.stride(), out_strides=out.stride(), stride_table=block_table.stride(0),
+        stride_lse=0 if lse is None else lse.stride(0), batch_size=batch_size,
+        num_kv_heads=num_kv_heads, group=group, page_size=page_size, max_seqlen_k=max_seqlen_k,
+        num_splits=num_splits, scale=softmax_scale * _LOG2_E, overlap=_cuda.overlaps(q),
+        stream=stream,
+    )  # fmt: skip
+
+
+_LIMITS = _cuda.CudaLimits(
+    aligned=("q", "k_cache", "v_cache", "out"), head_dims=(64, 72, 80, 128), head_dim_of="q"
+)
+_cuda.register("paged_decode_attention", _paged_decode_attention_cuda, _LIMITS)
 
 
 def paged_decode_attention(

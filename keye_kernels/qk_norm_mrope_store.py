@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from keye_kernels import _backends, reference
+from keye_kernels import _backends, _cuda, _ext, reference
 from keye_kernels._checks import (
     FLOAT_DTYPES,
     check_divides,
@@ -175,6 +175,43 @@ def _qk_norm_mrope_store_triton(
 
 
 _backends.register("qk_norm_mrope_store", "triton", _qk_norm_mrope_store_triton)
+
+
+def _qk_norm_mrope_store_cuda(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    mrope_section: list[int],
+    theta: float,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    head_dim = q_weight.shape[0]
+    _ext.extension().qk_norm_mrope_store(
+        dtype=_ext.DTYPES[qkv.dtype], head_dim=head_dim, qkv=qkv.data_ptr(),
+        q_weight=q_weight.data_ptr(), k_weight=k_weight.data_ptr(), positions=positions.data_ptr(),
+        frequencies=frequencies(head_dim, theta, 1, qkv.device).data_ptr(),
+        k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), slots=slot_mapping.data_ptr(),
+        out=out.data_ptr(), k_strides=k_cache.stride(), v_strides=v_cache.stride(),
+        out_strides=out.stride(), stride_qkv=qkv.stride(0), stride_axis=positions.stride(0),
+        num_tokens=qkv.shape[0], num_heads=num_heads, num_kv_heads=num_kv_heads,
+        page_size=k_cache.shape[1], section_t=mrope_section[0], section_h=mrope_section[1], eps=eps,
+        num_sms=device_of(qkv).num_sms, overlap=_cuda.overlaps(qkv), stream=_ext.stream_of(qkv),
+    )  # fmt: skip
+
+
+_LIMITS = _cuda.CudaLimits(
+    aligned=("qkv", "q_weight", "k_weight", "out", "k_cache", "v_cache"),
+    head_dims=(64, 80, 128),
+    head_dim_of="q_weight",
+)
+_cuda.register("qk_norm_mrope_store", _qk_norm_mrope_store_cuda, _LIMITS)
 
 
 def qk_norm_mrope_store(

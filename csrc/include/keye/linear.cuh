@@ -9,6 +9,7 @@
 // adds them up, always in the same order.
 #pragma once
 
+#include "keye/last_block.cuh"
 #include "keye/linear_input.cuh"
 
 namespace keye {
@@ -299,18 +300,9 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
         to[1] = make_float4(y[4], y[5], y[6], y[7]);
     }
 
-    // The last block to come here sees the sums of all, and leaves the counter at 0.
-    __threadfence();
-    __syncthreads();
-    const unsigned last = params.num_splits - 1;
-    if (threadIdx.x == 0) {
-        *ticket = atomicInc(params.counters + tile, last);
-    }
-    __syncthreads();
-    if (*ticket != last) {
+    if (!is_last_block(params.counters + tile, params.num_splits, ticket)) {
         return;
     }
-    __threadfence();
     write_rows<kTiles, T>(params, tile, [&](float (&y)[8], int row, int channel) {
         const auto* from = reinterpret_cast<const float4*>(partial + row * Tile::kRows + channel);
         clear(y);

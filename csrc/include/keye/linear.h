@@ -5,10 +5,12 @@
 
 namespace keye {
 
+constexpr int kMaxLinearRows = 16;  // of one MMA, as its columns
+
 // T is bf16 or fp16. Strides count elements; like all addresses, in_features and width they divide
 // by 16 bytes.
 struct LinearParams {
-    const void* x;            // [num_rows, in_features] T, up to 16 rows
+    const void* x;            // [num_rows, in_features] T, up to kMaxLinearRows
     const void* weight;       // [width, in_features] T, with swiglu [2 * width, in_features]
     const void* bias;         // [rows of weight] T, or null
     const void* norm_weight;  // [in_features] T, or null: x is normalised before

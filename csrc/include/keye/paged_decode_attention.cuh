@@ -8,6 +8,7 @@
 #pragma once
 
 #include "keye/decode_warp.cuh"
+#include "keye/last_block.cuh"
 #include "keye/paged_decode_attention.h"
 #include "keye/types.cuh"
 
@@ -83,8 +84,8 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     const int length = max(min(params.cache_seqlens[batch], params.max_seqlen_k), 0);
     const int num_chunks = (length + Tile::kChunk - 1) / Tile::kChunk;
     const int num_runs = min(params.num_splits, (num_chunks + Tile::kWarps - 1) / Tile::kWarps);
-    T* out = static_cast<T*>(params.out) + batch * params.stride_out +
-             first_head * params.stride_out_head;
+    T* out = static_cast<T*>(params.out) + batch * params.out_strides.token +
+             first_head * params.out_strides.head;
     // Where it is wanted; `value` in base 2.
     const auto store_lse = [&](int row, float value) {
         constexpr float kLn2 = 0.6931471805599453f;
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
                 store_lse(threadIdx.x, -INFINITY);
             }
             for (int i = threadIdx.x; i < num_rows * Tile::kPieces; i += Tile::kThreads) {
-                store_16(out + i / Tile::kPieces * params.stride_out_head + i % Tile::kPieces * 8,
+                store_16(out + i / Tile::kPieces * params.out_strides.head + i % Tile::kPieces * 8,
                          make_uint4(0, 0, 0, 0));
             }
         }
@@ -109,14 +110,14 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     const int end = start + per_run + (split < rest ? 1 : 0);
 
     if (warp == 0) {
-        const T* q = static_cast<const T*>(params.q) + batch * params.stride_q +
-                     first_head * params.stride_q_head;
-        copy_rows<T, kHeadDim>(q_tile, q, params.stride_q_head, num_rows, lane);
+        const T* q = static_cast<const T*>(params.q) + batch * params.q_strides.token +
+                     first_head * params.q_strides.head;
+        copy_rows<T, kHeadDim>(q_tile, q, params.q_strides.head, num_rows, lane);
     }
     commit_copies();
 
-    const T* k_cache = static_cast<const T*>(params.k_cache) + kv_head * params.stride_k_head;
-    const T* v_cache = static_cast<const T*>(params.v_cache) + kv_head * params.stride_v_head;
+    const T* k_cache = static_cast<const T*>(params.k_cache) + kv_head * params.k_strides.head;
+    const T* v_cache = static_cast<const T*>(params.v_cache) + kv_head * params.v_strides.head;
     T* pipeline = pipelines + warp * Tile::kWarpElements;
     const int count = max(end - start - warp + Tile::kWarps - 1, 0) / Tile::kWarps;
     ChunkPlaces places{};
@@ -134,11 +135,11 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         T* tile = pipeline + i % Tile::kStages * 2 * Tile::kTileElements;
         const int64_t page = at.x, row = at.y;
         copy_rows<T, kHeadDim>(tile,
-                               k_cache + page * params.stride_k_page + row * params.stride_k_row,
-                               params.stride_k_row, visible_in(i), lane);
+                               k_cache + page * params.k_strides.page + row * params.k_strides.row,
+                               params.k_strides.row, visible_in(i), lane);
         copy_rows<T, kHeadDim>(tile + Tile::kTileElements,
-                               v_cache + page * params.stride_v_page + row * params.stride_v_row,
-                               params.stride_v_row, visible_in(i), lane);
+                               v_cache + page * params.v_strides.page + row * params.v_strides.row,
+                               params.v_strides.row, visible_in(i), lane);
     };
 #pragma unroll
     for (int i = 0; i < Tile::kStages - 1; ++i) {
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
             sums[j] /= weight;
         }
         if (whole) {
-            store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+            store_16(out + row * params.out_strides.head + piece * 8, pack_8<T>(sums));
             if (piece == 0) {
                 store_lse(row, peak + log2f(weight));
             }
@@ -215,18 +216,9 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         return;
     }
 
-    // The last block to come here sees the sums of all, and leaves the counter at 0.
-    __threadfence();
-    __syncthreads();
-    const unsigned last = num_runs - 1;
-    if (threadIdx.x == 0) {
-        *ticket = atomicInc(params.counters + block, last);
-    }
-    __syncthreads();
-    if (*ticket != last) {
+    if (!is_last_block(params.counters + block, num_runs, ticket)) {
         return;
     }
-    __threadfence();
     float* lse = reinterpret_cast<float*>(pipelines);  // [num_runs, 16]
     for (int i = threadIdx.x; i < num_runs * Tile::kRows; i += Tile::kThreads) {
         if (i % Tile::kRows < num_rows) {
@@ -259,7 +251,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         for (int j = 0; j < 8; ++j) {
             sums[j] /= weight;
         }
-        store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+        store_16(out + row * params.out_strides.head + piece * 8, pack_8<T>(sums));
         if (piece == 0) {
             store_lse(row, peak + log2f(weight));
         }

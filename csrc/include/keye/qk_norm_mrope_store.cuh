@@ -123,11 +123,11 @@ __global__ void __launch_bounds__(StoreTile<kHeadDim>::kThreads)
         turns[i] = cos_sin(__fmul_rn(position, used ? params.frequencies[pair] : 0.0f));
     }
     const int64_t page = slot / params.page_size, row = slot % params.page_size;
-    T* out = static_cast<T*>(params.out) + token * params.stride_out + first_pair;
-    T* k_row = static_cast<T*>(params.k_cache) + page * params.stride_k_page +
-               row * params.stride_k_row + first_pair;
-    T* v_row = static_cast<T*>(params.v_cache) + page * params.stride_v_page +
-               row * params.stride_v_row + first_pair;
+    T* out = static_cast<T*>(params.out) + token * params.out_strides.token + first_pair;
+    T* k_row = static_cast<T*>(params.k_cache) + page * params.k_strides.page +
+               row * params.k_strides.row + first_pair;
+    T* v_row = static_cast<T*>(params.v_cache) + page * params.v_strides.page +
+               row * params.v_strides.row + first_pair;
 
     // Every lane takes part in the exchanges of its warp, also where its head is past the last one.
     for (int start = first; start - head_in_warp < num_rows; start += Tile::kBatch * step) {
@@ -148,11 +148,11 @@ __global__ void __launch_bounds__(StoreTile<kHeadDim>::kThreads)
                 pairs[i] = select(head < first_v, turned, pairs[i]);
             }
             if (used && head < first_k) {
-                store_pairs<kHeadDim>(out + head * params.stride_out_head, pairs[i]);
+                store_pairs<kHeadDim>(out + head * params.out_strides.head, pairs[i]);
             } else if (used && slot >= 0 && head < first_v) {
-                store_pairs<kHeadDim>(k_row + (head - first_k) * params.stride_k_head, pairs[i]);
+                store_pairs<kHeadDim>(k_row + (head - first_k) * params.k_strides.head, pairs[i]);
             } else if (used && slot >= 0 && head < num_rows) {
-                store_pairs<kHeadDim>(v_row + (head - first_v) * params.stride_v_head, pairs[i]);
+                store_pairs<kHeadDim>(v_row + (head - first_v) * params.v_strides.head, pairs[i]);
             }
         }
     }

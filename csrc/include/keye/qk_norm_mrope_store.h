@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "keye/shapes.h"
+
 namespace keye {
 
 // T is bf16 or fp16. Strides count elements, and like all addresses they divide by 16 bytes.
@@ -17,15 +19,16 @@ struct QkNormMropeStoreParams {
     const int64_t* slots;      // [num_tokens], negative: not stored
     void* out;                 // [num_tokens, num_heads, head_dim] T
     int64_t stride_qkv, stride_axis;
-    int64_t stride_k_page, stride_k_row, stride_k_head;
-    int64_t stride_v_page, stride_v_row, stride_v_head;
-    int64_t stride_out, stride_out_head;
+    CacheStrides k_strides, v_strides;
+    HeadStrides out_strides;
     int num_tokens, num_heads, num_kv_heads;
     int page_size;
     int section_t, section_h;  // pairs turned by t and by h, the rest by w
     int num_splits;            // warps that share a token; set by the launcher
     float eps;
 };
+
+using StoreHeadDims = HeadDims<64, 80, 128>;
 
 // `num_sms` of the device; `overlap`: see launch.cuh. Throws std::runtime_error if the launch
 // fails.
