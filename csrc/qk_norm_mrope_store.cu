@@ -10,8 +10,8 @@ namespace {
 template <class T, int kHeadDim>
 void launch_store(QkNormMropeStoreParams& params, int num_sms, bool overlap, void* stream) {
     using Tile = StoreTile<kHeadDim>;
-    // Up to 16 warps per multiprocessor share tokens, since a short chain of instructions decides
-    // then; beyond that a warp per token computes the angles once.
+    // With few tokens, up to 16 warps per multiprocessor share them: a short chain of instructions
+    // is what counts then. With more, each token has one warp, which computes its angles once.
     const int num_rows = params.num_heads + 2 * params.num_kv_heads;
     const int groups = (num_rows + Tile::kHeads - 1) / Tile::kHeads;
     params.num_splits = std::clamp(16 * num_sms / params.num_tokens, 1, groups);

@@ -10,15 +10,15 @@ import torch
 from keye_kernels import _backends, _ext
 from keye_kernels._device import device_of
 
-# Up to so many rows (sequences, tokens) "auto" will prefer these kernels; None: always.
-# Provisional: guesses that no measurement stands behind yet. Nothing follows from them as long as
-# the kernels have never run on hardware, for until then "auto" does not choose them at all.
+# "auto" takes the CUDA kernel up to this many rows (sequences, tokens); None: any number. These are
+# guesses, not measured. They have no effect on an op that is not in _PROVEN: "auto" never takes its
+# CUDA kernel.
 AUTO_ROWS = {
-    "linear": None,  # up to the 16 rows that it takes
+    "linear": None,
     "paged_decode_attention": None,
-    "qk_norm_mrope_store": 256,  # beyond that all backends should be bound by memory
+    "qk_norm_mrope_store": 256,  # with more, all backends should be bound by memory
 }
-_PROVEN: frozenset[str] = frozenset()  # ops whose kernels have run on hardware
+_PROVEN: frozenset[str] = frozenset()  # ops whose CUDA kernels have run on hardware
 
 
 class CudaLimits(NamedTuple):
@@ -101,21 +101,21 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def overlaps(tensor: torch.Tensor) -> bool:
-    """Whether a launch may begin while the kernel before it ends: from sm_90 on."""
+    """Whether a launch may start while the previous kernel ends: from sm_90 on."""
     return tensor.is_cuda and device_of(tensor).capability >= (9, 0)
 
 
 class Counters:
     """Counters in device memory that are 0 between launches.
 
-    The blocks of a launch count themselves, the last one does the rest and sets the counter back.
-    So no launch clears anything, but launches that may run at the same time must not share
-    counters. Each stream has its own, for ever; and so has each captured graph, since it may be
-    replayed on any stream. All come out of one allocation, cleared before the first use.
+    The blocks of a launch increment a counter; the last block finishes the result and resets it.
+    So no launch clears counters, but launches that may run at the same time must not share them.
+    Each stream has a slice of its own for good, and so has each captured graph, since it may be
+    replayed on any stream. All slices of a device are one allocation, cleared before its first use.
     """
 
-    SIZE = 512  # counters of one stream or graph; a launch that is split has few blocks of heads
-    NUM_SLICES = 512  # 1 MiB per device
+    SIZE = 512  # counters per stream or graph: a launch needs few, or its work is not split
+    NUM_SLICES = 512  # streams and graphs; all counters take 1 MiB per device
 
     def __init__(self) -> None:
         self._pools: dict[torch.device, list[torch.Tensor]] = {}
@@ -123,7 +123,7 @@ class Counters:
         self._next: dict[torch.device, itertools.count] = {}
 
     def get(self, device: torch.device, stream: int, count: int) -> torch.Tensor:
-        """``count`` counters or more, for launches on ``stream`` and, in a capture, its graph."""
+        """At least ``count`` counters for launches on ``stream`` or, in a capture, in its graph."""
         capture = _ext.extension().capture_id(stream)  # 0: none
         found = self._slices.get((device, stream, capture))
         if found is not None and count <= self.SIZE:
@@ -133,7 +133,7 @@ class Counters:
             if number < self.NUM_SLICES:
                 found = self._pools[device][number]
                 return self._slices.setdefault((device, stream, capture), found)
-        # Cleared by a launch of its own each time, in a graph at each replay.
+        # This launches a kernel that clears them, in a graph at each replay.
         return torch.zeros(count, dtype=torch.int32, device=device)
 
     def _numbers(self, device: torch.device) -> itertools.count:

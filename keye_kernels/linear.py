@@ -1,7 +1,7 @@
 """Linear layers: a matrix product with the norm before it and what follows it.
 
-Few rows are bound by reading the matrix: the CUDA kernel computes all of it in that one pass. Many
-rows are what ordinary GEMMs are good at: PyTorch's, between our other ops.
+Few rows are bound by reading the matrix: the CUDA kernel does all of it while it reads the matrix
+once. For many rows, PyTorch's GEMM runs between our other ops.
 """
 
 import torch
@@ -55,14 +55,14 @@ _backends.register("linear", "triton", _gemm)
 def _num_column_runs(tiles: int, in_features: int, num_sms: int) -> int:
     """Blocks that share a tile of 64 weight rows, each with a run of its columns.
 
-    To read at full rate, latency x bandwidth must be on its way: on an H200 some 1 µs x 4.3 TB/s,
-    33 KB for each of 132 multiprocessors. A block keeps 32 KB on its way, and three fit: one reads
-    while another starts or ends, and there are blocks for all three as far as a run has 1024
-    columns, 128 KB or 4 µs of a multiprocessor's share. Shorter ones would begin and end more than
-    read.
+    Reading at full rate takes latency x bandwidth in flight: on an H200 about 1 µs x 4.3 TB/s, 33
+    KB for each of 132 multiprocessors. A block has 32 KB in flight, and a multiprocessor holds
+    three blocks, so that one reads while another starts or ends. A run has 1024 columns or more,
+    unless there are fewer: 128 KB, 4 µs of a multiprocessor's share of the bandwidth. Shorter runs
+    would spend their time on starting and ending.
 
-    At 4096 columns that is 256 blocks for 4096 rows, 384 for 6144 and for 2 x 12288, at 12288
-    columns 384 for 4096 rows, of 396 at a time; the head's 2374 come one after the other.
+    On an H200, which holds 396 blocks, [4096, 4096] gets 256 blocks, [6144, 4096], [2 * 12288,
+    4096] and [4096, 12288] get 384; the 2374 tiles of the head get one each.
     """
     return max(min(3 * num_sms // tiles, -(-in_features // 1024)), 1)
 

@@ -1,13 +1,14 @@
-// How the blocks of a launch that share a result find out which of them finishes it.
+// Blocks of a launch that share a result: the last of them finishes it.
 #pragma once
 
 #include "keye/intrinsics.cuh"
 
 namespace keye {
 
-// For all threads of each of `num_blocks` blocks, after they wrote their parts to global memory.
-// True in the block that calls it last: it sees what the others wrote, by load_shared_by_blocks.
-// `counter` in global memory is 0 before and after; `ticket` lies in shared memory.
+// Called by all threads of `num_blocks` blocks, after each block wrote its part to global memory.
+// Returns true in the block that calls it last, which then sees the parts of all blocks when it
+// reads them with load_shared_by_blocks. `counter` is in global memory and 0 before and after;
+// `ticket` is in shared memory.
 __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned num_blocks,
                                               unsigned* ticket) {
     __threadfence();

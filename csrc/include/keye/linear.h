@@ -1,14 +1,14 @@
-// A few rows times a large matrix: what a launch is given.
+// Launch of a few rows times a large matrix.
 #pragma once
 
 #include <cstdint>
 
 namespace keye {
 
-constexpr int kMaxLinearRows = 16;  // of one MMA, as its columns
+constexpr int kMaxLinearRows = 16;  // two MMA tiles of 8 columns
 
-// T is bf16 or fp16. Strides count elements; like all addresses, in_features and width they divide
-// by 16 bytes.
+// T is bf16 or fp16. Strides count elements. Addresses, and strides, in_features and width in
+// bytes, are multiples of 16.
 struct LinearParams {
     const void* x;            // [num_rows, in_features] T, up to kMaxLinearRows
     const void* weight;       // [width, in_features] T, with swiglu [2 * width, in_features]

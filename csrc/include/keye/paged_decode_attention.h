@@ -1,4 +1,4 @@
-// Attention of one new token per sequence over a paged key/value cache: what a launch is given.
+// Launch of attention of one new token per sequence over a paged key/value cache.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace keye {
 
-// T is bf16 or fp16. Strides count elements, and like all addresses they divide by 16 bytes.
+// T is bf16 or fp16. Strides count elements. Addresses, and strides in bytes, are multiples of 16.
 struct PagedDecodeAttentionParams {
     const void* q;             // [batch_size, num_kv_heads * group, head_dim] T
     const void* k_cache;       // [num_pages, page_size, num_kv_heads, head_dim] T

@@ -1,4 +1,4 @@
-// QK-norm, 3D rotary embedding and paged cache write in one pass: what a launch is given.
+// Launch of QK-norm, 3D rotary embedding and paged cache write in one pass.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@
 
 namespace keye {
 
-// T is bf16 or fp16. Strides count elements, and like all addresses they divide by 16 bytes.
+// T is bf16 or fp16. Strides count elements. Addresses, and strides in bytes, are multiples of 16.
 struct QkNormMropeStoreParams {
     const void* qkv;           // [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] T
     const void* q_weight;      // [head_dim] T
     const void* k_weight;      // [head_dim] T
-    const int64_t* positions;  // [3, num_tokens], axes apart by stride_axis
+    const int64_t* positions;  // [3, num_tokens], stride_axis from axis to axis
     const float* frequencies;  // [head_dim / 2]
     void* k_cache;             // [num_pages, page_size, num_kv_heads, head_dim] T
     void* v_cache;             // like k_cache
@@ -23,7 +23,7 @@ struct QkNormMropeStoreParams {
     HeadStrides out_strides;
     int num_tokens, num_heads, num_kv_heads;
     int page_size;
-    int section_t, section_h;  // pairs turned by t and by h, the rest by w
+    int section_t, section_h;  // pairs rotated by t and by h; w rotates the rest
     int num_splits;            // warps that share a token; set by the launcher
     float eps;
 };

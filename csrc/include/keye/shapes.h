@@ -1,4 +1,4 @@
-// Shapes and strides of tensors, as the params structs and the launchers have them.
+// Strides of tensors, and the head sizes of an op.
 #pragma once
 
 #include <cstdint>
