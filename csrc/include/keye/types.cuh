@@ -8,6 +8,16 @@ namespace keye {
 // Values of the launchers' `dtype` argument.
 enum class Dtype : int { kBf16 = 0, kFp16 = 1 };
 
+// Call `run` with a zero of the type that `dtype` names.
+template <class Run>
+void with_dtype(int dtype, const Run& run) {
+    if (static_cast<Dtype>(dtype) == Dtype::kBf16) {
+        run(bf16{});
+    } else {
+        run(fp16{});
+    }
+}
+
 __device__ __forceinline__ float to_float(bf16 x) {
     return __bfloat162float(x);
 }
