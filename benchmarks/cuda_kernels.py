@@ -6,13 +6,13 @@ adds it to docs/kernels.md. Needs nvcc, no GPU.
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,10 +28,11 @@ _MAX_REGISTERS = {"linear_kernel": 168, "qk_norm_mrope_store_kernel": 128}
 Kernel = dict[str, object]
 
 
-def has_nvcc() -> bool:
-    """Whether setup.py would find a compiler."""
-    named = ("CUDA_HOME" in os.environ) or ("CUDA_PATH" in os.environ)
-    return named or any(shutil.which("nvcc", path=p) for p in (None, "/usr/local/cuda/bin"))
+def find_nvcc() -> str | None:
+    """The compiler that setup.py would find."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    folders = [*(f"{home}/bin" for home in homes), None, "/usr/local/cuda/bin"]
+    return next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
 
 
 def build() -> Path:
@@ -77,19 +78,15 @@ def _bits(parts: list[str]) -> str:
     )
 
 
-def _shared_bytes(library: Path, names: list[str]) -> dict[str, int]:
-    """By name, from the library itself. In another process: this one may have an older one."""
-    code = """
-import importlib.util, json, re, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-kernels = (re.fullmatch(r"(\\w+)<.*?(\\d+)>", name) for name in sys.argv[2:])
-print(json.dumps([module.shared_bytes(kernel[1], int(kernel[2])) for kernel in kernels]))
-"""
-    command = [sys.executable, "-c", code, str(library), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(zip(names, json.loads(done.stdout), strict=True))
+def _shared_bytes() -> dict[str, int]:
+    """Shared memory of a block, by "kernel number", the one among its template arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = _ROOT / "benchmarks" / "shared_bytes.cu", Path(folder, "shared_bytes")
+        command = [find_nvcc(), "-std=c++17", f"-I{_ROOT}/csrc/include", source, "-o", program]
+        output = subprocess.run(
+            [*command, "--run"], capture_output=True, text=True, check=True
+        ).stdout
+    return {key: int(size) for key, size in re.findall(r"(.+) (\d+)\n", output)}
 
 
 def read(library: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[Kernel]:
@@ -119,8 +116,9 @@ def read(library: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[Ke
             registers, stack = sizes[function, arch]
             facts = {"kernel": _readable(function), "arch": arch, "registers": registers}
             found.append(facts | {"stack": stack} | {k: dict(v) for k, v in counts.items()})
-    shared = _shared_bytes(library, sorted({kernel["kernel"] for kernel in found}))
-    found = [kernel | {"shared": shared[kernel["kernel"]]} for kernel in found]
+    shared = _shared_bytes()
+    for kernel in found:
+        kernel["shared"] = shared[re.sub(r"<\w+, (\d+)>", r" \1", kernel["kernel"])]
     return sorted(found, key=lambda kernel: (kernel["kernel"], int(kernel["arch"].rstrip("a"))))
 
 
@@ -184,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every CUDA kernel and report.")
     parser.add_argument("--append", metavar="FILE", help="also add the report to this one")
     options = parser.parse_args()
-    if not has_nvcc():
+    if find_nvcc() is None:
         print("The CUDA kernels are not in the report: there is no nvcc.")
         return
     kernels = read(build())

@@ -9,7 +9,7 @@ tells which implementation serves each op, `use_backend` and the environment var
 KEYE_KERNELS_BACKEND choose another.
 """
 
-from keye_kernels import _cuda, reference  # noqa: F401 - registers the CUDA kernels
+from keye_kernels import reference
 from keye_kernels._backends import backends, use_backend
 from keye_kernels._ext import describe_extension
 from keye_kernels.activation import gelu, silu_mul

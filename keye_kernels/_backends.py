@@ -1,4 +1,4 @@
-"""Which implementation serves each op: a registry filled by the op families, and the choice."""
+"""The implementations of each op, registered by the op families, and the choice among them."""
 
 import os
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-_ORDER = ("cuda", "triton", "reference")  # "auto" takes the first that serves
+_ORDER = ("cuda", "triton", "reference")  # "auto" takes the first that can serve
 _VARIABLE = "KEYE_KERNELS_BACKEND"
-# TRITON_INTERPRET=1 counts when triton is imported: tl.sum is then no JITFunction.
+# TRITON_INTERPRET=1 must be set when triton is imported; tl.sum is then not a JITFunction.
 _INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 
 
@@ -21,13 +21,13 @@ class _Implementation:
     device_types: tuple[str, ...]
     why_not: Callable[[], str | None]  # why it cannot serve on this machine; None if it can
     refuses: Callable[..., str | None] | None  # why it does not serve these arguments
-    max_rows: int | None  # of the first argument: more are for another backend, under "auto"
+    max_rows: int | None  # "auto" gives calls with more rows (first argument) to the next backend
     proven: bool  # has run on hardware
 
 
 @dataclass(frozen=True)
 class ServedBy:
-    """What serves one op: ``backend`` (None if nothing does), ``why_not`` for each other one."""
+    """The ``backend`` that serves one op (None if none can), and why each other one does not."""
 
     backend: str | None
     why_not: dict[str, str]
@@ -55,7 +55,7 @@ _asked: ContextVar[str | None] = ContextVar("keye_kernels_backend", default=None
 
 
 def requested() -> str:
-    """The backend asked for here and now."""
+    """The backend this thread asked for, else that of the environment variable, else "auto"."""
     return _asked.get() or _default
 
 
@@ -78,9 +78,9 @@ def register(
     Args:
         why_not: Says why the backend cannot serve on this machine; None if it can.
         refuses: Takes the arguments of ``run`` and tells why it cannot serve them, None if it can.
-            By name that is an error; under "auto" the next backend serves that call.
+            A backend asked for by name then raises; under "auto" the next one serves that call.
         max_rows: Under "auto" calls whose first argument has more rows go to the next backend.
-        proven: The kernel has run on hardware. If not, it is chosen by name only.
+        proven: The kernel has run on hardware. If not, it serves only when asked for by name.
     """
     global _chosen
     _registry.setdefault(op, {})[backend] = _Implementation(
@@ -148,7 +148,7 @@ def _with_limits(
 
 
 def _bound(op: str, device_type: str, requested: str, backend: str) -> Callable[..., None]:
-    """What runs when ``backend`` was chosen: it alone, or with those that come after it."""
+    """The function to call for ``backend``; under "auto" it falls back to the next ones."""
     implementation = _registry[op][backend]
     if implementation.refuses is None and (implementation.max_rows is None or requested != "auto"):
         return implementation.run
@@ -192,8 +192,8 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
     """Tell which backend serves each op, and why the others do not.
 
     Args:
-        device_type: Of the tensors, "cuda" or "cpu". Default: "cuda" where there is a GPU, else
-            "cpu". "cuda" can be asked about anywhere.
+        device_type: Device of the tensors, "cuda" or "cpu". "cuda" works without a GPU too.
+            Default: "cuda" if there is a GPU, else "cpu".
 
     Returns:
         Op name to a record with ``backend`` (None when the backend asked for cannot serve the op)
@@ -213,11 +213,10 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
 class use_backend:
     """Choose the backend of every op from here on, or inside a ``with`` block.
 
-    ``auto`` takes, per op, the first of cuda, triton and reference that serves and, for cuda, has
-    run on hardware. A named backend is binding: an op that it
-    cannot serve raises RuntimeError when called. The choice holds for this thread, as that of
-    ``torch.no_grad``; where none was made, the environment variable KEYE_KERNELS_BACKEND holds,
-    else ``auto``.
+    ``auto`` takes, for each op, the first of cuda, triton and reference that can serve it and has
+    run on hardware. A named backend is binding: an op that it cannot serve raises RuntimeError when
+    called. The choice holds for this thread, like ``torch.no_grad``. The default is the environment
+    variable KEYE_KERNELS_BACKEND, else ``auto``.
 
     Args:
         backend: "auto", "cuda", "triton" or "reference".

@@ -1,10 +1,10 @@
-"""Tokens in the launches of `sample`: integer keys, scores, noise, and lists of groups."""
+"""Device functions of `sample`: logits as integer keys, scores, noise, search in listed groups."""
 
 import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(64)  # tokens per group: 128 bytes of bf16, one cache line
-TILE = tl.constexpr(32)  # groups that the second launch looks at together
+TILE = tl.constexpr(32)  # groups that the second launch reads at once
 
 NOTHING = tl.constexpr(-(2**31) + 2**23 - 1)  # key of -inf, below all others
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -12,21 +12,21 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def logit_of(key):
-    """Logit of a key. Its own inverse, on bits."""
+    """Logit of a key. The operation on bits is its own inverse: `keys_of` makes keys by it."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.constexpr):
-    """Integers in the order of the row's penalised logits; NOTHING for NaN and past the end."""
+    """int32 keys that sort as the penalised logits do; NOTHING for -inf, NaN and past the end."""
     mask = (tokens >= 0) & (tokens < vocab_size)
     x = tl.load(logits_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32)
     x = tl.where(x == x, x, float("-inf"))
     if HAS_SEEN:
-        # A bound, not `& (penalty != 1)`: in Triton's interpreter a spread scalar is no mask.
+        # A bound, not `& (penalty != 1)`: Triton's interpreter fails to combine it with a mask.
         mask = (tokens >= 0) & (tokens < tl.where(penalty != 1, vocab_size, 0))
         seen = tl.load(seen_ptr + tokens, mask=mask, other=0)
-        # div_rn: the plain division of fp32 is not correctly rounded.
+        # div_rn: Triton's plain fp32 division is not correctly rounded.
         x = tl.where(seen != 0, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
     x = tl.minimum(tl.where(x == 0, 0.0, x), LARGEST)  # -0 ties with 0
     bits = x.to(tl.int32, bitcast=True)
@@ -35,7 +35,7 @@ def keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.cons
 
 @triton.jit
 def scores_of(keys, top_key, inverse_temperature):
-    """fp64, -inf for NOTHING."""
+    """(logit - largest logit) / temperature, fp64; -inf for NOTHING."""
     logits, top = logit_of(keys).to(tl.float64), logit_of(top_key).to(tl.float64)
     return tl.where(keys > NOTHING, (logits - top) * inverse_temperature, float("-inf"))
 
@@ -51,15 +51,15 @@ def gumbel(tokens, seed, step):
 
 @triton.jit
 def middle_of(low, high):
-    """Halfway, above low; their sum may pass 2^31."""
+    """(low + high) / 2, rounded up, without their sum, which may overflow int32."""
     return (low | high) - ((low ^ high) >> 1)
 
 
 @triton.jit
 def group_bound(group_keys, top_key, top_k):
-    """A key that at least top_k groups reach, hence as many tokens; the lowest if there are fewer.
+    """A lower bound of the top_k-th largest key: at least top_k groups have a maximum >= it.
 
-    No more than max(top_k, TILE) groups reach it, but for ties.
+    At most max(top_k, TILE) groups do, but for ties. With fewer than top_k, it is the lowest key.
     """
     low, high = NOTHING + 1, top_key
     count = tl.sum((group_keys >= low).to(tl.int32))
@@ -92,8 +92,8 @@ def kth_key(
     while low < high:
         middle = middle_of(low, high)
         count = tl.zeros((TILE, GROUP), tl.int32)
-        above = tl.full((TILE, GROUP), high, tl.int32)  # lowest key from the middle on
-        below = tl.full((TILE, GROUP), NOTHING, tl.int32)  # highest key below the middle
+        above = tl.full((TILE, GROUP), high, tl.int32)  # lowest key >= middle
+        below = tl.full((TILE, GROUP), NOTHING, tl.int32)  # highest key < middle
         for start in range(0, num_listed, TILE):
             tokens = listed_tokens(list_ptr, start, num_listed)
             keys = keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
@@ -113,7 +113,7 @@ def weight_of(
     logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low, top_key,
     inverse_temperature, HAS_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Sum of exp(score) over the listed tokens from key low on."""
+    """Sum of exp(score) over the listed tokens whose key is at least low."""
     weight = tl.zeros((TILE, GROUP), tl.float64)
     for start in range(0, num_listed, TILE):
         tokens = listed_tokens(list_ptr, start, num_listed)
@@ -128,7 +128,7 @@ def draw(
     logits_ptr, seen_ptr, penalty, vocab_size, list_ptr, num_listed, low, top_key,
     inverse_temperature, seed, step, HAS_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Token with the largest score + noise of the listed ones from key low on, and its key."""
+    """The listed token with key >= low whose score + noise is largest, and its key."""
     best = tl.full((TILE, GROUP), float("-inf"), tl.float64)
     best_token = tl.full((TILE, GROUP), vocab_size, tl.int32)
     best_key = tl.full((TILE, GROUP), NOTHING, tl.int32)
@@ -136,7 +136,7 @@ def draw(
         tokens = listed_tokens(list_ptr, start, num_listed)
         keys = keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
         noisy = scores_of(keys, top_key, inverse_temperature) + gumbel(tokens, seed, step)
-        better = (keys >= low) & (noisy > best)  # tokens rise: on ties the first stays
+        better = (keys >= low) & (noisy > best)  # tokens ascend: a tie keeps the lowest
         best = tl.where(better, noisy, best)
         best_token = tl.where(better, tokens, best_token)
         best_key = tl.where(better, keys, best_key)

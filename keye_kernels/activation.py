@@ -22,8 +22,8 @@ _gelu_op = define_op(
 def _launch_config(num_tokens: int, width: int, rows: int) -> tuple[int, int, int]:
     """Rows and columns per program, and warps.
 
-    A thread takes 8 elements of a row, one 16-byte access in 16-bit types, and the same columns of
-    each of ``rows`` rows. Few tokens: more and smaller programs.
+    A thread takes the same 8 columns of each row, one 16-byte access in 16-bit types. Small inputs
+    take more and smaller programs.
     """
     return (rows, 1024, 4) if num_tokens * width >= 2**20 else (1, 256, 1)
 
@@ -95,7 +95,7 @@ def _gelu_triton(
     views = matrices(x, out)
     for x, out in views:
         num_tokens, width = x.shape
-        rows, block, num_warps = _launch_config(num_tokens, width, rows=4)  # that share their bias
+        rows, block, num_warps = _launch_config(num_tokens, width, rows=4)  # one load of the bias
         _gelu_kernel[_grid(num_tokens, width, rows, block)](
             x, bias, out, x.stride(0), out.stride(0), num_tokens, width,
             TANH=approximate == "tanh", ROWS=rows, BLOCK=block, num_warps=num_warps,

@@ -1,13 +1,13 @@
-"""The next token of each request from its logits: greedy, or drawn with its own generator.
+"""Choose the next token of each request from its logits: greedy, or drawn with the request's seed.
 
-Two launches, whatever the parameters hold. The first spreads the vocabulary over the GPU: for each
-group of tokens its largest logit, and in rows without top-k also a draw and a sum of weights per
-block. The second has one program per row, which reads only groups that can matter.
+Always two launches. The first splits the vocabulary over the GPU and writes the largest logit of
+each group of tokens; in rows without top-k, also a draw and a sum of weights per block. The second
+has one program per row, which reads only groups that can hold the chosen token.
 
-No search for top-p is needed. The kept tokens are those above some logit, so the first of them in
-order of score + g is found by taking the largest score + g of all and, as long as the tokens above
-it already weigh top_p, the largest of those above it. Each round is rarer than the one before: the
-first ends the search with probability top_p at least.
+Top-p needs no search for its threshold. It keeps the tokens above some logit, so: take the token
+with the largest score + g. While the tokens with larger logits already weigh top_p, that token is
+not kept: take the largest score + g among those instead. The first round succeeds with probability
+top_p or more, later ones are ever rarer.
 """
 
 import torch
@@ -36,15 +36,15 @@ _sample_op = define_op(
     reference=reference.sample,
 )
 
-# Fixed, not chosen by batch size: the sums of a row must not depend on its neighbours.
+# The same for every batch size: the sums of a row must not depend on the other rows.
 _BLOCK = 1024  # tokens per program of the first launch
 
 
 def _launch_config(num_groups: int) -> tuple[int, int, int]:
-    """Group maxima that one program holds, and warps of the first and of the second launch.
+    """Group maxima that a program of the second launch holds, and the warps of each launch.
 
-    8 logits per thread in both: one 16-byte load in 16-bit types. More warps in the second only
-    where a vocabulary past 2^19 would fill its registers with group maxima.
+    8 logits per thread in both: one 16-byte load in 16-bit types. The second takes more warps for
+    vocabularies past 2^18, whose group maxima would fill its registers.
     """
     size = triton.next_power_of_2(num_groups)
     return size, 4, min(max(size // 512, 8), 32)
@@ -59,7 +59,7 @@ def _sample_scan_kernel(
     pid = tl.program_id(0)
     row = (pid // num_blocks).to(tl.int64)
     block = pid % num_blocks
-    # All that the row asks for, in flight together with its logits.
+    # Loaded before the logits, so that all these loads are in flight together.
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -79,7 +79,7 @@ def _sample_scan_kernel(
     tl.store(group_keys_ptr + first + groups, group_keys)
 
     if (temperature > 0) & ((top_k <= 0) | (top_k >= vocab_size)):
-        # Scores relative to the block's largest logit: the row's is not known yet.
+        # Scores are relative to the block's largest logit: the row's is not known yet.
         top_key = tl.max(group_keys)
         scores = scores_of(keys, top_key, 1 / temperature.to(tl.float64))
         noisy = scores + gumbel(tokens, seed, step)
@@ -100,7 +100,7 @@ def _sample_scan_kernel(
 def _combine_blocks(
     drawn_ptr, partial_ptr, num_blocks, top_key, inverse_temperature, top_p, BLOCKS: tl.constexpr
 ):
-    """Token and key drawn from the whole row, and its sum of exp(score), from those of blocks."""
+    """Combine the blocks' draws and sums: the row's token, its key, the row's sum of exp(score)."""
     blocks = tl.arange(0, BLOCKS)
     mask = blocks < num_blocks
     block_top = tl.load(drawn_ptr + 2 * num_blocks + blocks, mask=mask, other=NOTHING)
@@ -111,7 +111,7 @@ def _combine_blocks(
     block = tl.min(tl.where(noisy == tl.max(noisy), blocks, BLOCKS))
     token = tl.max(tl.where(blocks == block, tokens, 0))
     key = tl.max(tl.where(blocks == block, keys, NOTHING))
-    # A bound, not `& (top_p < 1)`: in Triton's interpreter a spread scalar is no mask.
+    # A bound, not `& (top_p < 1)`: Triton's interpreter fails to combine it with a mask.
     mask = blocks < tl.where(top_p < 1, num_blocks, 0)
     weights = tl.load(partial_ptr + num_blocks + blocks, mask=mask, other=0.0)
     return token, key, tl.sum(weights * tl.exp(shift))
@@ -166,7 +166,7 @@ def _sample_choose_kernel(
             low = key + 1
 
         if has_top_k | has_top_p:
-            # The groups that reach low, in rising order. Nothing below it is looked at any more.
+            # List the groups whose maximum is at least low, in rising order; no other is read.
             reach = (group_keys >= low).to(tl.int32)
             num_listed = tl.sum(reach)
             tl.store(list_ptr + tl.cumsum(reach, axis=0) - 1, groups, mask=reach != 0)
@@ -183,7 +183,7 @@ def _sample_choose_kernel(
                     )  # fmt: skip
             needed = top_p.to(tl.float64) * total
             searching = has_top_k | has_top_p
-            to_draw = has_top_k  # else there is a token already
+            to_draw = has_top_k  # without top-k the first launch has drawn a token
             while searching:
                 if to_draw:
                     token, key = draw(
@@ -224,7 +224,7 @@ def _sample_triton(
     partial = torch.empty(  # score + noise of that token, sum of exp(score)
         batch_size, 2, num_blocks, dtype=torch.float64, device=logits.device
     )
-    exact = {"enable_fp_fusion": False}  # a fused product would round once, the reference twice
+    exact = {"enable_fp_fusion": False}  # fma rounds once, the reference's product and sum twice
     has_seen = seen is not None
     stride_seen = seen.stride(0) if has_seen else 0
     row = (logits, seen, repetition_penalty, temperature, top_k, top_p, seed, step)
@@ -264,17 +264,16 @@ def sample(
     2. ``temperature`` 0: the largest logit, the lowest token on ties. Done.
     3. ``top_k``: keep the logits not below the k-th largest, so ties with it stay.
     4. ``top_p``: with score = (logit - largest logit) * (1 / temperature) and p = softmax(score)
-       over those kept, in fp64, keep the smallest set of largest logits that reaches ``top_p``, and
-       ties with its last. At least one stays.
+       over those kept, in fp64, keep the fewest largest logits whose p add up to ``top_p``, and
+       ties with the last of them. At least one stays.
     5. Take the largest ``score + g`` (fp64, lowest token on ties) of those kept,
        g = -log(-log(u)), which draws from their softmax (Gumbel-max). u depends on the request's
        seed, the step and the token, and on nothing else: with Philox4x32-10, key (low, high word
        of seed), counter (token, low word of step, high word of step, 0) and first two words of
        result w0, w1: u = (w0 * 2^20 + floor(w1 / 2^12) + 0.5) / 2^52.
 
-    Sums, exp and log in fp64 may differ in their last bits from one backend or device to the next.
-    A draw whose choice hangs on that, about one in 10^13, may give another token there; all else
-    is exact.
+    The last bits of fp64 sums, exp and log may differ between backends or devices. They decide
+    about one draw in 10^13, which may then give another token; everything else is exact.
 
     Args:
         logits: [batch_size, vocab_size], fp32 / fp16 / bf16. Rows may be strided.
@@ -282,14 +281,14 @@ def sample(
         top_k: [batch_size] int64, at least 0; 0, or vocab_size and more, is off.
         top_p: [batch_size] fp32, in [0, 1]; 1 is off.
         seed: [batch_size] int64, any value.
-        step: [batch_size] int64, number of the token in its request; another step is another draw.
+        step: [batch_size] int64, number of the token in its request; each step draws anew.
         repetition_penalty: [batch_size] fp32, positive; 1 is off. Comes with ``seen``.
         seen: [batch_size, vocab_size] bool, tokens the penalty applies to. Rows may be strided.
         out: [batch_size] int64.
 
     Returns:
-        Tokens, [batch_size] int64. A row without a single logit above -inf gives -1: there is
-        nothing to choose from, and the model that made it is broken.
+        Tokens, [batch_size] int64. A row without a logit above -inf gives -1: the model that made
+        it is broken.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, a

@@ -78,6 +78,13 @@ def test_a_folder_imports_only_what_lies_below_it(folder):
                 assert folder in ("network", "engine"), (path, module)
 
 
+@pytest.mark.parametrize("folder", ["inputs", "network", "engine"])
+def test_no_line_is_asked_for_by_name(folder):
+    """They ask the config's `Variant`, so that a line more changes nothing there."""
+    for path in (ROOT / "keye_model" / folder).rglob("*.py"):
+        assert not {name for _, name in imports(path)} & {"PREVIEW", "V1_5"}, path
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_circle_of_imports(package):
     graph = {

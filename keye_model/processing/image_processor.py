@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import is_number
-from keye_model.checkpoint.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.fetch import describe
 from keye_model.processing.image import normalize, patchify, processor_size
@@ -60,7 +60,7 @@ class KeyeImageProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike,
+        path_or_id: str | os.PathLike | Checkpoint,
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -76,8 +76,8 @@ class KeyeImageProcessor:
             FileNotFoundError: No such checkpoint, or it lacks the file.
             ValueError: A value of the file is out of range.
         """
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
-        raw = read_json(directory, "preprocessor_config.json")
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
+        raw = checkpoint.json("preprocessor_config.json")
         if raw.get("temporal_patch_size", 1) != 1:
             raise NotImplementedError(
                 "preprocessor_config.json must have temporal_patch_size 1, got "
@@ -100,7 +100,7 @@ class KeyeImageProcessor:
         processor = cls(
             **{key: value for key, value in found.items() if value is not None},
             version=version,
-            local_files_only=local_files_only,
+            local_files_only=checkpoint.local_files_only,
         )
         processor._check("preprocessor_config.json: ")
         return processor

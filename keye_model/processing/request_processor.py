@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tokenizers import Tokenizer
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import locate, read_json
+from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.inputs.keywords import LOADING_PROCESSOR, refuse, without_idle
 from keye_model.inputs.request import Progress, Request
 from keye_model.processing import tokenizer as text_side
@@ -92,7 +93,7 @@ class RequestProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike,
+        path_or_id: str | os.PathLike | Checkpoint,
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -116,16 +117,15 @@ class RequestProcessor:
             NotImplementedError, TypeError: An option is not served, or unknown.
         """
         refuse(without_idle(options, LOADING_PROCESSOR), "min_pixels, max_pixels, local_files_only")
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
-        config = KeyeConfig.from_pretrained(directory, local_files_only=local_files_only)
-        tokenizer = text_side.load_tokenizer(directory)
-        token_ids = TokenIds.read(tokenizer, config, directory)
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
+        config = KeyeConfig.from_pretrained(checkpoint)
+        tokenizer = text_side.load_tokenizer(checkpoint.directory)
+        token_ids = TokenIds.read(tokenizer, config, GenerationDefaults.from_pretrained(checkpoint))
         image_processor = KeyeImageProcessor.from_pretrained(
-            directory,
+            checkpoint,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             version=config.variant.video_version,
-            local_files_only=local_files_only,
         )
         vision = config.vision_config
         for name, expected in (
@@ -137,7 +137,7 @@ class RequestProcessor:
                     f"preprocessor_config.json must have {name} {expected} like config.json, got "
                     f"{getattr(image_processor, name)}"
                 )
-        words = read_json(directory, "tokenizer_config.json", required=False) or {}
+        words = checkpoint.json("tokenizer_config.json", required=False) or {}
         return cls(
             config,
             tokenizer,
@@ -146,12 +146,12 @@ class RequestProcessor:
             KeyeVideoProcessor(
                 image_processor,
                 version=config.variant.video_version,
-                local_files_only=local_files_only,
+                local_files_only=checkpoint.local_files_only,
             ),
-            chat_template=read_template(directory),
-            special_tokens=text_side.special_tokens(directory),
+            chat_template=read_template(checkpoint),
+            special_tokens=text_side.special_tokens(checkpoint),
             clean_up_tokenization_spaces=bool(words.get("clean_up_tokenization_spaces")),
-            local_files_only=local_files_only,
+            local_files_only=checkpoint.local_files_only,
         )
 
     @property

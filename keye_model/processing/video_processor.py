@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import locate, read_json
 from keye_model.inputs.request import Progress
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.budget import Fit, TokenBudget
@@ -57,7 +57,7 @@ class KeyeVideoProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike, *, local_files_only: bool = False
+        cls, path_or_id: str | os.PathLike | Checkpoint, *, local_files_only: bool = False
     ) -> KeyeVideoProcessor:
         """Read `preprocessor_config.json`, and the line from `config.json` if it is there.
 
@@ -65,14 +65,12 @@ class KeyeVideoProcessor:
             FileNotFoundError: No such checkpoint, or it lacks `preprocessor_config.json`.
             ValueError: A value of a file is out of range, or the model is another one.
         """
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
         version = None
-        if read_json(directory, "config.json", required=False) is not None:
-            version = KeyeConfig.from_pretrained(directory).variant.video_version
-        images = KeyeImageProcessor.from_pretrained(
-            directory, version=version, local_files_only=local_files_only
-        )
-        return cls(images, version=images.version, local_files_only=local_files_only)
+        if checkpoint.json("config.json", required=False) is not None:
+            version = KeyeConfig.from_pretrained(checkpoint).variant.video_version
+        images = KeyeImageProcessor.from_pretrained(checkpoint, version=version)
+        return cls(images, version=images.version, local_files_only=images.local_files_only)
 
     @property
     def rules(self) -> Rules:
