@@ -39,9 +39,7 @@ def image_item(source: str, options: argparse.Namespace, processor: KeyeProcesso
 def video_item(source: str, options: argparse.Namespace, processor: KeyeProcessor) -> dict:
     """A video as a message item, with its options under the keys of the checkpoint's model line."""
     rules = processor.rules
-    if (
-        rules.max_frame_pixels is None
-    ):  # its frames go through the image processor: check the bounds
+    if rules.max_frame_pixels is None:  # the image processor's bounds hold for frames too
         _pixels(options, processor)
     settings = {
         "fps": options.fps,

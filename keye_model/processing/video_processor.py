@@ -110,13 +110,8 @@ class KeyeVideoProcessor:
         """
         budget = budget or TokenBudget()
         count_tokens = count_tokens or self._pixel_tokens
-        films = [
-            Film(
-                checked_item(item, "video", "a video item", self.rules),
-                local_files_only=self.local_files_only,
-            )
-            for item in items
-        ]
+        checked = [checked_item(item, "video", "a video item", self.rules) for item in items]
+        films = [Film(item, local_files_only=self.local_files_only) for item in checked]
         # Frames by the published rules of the films that may be made to fit.
         published = {
             place: self._layout(self.rules.sample(film, decode=False))[0]
@@ -136,10 +131,8 @@ class KeyeVideoProcessor:
             done[place], smaller = self._sampled(films[place], fit, progress, not shapes_only)
             frames = done[place].frames
             if room is not None and (smaller or len(frames) < len(published[place])):
-                change = self._change(frames, len(published[place]))
-                fit_videos(
-                    f"{films[place].name}: {change}, to fit a prompt of {budget.limit:,} tokens"
-                )
+                change = self._change(films[place], frames, len(published[place]))
+                fit_videos(f"{change}, to fit a prompt of {budget.limit:,} tokens")
         return [done[place] for place in range(len(films))]
 
     def _sampled(
@@ -152,12 +145,12 @@ class KeyeVideoProcessor:
         fit.budget.take(fit.count_tokens(frames), what, self.rules.advice)
         return VideoPatches(self._cut(sample.frames, frames), frames, seconds), sample.smaller
 
-    def _change(self, frames: Sequence[Frame], published: int) -> str:
+    def _change(self, film: Film, frames: Sequence[Frame], published: int) -> str:
         """One line on a film that was fitted; the published rules take ``published`` frames."""
         most = max(frame.rows * frame.columns for frame in frames)
         most = most * self.image_processor.patch_size**2 // TOKEN_PIXELS
         instead = f" instead of {published}" if len(frames) < published else ""
-        return f"{len(frames)} frames{instead}, at most {most} tokens each"
+        return f"{film.name}: {len(frames)} frames{instead}, at most {most} tokens each"
 
     def patches_from_frames(self, frames: Any, **options: Any) -> VideoPatches:
         """Resize and cut up frames that `process_vision_info` sampled, ours or the published one.

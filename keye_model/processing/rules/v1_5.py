@@ -7,7 +7,7 @@ In the prompt each frame stands behind its mark and its time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -153,7 +153,8 @@ def _of_list(film: Film, progress: Progress | None) -> Sample:
         times = [(1 / rate) * index for index in range(total)]
     times = times and [times[place] for place in places]
     fast = classify_frames(frames, _similarity(film))
-    return _sample(frames, size, fast, times, film.options)
+    sizes = frame_sizes(*size, *_counts(fast), film.options)
+    return Sample(frames, len(frames), size, _keywords(sizes, fast, times))
 
 
 def _of_file(film: Film, fit: Fit | None, decode: bool, progress: Progress | None) -> Sample:
@@ -171,23 +172,13 @@ def _of_file(film: Film, fit: Fit | None, decode: bool, progress: Progress | Non
         fast = _costliest(film, clip.count)
     if fitted:
         options = _fitting_options(film, fit, size, fast, clip.times)
-    smaller = options is not film.options
-    return _sample(frames, size, fast, clip.times, options, smaller)
+    keywords = _keywords(frame_sizes(*size, *_counts(fast), options), fast, clip.times)
+    return Sample(frames, clip.count, size, keywords, smaller=options is not film.options)
 
 
-def _sample(
-    frames: Collection[torch.Tensor] | None,
-    size: Size,
-    fast: list[bool],
-    times: list[float] | None,
-    options: Mapping[str, float],
-    smaller: bool = False,
-) -> Sample:
-    keywords: dict[str, Any] = frame_sizes(*size, *_counts(fast), options)._asdict()
-    keywords["frame_types"] = torch.tensor(fast, dtype=torch.int32)
-    if times is not None:
-        keywords["timestamps"] = torch.tensor(times).float()
-    return Sample(frames, len(fast), size, keywords, smaller)
+def _keywords(sizes: FrameSizes, fast: list[bool], times: list[float] | None) -> dict[str, Any]:
+    found = sizes._asdict() | {"frame_types": torch.tensor(fast, dtype=torch.int32)}
+    return found if times is None else found | {"timestamps": torch.tensor(times).float()}
 
 
 def _fitting_options(
