@@ -52,10 +52,10 @@ bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
 
 kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON) $(VENV)/triton-$(NEWEST_TRITON)  ## what every kernel compiles to, without a GPU; faults of attention under the newest Triton as well
-	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.compile_report \
 		--triton $(VENV)/triton-$(OLDEST_TRITON) --write docs/kernels.md
-	$(BIN)/python -m benchmarks.cuda_kernels --append docs/kernels.md
-	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+	$(BIN)/python -m benchmarks.compile_report.cuda_kernels --append docs/kernels.md
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.compile_report \
 		--triton $(VENV)/triton-$(NEWEST_TRITON) --op varlen_attention paged_prefill_attention
 
 lint: $(VENV)/.installed-test

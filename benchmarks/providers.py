@@ -11,16 +11,16 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeVar
-from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import DEVICE, ON_GPU, Run
-from keye_kernels import _backends, backends, use_backend
+from keye_kernels import backends, use_backend
+from testing.backends import trusting_cuda
 
 SDPA_BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -90,17 +90,6 @@ def our_model_on_cuda(run: Run) -> Providers:
     if before == after:
         return {}
     return {"ours (cuda)": Provider(run, context=trusting_cuda, ours=True, capture=False)}
-
-
-@contextmanager
-def trusting_cuda() -> Iterator[None]:
-    """In here "auto" takes CUDA kernels that have never run on hardware: so that they do."""
-    trusted = {
-        op: {name: replace(one, proven=True) for name, one in served.items()}
-        for op, served in _backends._registry.items()
-    }
-    with mock.patch.multiple(_backends, _registry=trusted, _chosen={}):
-        yield
 
 
 @contextmanager

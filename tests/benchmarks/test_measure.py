@@ -19,11 +19,11 @@ from benchmarks.providers import (
     our_model_on_cuda,
     reason_of,
     torch_varlen,
-    trusting_cuda,
 )
 from benchmarks.record import Report
 from benchmarks.timing import ON_GPU, Ceilings, Timing, race
 from keye_kernels import _backends, backends, reference, silu_mul
+from testing.backends import trusting_cuda
 
 CEILINGS = Ceilings(copy_bandwidth=1e9, matmul_rate=1e12)
 

@@ -7,7 +7,7 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels.paged_decode_attention import Tiles, _launch_config
-from tests import triton_interpreter
+from testing import triton_interpreter
 from tests.compare import assert_close, assert_same
 from tests.kernels.paged import (
     HUGE,

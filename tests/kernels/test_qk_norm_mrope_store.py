@@ -5,7 +5,7 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels.qk_norm_mrope_store import Tiles, _launch_config
-from tests import triton_interpreter
+from testing import triton_interpreter
 from tests.compare import assert_close, assert_same
 from tests.kernels.rotation import angles_3d, axes, half_rotation, rotated
 from tests.memory import far_apart
