@@ -37,8 +37,9 @@ _SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 10
 
 @dataclass
 class Launch:
-    """One specialisation of a kernel, and the cases that come to it."""
+    """One specialisation of a kernel, and the cases that come to it. ``key``: of what is alike."""
 
+    key: str
     function: triton.JITFunction
     args: tuple
     kwargs: dict[str, Any]
@@ -78,7 +79,8 @@ def _noted(launches: dict[str, Launch], case: Case):
     def note(self, *args, grid, warmup, **kwargs):  # noqa: ARG001
         def hook(*, key: str, **_: Any) -> bool:
             num_programs = math.prod(grid({**kwargs}) if callable(grid) else grid)
-            launch = launches.setdefault(f"{self.__name__}{key}", Launch(self, args, kwargs))
+            key = f"{self.__name__}{key}"
+            launch = launches.setdefault(key, Launch(key, self, args, kwargs))
             launch.cases.append((case, num_programs))
             return True  # do not compile
 
@@ -154,7 +156,8 @@ def _compile_apart(launch: Launch, arch: int, results: Connection) -> None:
     try:
         results.send(_compile(launch, arch))
     except Exception as error:
-        results.send({"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]})
+        cause = error.__cause__ or error  # Triton's own error ends in a line of source
+        results.send({"error": f"{type(cause).__name__}: {cause}".strip().splitlines()[-1]})
 
 
 def compile_all(jobs: list[tuple[Launch, int]], num_processes: int = 2) -> Iterable[dict]:

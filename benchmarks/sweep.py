@@ -1,0 +1,234 @@
+"""Other launch choices of one op family: what each compiles to and, on a GPU, how fast it runs.
+
+``python -m benchmarks.sweep rope --set pairs=32,64 --set num_splits=2,4 --arch sm_90`` takes each
+combination of the values in the place of the family's own choice, at every real shape of
+`benchmarks/cases`. Without ``--set`` it prints the present choices with the names of their fields.
+
+Registers, spills (bytes of stack), shared memory (bytes) and instructions are those of the
+kernels compiled ahead of time; ``a + b`` are the kernels of one call. The present choice is marked
+with *. On a GPU each choice is first checked against the op's definition, then timed; the ratio is
+the time of the present choice over its time, above 1 is faster. Fields that fit together (the heads
+of a program and the number of programs) must be set together: only a GPU tells when they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch.utils._pytree import tree_leaves
+from triton.runtime import driver
+
+import keye_kernels
+from benchmarks.cases import Case, all_cases
+from benchmarks.compile_report.compiled import NUM_SMS, compile_all, launches_of
+from benchmarks.compile_report.report import table
+from benchmarks.measure import TOLERANCE, Measure, difference
+from benchmarks.providers import Provider, reason_of
+from benchmarks.record import Report, Row
+from benchmarks.shapes import REAL
+from benchmarks.timing import DEVICE, ON_GPU, Ceilings, Inputs
+from keye_kernels import reference, use_backend
+
+# Module and function of each family's launch choice; names of its fields where it is a plain tuple.
+FAMILIES = {
+    "varlen_attention": ("_attention", "choose_tiles", ""),
+    "paged_prefill_attention": ("_attention", "choose_tiles", ""),
+    "paged_decode_attention": ("paged_decode_attention", "_launch_config", ""),
+    "norm": ("norm", "row_tiles", ""),
+    "activation": ("activation", "_launch_config", "rows block num_warps"),
+    "rope": ("rope", "_launch_config", ""),
+    "patch_embed": (
+        "patch_embed",
+        "_launch_config",
+        "block_m block_n block_k num_warps num_stages max_registers",
+    ),
+    "merge_patches": ("merge_patches", "_launch_config", "rows chunk num_warps"),
+    "qk_norm_mrope_store": ("qk_norm_mrope_store", "_launch_config", ""),
+    "sampling": ("sampling", "_launch_config", "max_groups scan_warps choose_warps"),
+}
+_HEAD = ["shape", "choice", "registers", "spills", "shared", "instructions", "µs", "ratio", "note"]
+
+Variant = dict[str, int | None]  # fields that are set; {}: the present choice
+
+
+@dataclass
+class Trial:
+    """One variant at one shape: its label, the keys of its launches, or why there are none."""
+
+    case: Case
+    variant: Variant
+    label: str
+    launches: list[str]
+    refused: str = ""
+
+
+def choice_of(family: str) -> tuple[ModuleType, str, type[tuple]]:
+    """Module and name of the family's launch choice, and the named tuple it is taken as."""
+    home, name, fields = FAMILIES[family]
+    module = importlib.import_module(f"keye_kernels.{home}")
+    found = typing.get_type_hints(getattr(module, name))["return"]
+    if fields:
+        types = zip(fields.split(), typing.get_args(found), strict=True)
+        found = typing.NamedTuple("Choice", list(types))
+    return module, name, found
+
+
+def cases_of(family: str) -> list[Case]:
+    """Real shapes of the ops in the family's file."""
+    home = f"keye_kernels.{family}"
+    return [case for case in all_cases(REAL) if getattr(keye_kernels, case.op).__module__ == home]
+
+
+@contextmanager
+def chosen(family: str, variant: Variant) -> Iterator[list[tuple]]:
+    """Replace fields of the family's launch choices; yields the choices as they would have been."""
+    module, name, kind = choice_of(family)
+    choose, present = getattr(module, name), []
+
+    def launch_config(*args: object, **kwargs: object) -> tuple:
+        present.append(kind(*choose(*args, **kwargs)))
+        return present[-1]._replace(**variant)
+
+    with mock.patch.object(module, name, launch_config), use_backend("triton"):
+        yield present
+
+
+def trials_of(
+    family: str, cases: list[Case], variants: list[Variant], arch: int
+) -> tuple[list[Trial], dict[str, dict]]:
+    """The present choice and each other variant at each shape, and the compiled launches by key."""
+    trials, launches = [], {}
+    for case in cases:
+        for variant in ({}, *variants):
+            found, refused = [], ""
+            with chosen(family, variant) as present:
+                try:
+                    found = launches_of([case], arch)
+                except Exception as error:  # Triton refuses some values before it compiles
+                    refused = reason_of(error)
+            if variant and all(choice == choice._replace(**variant) for choice in present):
+                continue
+            names = list(variants[0]) if variants else present[0]._fields
+            values = present[0]._asdict() | variant
+            label = "" if variant else "* "
+            label += " ".join(f"{name}={values[name]}" for name in names)
+            launches |= {launch.key: launch for launch in found}
+            trials.append(Trial(case, variant, label, [x.key for x in found], refused))
+    print(f"compiling {len(launches)} kernels for sm_{arch}", file=sys.stderr)
+    compiled = compile_all([(launch, arch) for launch in launches.values()])
+    return trials, dict(zip(launches, compiled, strict=True))
+
+
+def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]:
+    """Check the trials of one shape against the definition, then time them in turns."""
+    case = trials[0].case
+    names = case.arguments(torch.device("meta"))
+    schema = getattr(torch.ops.keye, case.op).default._schema
+    written = [x.name for x in schema.arguments if x.alias_info and x.alias_info.is_write]
+
+    def make() -> Inputs:
+        inputs = case.arguments(DEVICE)
+        for trial in trials if "schedule" in inputs else ():  # tiles of as many rows as programs
+            with chosen(family, trial.variant):
+                inputs[trial.label] = case.arguments(DEVICE)["schedule"]
+        return inputs
+
+    def run(function: object, label: str, **inputs: object) -> list[torch.Tensor]:
+        arguments = {name: inputs[name] for name in names}
+        if label in inputs:
+            arguments["schedule"] = inputs[label]
+        result = function(**arguments)
+        outputs = [result, *(arguments[name] for name in written if name in arguments)]
+        return [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+
+    def differs(got: list[torch.Tensor], want: list[torch.Tensor]) -> str:
+        exact = not any(x.is_floating_point() for x in want)
+        return difference(got, want, 0 if exact else TOLERANCE)
+
+    ours = partial(run, getattr(keye_kernels, case.op))
+    report = Report({}, Ceilings(float("inf"), float("inf")))
+    Measure(report, seconds=seconds).compare(
+        case.op,
+        case.name,
+        make=make,
+        providers={
+            trial.label: Provider(
+                partial(ours, trial.label), context=partial(chosen, family, trial.variant)
+            )
+            for trial in trials
+        },
+        definition=partial(run, getattr(reference, case.op), ""),
+        differs=differs,
+    )
+    return report.rows
+
+
+def row_of(trial: Trial, kernels: list[dict], timed: list[Row]) -> list[str]:
+    """A line of the table; ``timed``: rows of all trials of the shape, the present choice first."""
+    errors = [trial.refused, *(kernel.get("error", "") for kernel in kernels)]
+    row = [str(trial.case), trial.label]
+    for number in ("registers", "stack", "shared", "instructions"):
+        row.append(" + ".join(str(kernel.get(number, "-")) for kernel in kernels))
+    mine = next((x for x in timed if x.provider == trial.label), Row("", "", ""))
+    ratio = timed[0].seconds / mine.seconds if mine.seconds and timed[0].seconds else None
+    row.append(f"{1e6 * mine.seconds:.1f}" if mine.seconds else "")
+    row.append(f"{ratio:.2f}" if ratio else "")
+    return [*row, "; ".join(filter(None, [*errors, mine.note, mine.flag]))]
+
+
+def _parse(family: str, settings: Sequence[str]) -> list[Variant]:
+    """All combinations of ``field=value,value``.
+
+    Raises:
+        ValueError: A field or a value is none of the family's.
+    """
+    types, grid = typing.get_type_hints(choice_of(family)[2]), {}
+    for setting in settings:
+        name, _, values = setting.partition("=")
+        if name not in types:
+            raise ValueError(f"field of {family} must be one of {', '.join(types)}, got {name!r}")
+        optional = type(None) in typing.get_args(types[name])
+        for value in values.split(","):
+            if not (value.isdecimal() and int(value) > 0) and not (optional and value == "none"):
+                allowed = "an int above 0" + (" or none" if optional else "")
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        grid[name] = [None if value == "none" else int(value) for value in values.split(",")]
+    return [dict(zip(grid, x, strict=True)) for x in itertools.product(*grid.values()) if grid]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.sweep", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE[,VALUE...]")
+    parser.add_argument("--arch", choices=[f"sm_{arch}" for arch in NUM_SMS], default="sm_90")
+    given = parser.parse_args(arguments)
+    try:
+        variants = _parse(given.family, given.set)
+    except ValueError as error:
+        parser.error(str(error))
+    arch = int(given.arch.removeprefix("sm_"))
+    trials, compiled = trials_of(given.family, cases_of(given.family), variants, arch)
+    if ON_GPU:
+        driver.reset_active()  # launches_of has put another in its place
+    rows = [_HEAD]
+    for _, group in itertools.groupby(trials, lambda trial: trial.case):
+        group = list(group)
+        timed = measure(given.family, group) if ON_GPU else []
+        rows += [row_of(x, [compiled[key] for key in x.launches], timed) for x in group]
+    print(*table(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
