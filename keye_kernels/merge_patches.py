@@ -33,39 +33,12 @@ PatchNorm = tuple[torch.Tensor, torch.Tensor, float]  # weight, bias, eps
 _SEGMENTS = 16  # per launch
 
 
-def _merge_patches_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None,
-    patch_weight: torch.Tensor | None,
-    patch_bias: torch.Tensor | None,
-    patch_eps: float,
-    flat_grid: list[int],
-    merge_size: int,
-    norm_first: bool,
-    out: torch.Tensor,
-) -> None:
-    reference.merge_patches(
-        x,
-        weight,
-        bias,
-        eps,
-        grid_rows(flat_grid),
-        residual=residual,
-        patch_norm=None if patch_weight is None else (patch_weight, patch_bias, patch_eps),
-        merge_size=merge_size,
-        norm_first=norm_first,
-        out=out,
-    )
-
-
 _merge_patches_op = define_op(
     "merge_patches(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, "
-    "Tensor? patch_weight, Tensor? patch_bias, float patch_eps, int[] flat_grid, "
+    "Tensor? patch_weight, Tensor? patch_bias, float patch_eps, int[] grid_thw, "
     "int merge_size, bool norm_first, Tensor(a!) out) -> ()",
-    reference=_merge_patches_reference,
+    reference=reference.merge_patches,
+    tuples={"patch_norm": ("patch_weight", "patch_bias", "patch_eps")},
 )
 
 

@@ -20,46 +20,17 @@ from keye_kernels._rows import (
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # y, x + residual
 
 
-def _result(
-    residual: torch.Tensor | None, out: torch.Tensor, residual_out: torch.Tensor | None
-) -> torch.Tensor | Pair:
-    return out if residual is None else (out, residual_out)
-
-
-def _rms_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    residual_out: torch.Tensor | None,
-) -> None:
-    out = _result(residual, out, residual_out)
-    reference.rms_norm(x, weight, eps, residual=residual, out=out)
-
-
-def _layer_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    residual_out: torch.Tensor | None,
-) -> None:
-    out = _result(residual, out, residual_out)
-    reference.layer_norm(x, weight, bias, eps, residual=residual, out=out)
-
-
 _rms_norm_op = define_op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual, "
     "Tensor(a!) out, Tensor(b!)? residual_out) -> ()",
-    reference=_rms_norm_reference,
+    reference=reference.rms_norm,
+    tuples={"out": ("out", "residual_out")},
 )
 _layer_norm_op = define_op(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, "
     "Tensor(a!) out, Tensor(b!)? residual_out) -> ()",
-    reference=_layer_norm_reference,
+    reference=reference.layer_norm,
+    tuples={"out": ("out", "residual_out")},
 )
 
 
@@ -230,7 +201,7 @@ def rms_norm(
     y, residual_out = _destinations(x, residual, out)
     if x.numel() > 0:
         _rms_norm_op(x, weight, eps, residual, y, residual_out)
-    return _result(residual, y, residual_out)
+    return y if residual is None else (y, residual_out)
 
 
 def layer_norm(
@@ -271,4 +242,4 @@ def layer_norm(
     y, residual_out = _destinations(x, residual, out)
     if x.numel() > 0:
         _layer_norm_op(x, weight, bias, eps, residual, y, residual_out)
-    return _result(residual, y, residual_out)
+    return y if residual is None else (y, residual_out)

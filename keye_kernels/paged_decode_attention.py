@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 
 from keye_kernels import _backends, reference
+from keye_kernels._checks import check_paged
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
-from keye_kernels.paged_attention import check_paged
 
 _paged_decode_attention_op = define_op(
     "paged_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
     "Tensor cache_seqlens, float softmax_scale, SymInt max_seqlen_k, Tensor(a!) out, "
     "Tensor(b!)? lse) -> ()",
-    reference=reference.attention.paged_decode_attention_into,
+    reference=reference.paged_decode_attention,
+    tuples={"out": ("out", "lse")},
 )
 
 _LOG2_E = 1.4426950408889634

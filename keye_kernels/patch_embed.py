@@ -21,33 +21,10 @@ from keye_kernels._checks import (
 from keye_kernels._device import Device, device_of
 from keye_kernels._ops import define_op
 
-
-def _patch_embed_reference(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    position_table: torch.Tensor,
-    flat_grid: list[int],
-    image_mean: list[float],
-    image_std: list[float],
-    out: torch.Tensor,
-) -> None:
-    reference.patch_embed(
-        pixels,
-        weight,
-        bias,
-        position_table,
-        grid_rows(flat_grid),
-        image_mean=image_mean,
-        image_std=image_std,
-        out=out,
-    )
-
-
 _patch_embed_op = define_op(
     "patch_embed(Tensor pixels, Tensor weight, Tensor bias, Tensor position_table, "
-    "int[] flat_grid, float[] image_mean, float[] image_std, Tensor(a!) out) -> ()",
-    reference=_patch_embed_reference,
+    "int[] grid_thw, float[] image_mean, float[] image_std, Tensor(a!) out) -> ()",
+    reference=reference.patch_embed,
 )
 
 

@@ -22,6 +22,7 @@ from keye_kernels._checks import (
 )
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
+from keye_kernels.reference.rope import inverse_frequencies
 
 _rope_2d_op = define_op(
     "rope_2d_(Tensor(a!) q, Tensor(b!) k, Tensor positions, float theta) -> ()",
@@ -80,7 +81,7 @@ def frequencies(dim: int, theta: float, repeats: int, device: torch.device) -> t
     CPU as the published code does, are copied once; later calls, those captured in a CUDA graph
     among them, copy nothing.
     """
-    table = reference.rotation.inverse_frequencies(dim, theta, torch.device("cpu"))
+    table = inverse_frequencies(dim, theta, torch.device("cpu"))
     return table.repeat(repeats).to(device)
 
 
