@@ -33,7 +33,7 @@ import keye_kernels
 from benchmarks.cases import Case, all_cases
 from benchmarks.compile_report.compiled import NUM_SMS, compile_all, launches_of
 from benchmarks.compile_report.report import table
-from benchmarks.measure import TOLERANCE, Measure, difference
+from benchmarks.measure import Measure
 from benchmarks.providers import Provider, reason_of
 from benchmarks.record import Report, Row
 from benchmarks.shapes import REAL
@@ -152,10 +152,6 @@ def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]
         outputs = [result, *(arguments[name] for name in written if name in arguments)]
         return [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
-    def differs(got: list[torch.Tensor], want: list[torch.Tensor]) -> str:
-        exact = not any(x.is_floating_point() for x in want)
-        return difference(got, want, 0 if exact else TOLERANCE)
-
     ours = partial(run, getattr(keye_kernels, case.op))
     report = Report({}, Ceilings(float("inf"), float("inf")))
     Measure(report, seconds=seconds).compare(
@@ -169,7 +165,6 @@ def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]
             for trial in trials
         },
         definition=partial(run, getattr(reference, case.op), ""),
-        differs=differs,
     )
     return report.rows
 
