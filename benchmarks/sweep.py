@@ -109,6 +109,7 @@ def trials_of(
 ) -> tuple[list[Trial], dict[str, dict]]:
     """The present choice and each other variant at each shape, and the compiled launches by key."""
     trials, launches = [], {}
+    shown = next(iter(variants), ())
     for case in cases:
         for variant in ({}, *variants):
             found, refused = [], ""
@@ -119,10 +120,9 @@ def trials_of(
                     refused = reason_of(error)
             if variant and all(choice == choice._replace(**variant) for choice in present):
                 continue
-            names = list(variants[0]) if variants else present[0]._fields
-            values = present[0]._asdict() | variant
-            label = "" if variant else "* "
-            label += " ".join(f"{name}={values[name]}" for name in names)
+            values = variant or {x: getattr(present[0], x) for x in shown or present[0]._fields}
+            label = " ".join(f"{name}={str(value).lower()}" for name, value in values.items())
+            label = label if variant else f"* {label}"
             launches |= {launch.key: launch for launch in found}
             trials.append(Trial(case, variant, label, [x.key for x in found], refused))
     print(f"compiling {len(launches)} kernels for sm_{arch}", file=sys.stderr)
@@ -154,17 +154,13 @@ def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]
 
     ours = partial(run, getattr(keye_kernels, case.op))
     report = Report({}, Ceilings(float("inf"), float("inf")))
+    providers = {}
+    for trial in trials:
+        context = partial(chosen, family, trial.variant)
+        providers[trial.label] = Provider(partial(ours, trial.label), context=context)
+    definition = partial(run, getattr(reference, case.op), "")
     Measure(report, seconds=seconds).compare(
-        case.op,
-        case.name,
-        make=make,
-        providers={
-            trial.label: Provider(
-                partial(ours, trial.label), context=partial(chosen, family, trial.variant)
-            )
-            for trial in trials
-        },
-        definition=partial(run, getattr(reference, case.op), ""),
+        case.op, case.name, make=make, providers=providers, definition=definition
     )
     return report.rows
 

@@ -37,7 +37,7 @@ _SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 10
 
 @dataclass
 class Launch:
-    """One specialisation of a kernel, and the cases that come to it. ``key``: of what is alike."""
+    """One specialisation of a kernel, and the cases that come to it. Equal keys: equal code."""
 
     key: str
     function: triton.JITFunction
