@@ -20,7 +20,7 @@ import sys
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from unittest import mock
@@ -31,7 +31,7 @@ from triton.runtime import driver
 
 import keye_kernels
 from benchmarks.cases import Case, all_cases
-from benchmarks.compile_report.compiled import NUM_SMS, compile_all, launches_of
+from benchmarks.compile_report.compiled import NUM_SMS, Launch, compile_all, launches_of
 from benchmarks.compile_report.report import table
 from benchmarks.measure import Measure
 from benchmarks.providers import Provider, reason_of
@@ -64,12 +64,12 @@ Variant = dict[str, int | None]  # fields that are set; {}: the present choice
 
 @dataclass
 class Trial:
-    """One variant at one shape: its label, the keys of its launches, or why there are none."""
+    """One variant at one shape: its label, and its launches or why there are none."""
 
     case: Case
     variant: Variant
     label: str
-    launches: list[str]
+    launches: list[Launch] = field(default_factory=list)
     refused: str = ""
 
 
@@ -104,30 +104,24 @@ def chosen(family: str, variant: Variant) -> Iterator[list[tuple]]:
         yield present
 
 
-def trials_of(
-    family: str, cases: list[Case], variants: list[Variant], arch: int
-) -> tuple[list[Trial], dict[str, dict]]:
-    """The present choice and each other variant at each shape, and the compiled launches by key."""
-    trials, launches = [], {}
-    shown = next(iter(variants), ())
-    for case in cases:
-        for variant in ({}, *variants):
-            found, refused = [], ""
-            with chosen(family, variant) as present:
-                try:
-                    found = launches_of([case], arch)
-                except Exception as error:  # Triton refuses some values before it compiles
-                    refused = reason_of(error)
-            if variant and all(choice == choice._replace(**variant) for choice in present):
-                continue
-            values = variant or {x: getattr(present[0], x) for x in shown or present[0]._fields}
-            label = " ".join(f"{name}={str(value).lower()}" for name, value in values.items())
-            label = label if variant else f"* {label}"
-            launches |= {launch.key: launch for launch in found}
-            trials.append(Trial(case, variant, label, [x.key for x in found], refused))
-    print(f"compiling {len(launches)} kernels for sm_{arch}", file=sys.stderr)
-    compiled = compile_all([(launch, arch) for launch in launches.values()])
-    return trials, dict(zip(launches, compiled, strict=True))
+def trials_of(family: str, case: Case, variants: list[Variant], arch: int) -> list[Trial]:
+    """The present choice at one shape, then each variant that is another."""
+    found = []
+    for variant in ({}, *variants):
+        trial = Trial(case, variant, " ".join(f"{k}={v}" for k, v in variant.items()).lower())
+        with chosen(family, variant) as present:
+            try:
+                trial.launches = launches_of([case], arch)
+            except Exception as error:  # Triton refuses some values before it compiles
+                trial.refused = reason_of(error)
+        if not variant:
+            names = next(iter(variants), present[0]._asdict())
+            values = (f"{name}={getattr(present[0], name)}" for name in names)
+            trial.label = f"* {' '.join(values)}".lower()
+        elif all(choice == choice._replace(**variant) for choice in present):
+            continue
+        found.append(trial)
+    return found
 
 
 def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]:
@@ -210,14 +204,17 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     arch = int(given.arch.removeprefix("sm_"))
-    trials, compiled = trials_of(given.family, cases_of(given.family), variants, arch)
+    shapes = [trials_of(given.family, x, variants, arch) for x in cases_of(given.family)]
+    launches = {x.key: x for trials in shapes for trial in trials for x in trial.launches}
+    print(f"compiling {len(launches)} kernels for {given.arch}", file=sys.stderr)
+    done = compile_all([(launch, arch) for launch in launches.values()])
+    compiled = dict(zip(launches, done, strict=True))
     if ON_GPU:
         driver.reset_active()  # launches_of has put another in its place
     rows = [_HEAD]
-    for _, group in itertools.groupby(trials, lambda trial: trial.case):
-        group = list(group)
-        timed = measure(given.family, group) if ON_GPU else []
-        rows += [row_of(x, [compiled[key] for key in x.launches], timed) for x in group]
+    for trials in shapes:
+        timed = measure(given.family, trials) if ON_GPU else []
+        rows += [row_of(x, [compiled[launch.key] for launch in x.launches], timed) for x in trials]
     print(*table(rows), sep="\n")
 
 

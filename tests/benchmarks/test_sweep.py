@@ -81,7 +81,7 @@ def tiny(device):
 def test_choices_are_checked_then_timed():
     case = Case("silu_mul", "tiny", tiny, 2 * 900 * 4)
     variants = [{}, {"block": 512}, {"num_warps": 2, "rows": 2}]
-    trials = [sweep.Trial(case, variant, str(variant), []) for variant in variants]
+    trials = [sweep.Trial(case, variant, str(variant)) for variant in variants]
     rows = sweep.measure("activation", trials, seconds=0)
     assert [row.provider for row in rows] == ["{}", "{'block': 512}", str(variants[2])]
     assert all(row.seconds > 0 for row in rows)
@@ -93,7 +93,7 @@ def test_choices_are_checked_then_timed():
 def test_a_wrong_choice_is_not_timed(monkeypatch):
     case = Case("silu_mul", "tiny", tiny, 2 * 900 * 4)
     monkeypatch.setattr(sweep.reference, "silu_mul", lambda gate_up: gate_up[:, :300] * 2)
-    trials = [sweep.Trial(case, {}, "*", [])]
+    trials = [sweep.Trial(case, {}, "*")]
     rows = sweep.measure("activation", trials, seconds=0)
     assert rows[0].seconds is None
     assert "wrong, relative error" in sweep.row_of(trials[0], [], rows)[-1]
