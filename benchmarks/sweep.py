@@ -9,6 +9,7 @@ kernels compiled ahead of time; ``a + b`` are the kernels of one call. The prese
 with *. On a GPU each choice is first checked against the op's definition, then timed; the ratio is
 the time of the present choice over its time, above 1 is faster. Fields that fit together (the heads
 of a program and the number of programs) must be set together: only a GPU tells when they do not.
+Attention that gets another block_m than its schedule's runs as without a schedule.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from benchmarks.measure import Measure
 from benchmarks.providers import Provider, reason_of
 from benchmarks.record import Report, Row
 from benchmarks.shapes import REAL
-from benchmarks.timing import DEVICE, ON_GPU, Ceilings, Inputs
+from benchmarks.timing import DEVICE, ON_GPU, Ceilings
 from keye_kernels import reference, use_backend
 
 # Module and function of each family's launch choice; names of its fields where it is a plain tuple.
 FAMILIES = {
-    "varlen_attention": ("_attention", "choose_tiles", ""),
-    "paged_prefill_attention": ("_attention", "choose_tiles", ""),
+    "varlen_attention": ("_attention", "launch_config", ""),
+    "paged_prefill_attention": ("_attention", "launch_config", ""),
     "paged_decode_attention": ("paged_decode_attention", "_launch_config", ""),
     "norm": ("norm", "row_tiles", ""),
     "activation": ("activation", "_launch_config", "rows block num_warps"),
@@ -127,23 +128,11 @@ def trials_of(family: str, case: Case, variants: list[Variant], arch: int) -> li
 def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]:
     """Check the trials of one shape against the definition, then time them in turns."""
     case = trials[0].case
-    names = case.arguments(torch.device("meta"))
     schema = getattr(torch.ops.keye, case.op).default._schema
     written = [x.name for x in schema.arguments if x.alias_info and x.alias_info.is_write]
 
-    def make() -> Inputs:
-        inputs = case.arguments(DEVICE)
-        for trial in trials if "schedule" in inputs else ():  # tiles of as many rows as programs
-            with chosen(family, trial.variant):
-                inputs[trial.label] = case.arguments(DEVICE)["schedule"]
-        return inputs
-
-    def run(function: object, label: str, **inputs: object) -> list[torch.Tensor]:
-        arguments = {name: inputs[name] for name in names}
-        if label in inputs:
-            arguments["schedule"] = inputs[label]
-        result = function(**arguments)
-        outputs = [result, *(arguments[name] for name in written if name in arguments)]
+    def run(function: object, **inputs: object) -> list[torch.Tensor]:
+        outputs = [function(**inputs), *(inputs[name] for name in written if name in inputs)]
         return [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
     ours = partial(run, getattr(keye_kernels, case.op))
@@ -151,10 +140,13 @@ def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]
     providers = {}
     for trial in trials:
         context = partial(chosen, family, trial.variant)
-        providers[trial.label] = Provider(partial(ours, trial.label), context=context)
-    definition = partial(run, getattr(reference, case.op), "")
+        providers[trial.label] = Provider(ours, context=context)
     Measure(report, seconds=seconds).compare(
-        case.op, case.name, make=make, providers=providers, definition=definition
+        case.op,
+        case.name,
+        make=partial(case.arguments, DEVICE),
+        providers=providers,
+        definition=partial(run, getattr(reference, case.op)),
     )
     return report.rows
 
