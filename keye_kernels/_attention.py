@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from keye_kernels._device import Device, device_of
-from keye_kernels._tuples import decode, encode
+from keye_kernels._tuples import decode_all, encode
 
 
 class LaunchConfig(NamedTuple):
@@ -154,10 +154,10 @@ def _attention_kernel(
 ):  # fmt: skip
     HEAD: tl.constexpr = split_head_dim(HEAD_DIM)[0]
     TAIL: tl.constexpr = split_head_dim(HEAD_DIM)[1]
-    stride_q, stride_q_head = decode(strides_q)
-    stride_out, stride_out_head = decode(strides_out)
-    stride_k_page, stride_k, stride_k_head = decode(strides_k)
-    stride_v_page, stride_v, stride_v_head = decode(strides_v)
+    stride_q, stride_q_head = decode_all(strides_q)
+    stride_out, stride_out_head = decode_all(strides_out)
+    stride_k_page, stride_k, stride_k_head = decode_all(strides_k)
+    stride_v_page, stride_v, stride_v_head = decode_all(strides_v)
     # All tiles of a key/value head, then of the next one: what it reads stays in the L2 cache.
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * group + tl.program_id(0) % group

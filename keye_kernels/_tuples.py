@@ -16,9 +16,15 @@ def encode(ints: Iterable[int]) -> tuple[int, ...]:
 
 
 @triton.jit
-def decode(codes):
-    """The ints of which ``encode`` made ``codes``."""
+def decode(code):
+    """Decode one int."""
+    return (code - 3) >> 1
+
+
+@triton.jit
+def decode_all(codes):
+    """Decode a tuple."""
     ints = ()
     for i in tl.static_range(len(codes)):
-        ints += ((codes[i] - 3) >> 1,)
+        ints += (decode(codes[i]),)
     return ints

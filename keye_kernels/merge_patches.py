@@ -3,6 +3,8 @@
 The last norm of a vision tower, and the residual add before it, may come first in the same pass.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from keye_kernels._rows import (
     row_tiles,
     store_rows,
 )
+from keye_kernels._tuples import decode, encode
 
 PatchNorm = tuple[torch.Tensor, torch.Tensor, float]  # weight, bias, eps
 
@@ -76,14 +79,14 @@ def _merge_patches_kernel(
     NORM_FIRST: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One token: its patches are the rows. segments: 2 n + 3 for each n of ``_segments``."""
+    """One token: its patches are the rows. segments: those of ``_segments``, encoded."""
     SQUARE: tl.constexpr = MERGE * MERGE
     token = first_token + tl.program_id(0)
     start, width = segments[0], segments[1]
     for i in tl.static_range(2, len(segments), 2):
-        later = 2 * token + 3 >= segments[i]
+        later = 2 * token + 3 >= segments[i]  # by their codes, which rise alike
         start, width = tl.where(later, segments[i], start), tl.where(later, segments[i + 1], width)
-    start, width = (start - 3) // 2, (width - 3) // 2
+    start, width = decode(start), decode(width)
 
     slot = tl.arange(0, ROWS)[:, None]  # a * MERGE + b for patch (a, b) of the square
     mask_row = True if ROWS == SQUARE else slot < SQUARE
@@ -128,8 +131,7 @@ def _merge_patches_triton(
     rows, chunk, num_warps = _launch_config(hidden_size, merge_size, x.dtype)
     segments = _segments(flat_grid, merge_size)
     # The runs travel as launch parameters: no copy to the device, nothing to keep for a CUDA graph.
-    # One or _SEGMENTS of them, odd and above 1: else Triton would compile a kernel for each number
-    # of them, and for each that is 1 or divides by 16.
+    # One or _SEGMENTS of them: else Triton would compile a kernel for each number of them.
     for i in range(0, len(segments), _SEGMENTS):
         part = segments[i : i + _SEGMENTS]
         first_token = part[0][0]
@@ -139,7 +141,7 @@ def _merge_patches_triton(
         _merge_patches_kernel[(end - first_token,)](
             x, weight, bias, residual, patch_weight, patch_bias, out,
             x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), first_token,
-            tuple(2 * n + 3 for segment in part for n in segment), eps, patch_eps,
+            encode(itertools.chain(*part)), eps, patch_eps,
             NORM_FIRST=norm_first, MERGE=merge_size, WIDTH=hidden_size, ROWS=rows, CHUNK=chunk,
             num_warps=num_warps,
         )  # fmt: skip

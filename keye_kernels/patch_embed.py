@@ -20,6 +20,7 @@ from keye_kernels._checks import (
 )
 from keye_kernels._device import Device, device_of
 from keye_kernels._ops import define_op
+from keye_kernels._tuples import decode, encode
 
 _patch_embed_op = define_op(
     "patch_embed(Tensor pixels, Tensor weight, Tensor bias, Tensor position_table, "
@@ -77,12 +78,6 @@ def _runs(flat_grid: list[int]) -> list[tuple[int, int, int]]:
             runs.append((start, h, w))
         start += t * h * w
     return runs
-
-
-@triton.jit
-def _decode(code):
-    """Decode n from 2 * n + 3: Triton specialises 1 and multiples of 16, never such a number."""
-    return (code - 3) // 2
 
 
 @triton.jit
@@ -177,14 +172,14 @@ def _patch_embed_kernel(
     start, w, size, scale_y, scale_x = 0, 1, 1, 1.0, 1.0
     first, end, before = 0, 0, 0
     for i in tl.static_range(0, len(grids), 5):
-        grid_start = _decode(grids[i])
+        grid_start = decode(grids[i])
         grid_end = end_patch
         if i + 5 < len(grids):
-            grid_end = _decode(grids[i + 5])
+            grid_end = decode(grids[i + 5])
         if tile >= before:
             start, end = grid_start, grid_end
-            w = _decode(grids[i + 2])
-            size = _decode(grids[i + 1]) * w
+            w = decode(grids[i + 2])
+            size = decode(grids[i + 1]) * w
             scale_y, scale_x = grids[i + 3], grids[i + 4]
             first = start + (tile - before) * BLOCK_M
         before += (grid_end - grid_start + BLOCK_M - 1) // BLOCK_M
@@ -251,7 +246,7 @@ def _patch_embed_triton(
         num_tiles = sum(triton.cdiv(b - a, block_m) for a, b in itertools.pairwise(starts))
         grids = []
         for start, h, w in some + [(end, 1, 1)] * (_MAX_GRIDS - len(some)):
-            grids += [2 * start + 3, 2 * h + 3, 2 * w + 3, side / h, side / w]
+            grids += [*encode((start, h, w)), side / h, side / w]
         _patch_embed_kernel[(num_tiles * triton.cdiv(hidden_size, block_n),)](
             pixels, weight, bias, position_table, out, out.stride(0), end,
             tuple(grids), firsts, seconds,
