@@ -12,8 +12,6 @@ of a program and the number of programs) must be set together: only a GPU tells 
 Attention that gets another block_m than its schedule's runs as without a schedule.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import itertools
@@ -21,7 +19,7 @@ import sys
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from unittest import mock
@@ -41,22 +39,19 @@ from benchmarks.shapes import REAL
 from benchmarks.timing import DEVICE, ON_GPU, Ceilings
 from keye_kernels import reference, use_backend
 
-# Module and function of each family's launch choice; names of its fields where it is a plain tuple.
+# Where each family chooses its launch, and the fields of the choice where it is a plain tuple.
+_TILES = "block_m block_n block_k num_warps num_stages max_registers"
 FAMILIES = {
-    "varlen_attention": ("_attention", "launch_config", ""),
-    "paged_prefill_attention": ("_attention", "launch_config", ""),
-    "paged_decode_attention": ("paged_decode_attention", "_launch_config", ""),
-    "norm": ("norm", "row_tiles", ""),
-    "activation": ("activation", "_launch_config", "rows block num_warps"),
-    "rope": ("rope", "_launch_config", ""),
-    "patch_embed": (
-        "patch_embed",
-        "_launch_config",
-        "block_m block_n block_k num_warps num_stages max_registers",
-    ),
-    "merge_patches": ("merge_patches", "_launch_config", "rows chunk num_warps"),
-    "qk_norm_mrope_store": ("qk_norm_mrope_store", "_launch_config", ""),
-    "sampling": ("sampling", "_launch_config", "max_groups scan_warps choose_warps"),
+    "varlen_attention": "_attention.launch_config",
+    "paged_prefill_attention": "_attention.launch_config",
+    "paged_decode_attention": "paged_decode_attention._launch_config",
+    "norm": "norm.row_tiles",
+    "activation": "activation._launch_config rows block num_warps",
+    "rope": "rope._launch_config",
+    "patch_embed": f"patch_embed._launch_config {_TILES}",
+    "merge_patches": "merge_patches._launch_config rows chunk num_warps",
+    "qk_norm_mrope_store": "qk_norm_mrope_store._launch_config",
+    "sampling": "sampling._launch_config max_groups scan_warps choose_warps",
 }
 _HEAD = ["shape", "choice", "registers", "spills", "shared", "instructions", "µs", "ratio", "note"]
 
@@ -70,17 +65,18 @@ class Trial:
     case: Case
     variant: Variant
     label: str
-    launches: list[Launch] = field(default_factory=list)
+    launches: Sequence[Launch] = ()
     refused: str = ""
 
 
 def choice_of(family: str) -> tuple[ModuleType, str, type[tuple]]:
     """Module and name of the family's launch choice, and the named tuple it is taken as."""
-    home, name, fields = FAMILIES[family]
+    place, *fields = FAMILIES[family].split()
+    home, name = place.split(".")
     module = importlib.import_module(f"keye_kernels.{home}")
     found = typing.get_type_hints(getattr(module, name))["return"]
     if fields:
-        types = zip(fields.split(), typing.get_args(found), strict=True)
+        types = zip(fields, typing.get_args(found), strict=True)
         found = typing.NamedTuple("Choice", list(types))
     return module, name, found
 
@@ -109,19 +105,18 @@ def trials_of(family: str, case: Case, variants: list[Variant], arch: int) -> li
     """The present choice at one shape, then each variant that is another."""
     found = []
     for variant in ({}, *variants):
-        trial = Trial(case, variant, " ".join(f"{k}={v}" for k, v in variant.items()).lower())
+        launches, refused = [], ""
         with chosen(family, variant) as present:
             try:
-                trial.launches = launches_of([case], arch)
+                launches = launches_of([case], arch)
             except Exception as error:  # Triton refuses some values before it compiles
-                trial.refused = reason_of(error)
-        if not variant:
-            names = next(iter(variants), present[0]._asdict())
-            values = (f"{name}={getattr(present[0], name)}" for name in names)
-            trial.label = f"* {' '.join(values)}".lower()
-        elif all(choice == choice._replace(**variant) for choice in present):
-            continue
-        found.append(trial)
+                refused = reason_of(error)
+        values = present[0]._asdict() | variant
+        names = variants[0] if variants else values
+        label = "" if variant else "* "
+        label += " ".join(f"{name}={values[name]}" for name in names).lower()
+        if not variant or any(choice != choice._replace(**variant) for choice in present):
+            found.append(Trial(case, variant, label, launches, refused))
     return found
 
 
@@ -136,16 +131,13 @@ def measure(family: str, trials: list[Trial], seconds: float = 0.5) -> list[Row]
         return [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
     ours = partial(run, getattr(keye_kernels, case.op))
+    contexts = {trial.label: partial(chosen, family, trial.variant) for trial in trials}
     report = Report({}, Ceilings(float("inf"), float("inf")))
-    providers = {}
-    for trial in trials:
-        context = partial(chosen, family, trial.variant)
-        providers[trial.label] = Provider(ours, context=context)
     Measure(report, seconds=seconds).compare(
         case.op,
         case.name,
         make=partial(case.arguments, DEVICE),
-        providers=providers,
+        providers={label: Provider(ours, context=x) for label, x in contexts.items()},
         definition=partial(run, getattr(reference, case.op)),
     )
     return report.rows
@@ -158,35 +150,30 @@ def row_of(trial: Trial, kernels: list[dict], timed: list[Row]) -> list[str]:
     for number in ("registers", "stack", "shared", "instructions"):
         row.append(" + ".join(str(kernel.get(number, "-")) for kernel in kernels))
     mine = next((x for x in timed if x.provider == trial.label), Row("", "", ""))
-    ratio = timed[0].seconds / mine.seconds if mine.seconds and timed[0].seconds else None
     row.append(f"{1e6 * mine.seconds:.1f}" if mine.seconds else "")
+    ratio = mine.seconds and timed[0].seconds and timed[0].seconds / mine.seconds
     row.append(f"{ratio:.2f}" if ratio else "")
     return [*row, "; ".join(filter(None, [*errors, mine.note, mine.flag]))]
 
 
 def _parse(family: str, settings: Sequence[str]) -> list[Variant]:
-    """All combinations of ``field=value,value``.
-
-    Raises:
-        ValueError: A field or a value is none of the family's.
-    """
+    """All combinations of ``field=value,value``; ValueError: field or value is none of these."""
     types, grid = typing.get_type_hints(choice_of(family)[2]), {}
     for setting in settings:
         name, _, values = setting.partition("=")
         if name not in types:
             raise ValueError(f"field of {family} must be one of {', '.join(types)}, got {name!r}")
-        optional = type(None) in typing.get_args(types[name])
-        for value in values.split(","):
-            if not (value.isdecimal() and int(value) > 0) and not (optional and value == "none"):
-                allowed = "an int above 0" + (" or none" if optional else "")
-                raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        grid[name] = [None if value == "none" else int(value) for value in values.split(",")]
+        optional = types[name] is not int
+        for x in values.split(","):
+            if not ((x.isdecimal() and int(x) > 0) or (optional and x == "none")):
+                most = "an int above 0" + " or none" * optional
+                raise ValueError(f"{name} must be {most}, got {x!r}")
+        grid[name] = [None if x == "none" else int(x) for x in values.split(",")]
     return [dict(zip(grid, x, strict=True)) for x in itertools.product(*grid.values()) if grid]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.sweep", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE[,VALUE...]")
     parser.add_argument("--arch", choices=[f"sm_{arch}" for arch in NUM_SMS], default="sm_90")
@@ -199,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = [trials_of(given.family, x, variants, arch) for x in cases_of(given.family)]
     launches = {x.key: x for trials in shapes for trial in trials for x in trial.launches}
     print(f"compiling {len(launches)} kernels for {given.arch}", file=sys.stderr)
-    done = compile_all([(launch, arch) for launch in launches.values()])
+    done = compile_all([(x, arch) for x in launches.values()])
     compiled = dict(zip(launches, done, strict=True))
     if ON_GPU:
         driver.reset_active()  # launches_of has put another in its place
