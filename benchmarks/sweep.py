@@ -39,19 +39,18 @@ from benchmarks.shapes import REAL
 from benchmarks.timing import DEVICE, ON_GPU, Ceilings
 from keye_kernels import reference, use_backend
 
-# Where each family chooses its launch, and the fields of the choice where it is a plain tuple.
-_TILES = "block_m block_n block_k num_warps num_stages max_registers"
+# The module whose launch_config the kernels of each family take.
 FAMILIES = {
-    "varlen_attention": "_attention.launch_config",
-    "paged_prefill_attention": "_attention.launch_config",
-    "paged_decode_attention": "paged_decode_attention._launch_config",
-    "norm": "norm.row_tiles",
-    "activation": "activation._launch_config rows block num_warps",
-    "rope": "rope._launch_config",
-    "patch_embed": f"patch_embed._launch_config {_TILES}",
-    "merge_patches": "merge_patches._launch_config rows chunk num_warps",
-    "qk_norm_mrope_store": "qk_norm_mrope_store._launch_config",
-    "sampling": "sampling._launch_config max_groups scan_warps choose_warps",
+    "varlen_attention": "_attention",
+    "paged_prefill_attention": "_attention",
+    "paged_decode_attention": "paged_decode_attention",
+    "norm": "norm",
+    "activation": "activation",
+    "rope": "rope",
+    "patch_embed": "patch_embed",
+    "merge_patches": "merge_patches",
+    "qk_norm_mrope_store": "qk_norm_mrope_store",
+    "sampling": "sampling",
 }
 _HEAD = ["shape", "choice", "registers", "spills", "shared", "instructions", "µs", "ratio", "note"]
 
@@ -69,16 +68,8 @@ class Trial:
     refused: str = ""
 
 
-def choice_of(family: str) -> tuple[ModuleType, str, type[tuple]]:
-    """Module and name of the family's launch choice, and the named tuple it is taken as."""
-    place, *fields = FAMILIES[family].split()
-    home, name = place.split(".")
-    module = importlib.import_module(f"keye_kernels.{home}")
-    found = typing.get_type_hints(getattr(module, name))["return"]
-    if fields:
-        types = zip(fields, typing.get_args(found), strict=True)
-        found = typing.NamedTuple("Choice", list(types))
-    return module, name, found
+def module_of(family: str) -> ModuleType:
+    return importlib.import_module(f"keye_kernels.{FAMILIES[family]}")
 
 
 def cases_of(family: str) -> list[Case]:
@@ -90,14 +81,14 @@ def cases_of(family: str) -> list[Case]:
 @contextmanager
 def chosen(family: str, variant: Variant) -> Iterator[list[tuple]]:
     """Replace fields of the family's launch choices; yields the choices as they would have been."""
-    module, name, kind = choice_of(family)
-    choose, present = getattr(module, name), []
+    choose, present = module_of(family).launch_config, []
 
     def launch_config(*args: object, **kwargs: object) -> tuple:
-        present.append(kind(*choose(*args, **kwargs)))
+        present.append(choose(*args, **kwargs))
         return present[-1]._replace(**variant)
 
-    with mock.patch.object(module, name, launch_config), use_backend("triton"):
+    replaced = mock.patch.object(module_of(family), "launch_config", launch_config)
+    with replaced, use_backend("triton"):
         yield present
 
 
@@ -158,7 +149,7 @@ def row_of(trial: Trial, kernels: list[dict], timed: list[Row]) -> list[str]:
 
 def _parse(family: str, settings: Sequence[str]) -> list[Variant]:
     """All combinations of ``field=value,value``; ValueError: field or value is none of these."""
-    types, grid = typing.get_type_hints(choice_of(family)[2]), {}
+    types, grid = typing.get_type_hints(module_of(family).LaunchConfig), {}
     for setting in settings:
         name, _, values = setting.partition("=")
         if name not in types:

@@ -5,38 +5,8 @@ two: 1152 takes five chunks of 256, 40 registers per thread, where one block of 
 chunks have one layout, so they add up element by element before the one reduction.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-
-
-class RowTiles(NamedTuple):
-    """What a program holds: ``rows`` whole rows, in chunks of ``chunk`` columns."""
-
-    rows: int
-    chunk: int
-    num_warps: int
-
-
-def row_tiles(width: int, dtype: torch.dtype) -> RowTiles:
-    """Tiles in which a thread's part of a chunk is one 16-byte access.
-
-    They do not depend on the number of rows: sums are added in one order, so a row's result is the
-    same to the last bit alone, in a decode step and in a long prefill. A row up to 2048 belongs to
-    one warp, so that its reductions are shuffles alone; rows of one chunk or less come in such
-    number that each thread still has two accesses. A longer row is a program of 16 elements per
-    thread, for few rows, where latency counts (4096 wide, with residual: each warp issues 149
-    instructions of 16 warps, 197 of 8, 296 of 4). Where rows are many 8 warps issue a third more in
-    all than 4: arithmetic says under a quarter of what an H200 can while the row moves.
-    """
-    warp = 32 * 16 // dtype.itemsize  # elements of one access of a warp
-    if width > 2048:
-        num_warps = power_of_2(width // 512, 1, 16)
-        return RowTiles(1, num_warps * warp, num_warps)
-    chunk = min(warp, triton.next_power_of_2(width))
-    return RowTiles(4 * warp // chunk * (2 if chunk >= width else 1), chunk, 4)
 
 
 def power_of_2(value: int, low: int, high: int) -> int:

@@ -4,12 +4,13 @@ The last norm of a vision tower, and the residual add before it, may come first 
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from keye_kernels import _backends, reference
+from keye_kernels import _backends, norm, reference
 from keye_kernels._checks import (
     FLOAT_DTYPES,
     Grid,
@@ -26,7 +27,6 @@ from keye_kernels._rows import (
     load_rows,
     power_of_2,
     round_rows,
-    row_tiles,
     store_rows,
 )
 from keye_kernels._tuples import decode, encode
@@ -60,16 +60,24 @@ def _segments(flat_grid: list[int], merge_size: int) -> list[tuple[int, int]]:
     return segments
 
 
-def _launch_config(hidden_size: int, merge_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows and columns of a chunk, and warps: one token per program, 2x2 of 1152 in 4 warps.
+class LaunchConfig(NamedTuple):
+    """Rows and columns of a chunk, and warps."""
+
+    rows: int
+    chunk: int
+    num_warps: int
+
+
+def launch_config(hidden_size: int, merge_size: int, dtype: torch.dtype) -> LaunchConfig:
+    """Choose the launch: one token per program, 2x2 of 1152 in 4 warps.
 
     A patch lies in chunks and lanes as it does in ``layer_norm``: its sums are added in the same
     order, so that both give the same bits.
     """
     rows = triton.next_power_of_2(merge_size**2)
-    chunk = row_tiles(hidden_size, dtype).chunk
+    chunk = norm.launch_config(hidden_size, dtype).chunk
     num_warps = power_of_2(rows * chunk * dtype.itemsize // 512, 1, 16)  # 16 bytes per thread
-    return rows, chunk, num_warps
+    return LaunchConfig(rows, chunk, num_warps)
 
 
 @triton.jit(do_not_specialize=["first_token"])
@@ -128,7 +136,7 @@ def _merge_patches_triton(
     out: torch.Tensor,
 ) -> None:
     num_tokens, hidden_size = out.shape[0], x.shape[1]
-    rows, chunk, num_warps = _launch_config(hidden_size, merge_size, x.dtype)
+    config = launch_config(hidden_size, merge_size, x.dtype)
     segments = _segments(flat_grid, merge_size)
     # The runs travel as launch parameters: no copy to the device, nothing to keep for a CUDA graph.
     # One or _SEGMENTS of them: else Triton would compile a kernel for each number of them.
@@ -142,8 +150,8 @@ def _merge_patches_triton(
             x, weight, bias, residual, patch_weight, patch_bias, out,
             x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), first_token,
             encode(itertools.chain(*part)), eps, patch_eps,
-            NORM_FIRST=norm_first, MERGE=merge_size, WIDTH=hidden_size, ROWS=rows, CHUNK=chunk,
-            num_warps=num_warps,
+            NORM_FIRST=norm_first, MERGE=merge_size, WIDTH=hidden_size, ROWS=config.rows,
+            CHUNK=config.chunk, num_warps=config.num_warps,
         )  # fmt: skip
 
 

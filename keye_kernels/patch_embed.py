@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,25 +33,36 @@ _patch_embed_op = define_op(
 _MAX_GRIDS = 8  # of different size that one launch serves
 
 
-def _launch_config(
+class LaunchConfig(NamedTuple):
+    """Patches and columns per program, depth of a step, warps, stages, bound on registers."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+def launch_config(
     num_patches: int,
     hidden_size: int,
     dtype: torch.dtype,
     pixel_dtype: torch.dtype,
     device: Device,
-) -> tuple[int, int, int, int, int, int | None]:
-    """Patches and columns per program, depth of a step, warps, stages, bound on registers.
+) -> LaunchConfig:
+    """Choose the launch.
 
     Large tiles read pixels and weight less often; small ones keep every multiprocessor busy.
     """
     if dtype == torch.float32:  # no tensor cores
-        return 64, 64, 32, 8, 2, None
+        return LaunchConfig(64, 64, 32, 8, 2, None)
     if triton.cdiv(num_patches, 128) * triton.cdiv(hidden_size, 128) < device.num_sms:
-        return 64, 64, 64, 4, 4, None
+        return LaunchConfig(64, 64, 64, 4, 4, None)
     # 128 registers let two programs share a multiprocessor, one on its tensor cores while the other
     # normalises or adds positions. Ampere's MMA and fp32 pixels need more, and would spill.
     fits = device.capability >= (9, 0) and pixel_dtype != torch.float32
-    return 128, 128, 64, 8, 3, 128 if fits else None
+    return LaunchConfig(128, 128, 64, 8, 3, 128 if fits else None)
 
 
 @functools.lru_cache(maxsize=16)
@@ -239,22 +251,23 @@ def _patch_embed_triton(
     for i in range(0, len(runs), _MAX_GRIDS):
         some = runs[i : i + _MAX_GRIDS]
         end = runs[i + _MAX_GRIDS][0] if i + _MAX_GRIDS < len(runs) else num_patches
-        block_m, block_n, block_k, num_warps, num_stages, max_registers = _launch_config(
+        config = launch_config(
             end - some[0][0], hidden_size, weight.dtype, pixels.dtype, device_of(out)
         )
         starts = [start for start, _, _ in some] + [end]
-        num_tiles = sum(triton.cdiv(b - a, block_m) for a, b in itertools.pairwise(starts))
+        num_tiles = sum(triton.cdiv(b - a, config.block_m) for a, b in itertools.pairwise(starts))
         grids = []
         for start, h, w in some + [(end, 1, 1)] * (_MAX_GRIDS - len(some)):
             grids += [*encode((start, h, w)), side / h, side / w]
-        _patch_embed_kernel[(num_tiles * triton.cdiv(hidden_size, block_n),)](
+        _patch_embed_kernel[(num_tiles * triton.cdiv(hidden_size, config.block_n),)](
             pixels, weight, bias, position_table, out, out.stride(0), end,
             tuple(grids), firsts, seconds,
             K=depth, HIDDEN=hidden_size, SIDE=side,
             NORMALISE=normalise, DIVIDE=normalise and pair is None,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            BLOCK_TAIL=max(triton.next_power_of_2(depth % block_k), 16),
-            num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            BLOCK_TAIL=max(triton.next_power_of_2(depth % config.block_k), 16),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+            maxnreg=config.max_registers,
         )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ _mrope_op = define_op(
 )
 
 
-class Tiles(NamedTuple):
+class LaunchConfig(NamedTuple):
     """A program turns ``pairs`` pairs of consecutive tokens, for ``heads`` heads at a time.
 
     ``width`` pairs are one access. ``num_splits`` programs share the head blocks of the same pairs.
@@ -47,10 +47,10 @@ class Tiles(NamedTuple):
     num_splits: int
 
 
-def _launch_config(
+def launch_config(
     num_tokens: int, heads: tuple[int, int], half: int, itemsize: int, num_sms: int
-) -> Tiles:
-    """Tiles of one warp for ``heads`` heads of q and of k, with ``half`` pairs each.
+) -> LaunchConfig:
+    """Choose programs of one warp for ``heads`` heads of q and of k, with ``half`` pairs each.
 
     An access is as wide as rows and halves of rows are aligned. For head_dim 128 that is 16 bytes.
     For 72 it is 8, since the second half begins 72 bytes into a row of 144: with 16 the partners of
@@ -66,10 +66,10 @@ def _launch_config(
     head_blocks = sum(triton.cdiv(n, block) for n in heads)
     if num_blocks * head_blocks >= 4 * num_sms:
         splits = max(triton.cdiv(head_blocks, 4), 16 * num_sms // num_blocks)
-        return Tiles(width, pairs, block, min(splits, head_blocks))
+        return LaunchConfig(width, pairs, block, min(splits, head_blocks))
     pairs = min(pairs, triton.next_power_of_2(half))
     block = 32 * width // pairs
-    return Tiles(width, pairs, block, sum(triton.cdiv(n, block) for n in heads))
+    return LaunchConfig(width, pairs, block, sum(triton.cdiv(n, block) for n in heads))
 
 
 @functools.cache
@@ -186,14 +186,14 @@ def _rope(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], head_dim // 2
     heads = num_heads, num_kv_heads
-    tiles = _launch_config(num_tokens, heads, half, q.itemsize, device_of(q).num_sms)
-    num_blocks = triton.cdiv(num_tokens * half, tiles.pairs)
-    _rope_kernel[(num_blocks, tiles.num_splits)](
+    config = launch_config(num_tokens, heads, half, q.itemsize, device_of(q).num_sms)
+    num_blocks = triton.cdiv(num_tokens * half, config.pairs)
+    _rope_kernel[(num_blocks, config.num_splits)](
         q, k, positions, table, q.stride(0), k.stride(0), *strides,
         num_tokens, num_heads, num_kv_heads,
         STRIDE_Q_HEAD=q.stride(1), STRIDE_K_HEAD=k.stride(1), HALF=half,
         SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2], INTERLEAVED=interleaved,
-        WIDTH=tiles.width, PAIRS=tiles.pairs, HEADS=tiles.heads, num_warps=1,
+        WIDTH=config.width, PAIRS=config.pairs, HEADS=config.heads, num_warps=1,
     )  # fmt: skip
 
 
