@@ -4,7 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
-CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h benchmarks/*.cu tests/native/shim/*.h tests/native/shim/keye/*.cuh)
+CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h benchmarks/compile_report/*.cu tests/native/shim/*.h tests/native/shim/keye/*.cuh)
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
 TRANSFORMERS := 4.57.6 5.17.0
@@ -52,10 +52,10 @@ bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
 
 kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON) $(VENV)/triton-$(NEWEST_TRITON)  ## what every kernel compiles to, without a GPU; attention also under the newest Triton
-	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.compile_report \
 		--triton $(VENV)/triton-$(OLDEST_TRITON) --write docs/kernels.md
-	$(BIN)/python -m benchmarks.cuda_kernels --append docs/kernels.md
-	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+	$(BIN)/python -m benchmarks.compile_report.cuda_kernels --append docs/kernels.md
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.compile_report \
 		--triton $(VENV)/triton-$(NEWEST_TRITON) --op varlen_attention paged_prefill_attention
 
 lint: $(VENV)/.installed-test

@@ -16,8 +16,8 @@ from keye_kernels.activation import gelu, silu_mul
 from keye_kernels.linear import linear
 from keye_kernels.merge_patches import merge_patches
 from keye_kernels.norm import layer_norm, rms_norm
-from keye_kernels.paged_attention import paged_prefill_attention
 from keye_kernels.paged_decode_attention import paged_decode_attention
+from keye_kernels.paged_prefill_attention import paged_prefill_attention
 from keye_kernels.patch_embed import patch_embed
 from keye_kernels.qk_norm_mrope_store import qk_norm_mrope_store
 from keye_kernels.rope import mrope_, rope_2d_

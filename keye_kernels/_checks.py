@@ -146,9 +146,9 @@ def flatten_grid(grid_thw: Grid, num_tokens: int, *, merge_size: int = 1) -> lis
     return flat
 
 
-def grid_rows(flat_grid: list[int]) -> list[list[int]]:
-    """Undo ``flatten_grid``."""
-    return [flat_grid[i : i + 3] for i in range(0, len(flat_grid), 3)]
+def grid_rows(grid_thw: Grid | list[int]) -> list[list[int]]:
+    """Rows (t, h, w) of a grid, or of the list that ``flatten_grid`` made of one."""
+    return np.reshape(grid_thw, (-1, 3)).tolist()
 
 
 def check_cu_seqlens(
@@ -194,3 +194,35 @@ def check_head_dim(head_dim: int) -> None:
     """Check the head sizes that every attention op accepts."""
     if head_dim < 8 or head_dim % 8 or head_dim > 256:
         raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {head_dim}")
+
+
+def check_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    out: torch.Tensor | None,
+) -> tuple[float, int]:
+    """Check what both ops on a paged cache take; returns the scale and the longest length."""
+    check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
+    _, num_heads, head_dim = q.shape
+    check_tensor("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
+    check_tensor("v_cache", v_cache, k_cache.shape, q.dtype, q.device)
+    check_heads(num_heads, k_cache.shape[2])
+    check_head_dim(head_dim)
+    page_size = k_cache.shape[1]
+    check_divides("page_size", page_size, 16)
+    check_tensor("block_table", block_table, (None, None), torch.int32, q.device)
+    batch_size, max_pages = block_table.shape
+    check_tensor("cache_seqlens", cache_seqlens, (batch_size,), torch.int32, q.device)
+    # More tokens than the table can name, or than fit into cache_seqlens, are none to read.
+    longest = min(check_length("max_seqlen_k", max_seqlen_k), max_pages * page_size, 2**31 - 1)
+    if out is not None:
+        check_tensor("out", out, q.shape, q.dtype, q.device)
+    scale = head_dim**-0.5
+    if softmax_scale is not None:
+        scale = check_finite("softmax_scale", softmax_scale, above=0.0)
+    return scale, longest

@@ -5,38 +5,8 @@ takes five chunks of 256, 40 registers per thread, where one block of 2048 takes
 the same layout, so they are added element by element and reduced once.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-
-
-class RowTiles(NamedTuple):
-    """What a program holds: ``rows`` whole rows, in chunks of ``chunk`` columns."""
-
-    rows: int
-    chunk: int
-    num_warps: int
-
-
-def row_tiles(width: int, dtype: torch.dtype) -> RowTiles:
-    """Tiles in which each thread reads its part of a chunk with one 16-byte access.
-
-    They do not depend on the number of rows, so a row is summed in one order and gets the same bits
-    alone, in a decode step and in a long prefill. A row up to 2048 wide belongs to one warp, which
-    reduces it by shuffles alone; of rows that fit one chunk, each thread gets two. A wider row is a
-    program with 16 elements per thread, to keep latency low when rows are few (width 4096 with
-    residual: each of 16 warps issues 149 instructions, of 8 warps 197, of 4 warps 296). When rows
-    are many, 8 warps issue a third more in total than 4, calculated to be under a quarter of what
-    an H200 can issue while the row moves.
-    """
-    warp = 32 * 16 // dtype.itemsize  # elements of one access of a warp
-    if width > 2048:
-        num_warps = power_of_2(width // 512, 1, 16)
-        return RowTiles(1, num_warps * warp, num_warps)
-    chunk = min(warp, triton.next_power_of_2(width))
-    return RowTiles(4 * warp // chunk * (2 if chunk >= width else 1), chunk, 4)
 
 
 def power_of_2(value: int, low: int, high: int) -> int:

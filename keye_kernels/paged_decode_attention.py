@@ -17,15 +17,16 @@ import triton
 import triton.language as tl
 
 from keye_kernels import _backends, _cuda, _ext, reference
+from keye_kernels._checks import check_paged
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
-from keye_kernels.paged_attention import check_paged
 
 _paged_decode_attention_op = define_op(
     "paged_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
     "Tensor cache_seqlens, float softmax_scale, SymInt max_seqlen_k, Tensor(a!) out, "
     "Tensor(b!)? lse) -> ()",
-    reference=reference.attention.paged_decode_attention_into,
+    reference=reference.paged_decode_attention,
+    tuples={"out": ("out", "lse")},
 )
 
 _LOG2_E = 1.4426950408889634
@@ -38,15 +39,17 @@ _STAGES = 5
 _MAX_RUNS = 128  # of the CUDA kernel: kMaxSplits of csrc
 
 
-class Tiles(NamedTuple):
+class LaunchConfig(NamedTuple):
     """Pieces of a sequence, query heads of a program, and keys of a tile."""
 
     num_splits: int
     heads: int
     keys: int
+    num_warps: int = 4
+    num_stages: int = _STAGES
 
 
-def _launch_config(
+def launch_config(
     batch_size: int,
     group: int,
     num_kv_heads: int,
@@ -54,8 +57,10 @@ def _launch_config(
     itemsize: int,
     max_seqlen_k: int,
     num_sms: int,
-) -> Tiles:
-    """Tiles for ``group`` query heads per key/value head of ``block`` elements, padding included.
+) -> LaunchConfig:
+    """Choose the launch for ``group`` query heads per key/value head.
+
+    ``block`` is head_dim with padding.
 
     Two programs per multiprocessor have enough bytes in flight. With more, pieces have 2048 keys,
     so that a program writes only 0.2 % of what it reads. There are up to 16 programs per
@@ -73,7 +78,7 @@ def _launch_config(
         fill -= fill % _ROUND
     spread = min(triton.cdiv(max_seqlen_k, 2048), 16 * num_sms // programs)
     num_splits = min(max(fill, spread), triton.cdiv(max_seqlen_k, keys))
-    return Tiles(max(num_splits, 1), heads, keys)
+    return LaunchConfig(max(num_splits, 1), heads, keys)
 
 
 @triton.jit
@@ -212,30 +217,30 @@ def _paged_decode_attention_triton(
     page_size, num_kv_heads = k_cache.shape[1:3]
     group, block = num_heads // num_kv_heads, max(triton.next_power_of_2(head_dim), 16)
     num_sms = device_of(q).num_sms
-    tiles = _launch_config(
+    config = launch_config(
         batch_size, group, num_kv_heads, block, q.itemsize, max_seqlen_k, num_sms
     )
-    split = tiles.num_splits > 1
+    split = config.num_splits > 1
     stride_lse = 0 if lse is None else lse.stride(0)
     sums = stats = None
     if split:
-        rows = (batch_size, num_heads, tiles.num_splits)
+        rows = (batch_size, num_heads, config.num_splits)
         sums = torch.empty((*rows, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((*rows, 2), dtype=torch.float32, device=q.device)
-    programs = batch_size * num_kv_heads * triton.cdiv(group, tiles.heads)
-    _paged_decode_attention_kernel[(programs, tiles.num_splits)](
+    programs = batch_size * num_kv_heads * triton.cdiv(group, config.heads)
+    _paged_decode_attention_kernel[(programs, config.num_splits)](
         q, k_cache, v_cache, block_table, cache_seqlens, out, lse, sums, stats,
         q.stride(0), k_cache.stride(0), v_cache.stride(0), block_table.stride(0), out.stride(0),
         stride_lse, num_kv_heads, max_seqlen_k, softmax_scale * _LOG2_E,
         q.stride(1), *k_cache.stride()[1:3], *v_cache.stride()[1:3], out.stride(1),
-        GROUP=group, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=block, HEADS=tiles.heads,
-        KEYS=tiles.keys, NUM_STAGES=_STAGES, SPLIT=split, num_warps=4,
+        GROUP=group, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=block, HEADS=config.heads,
+        KEYS=config.keys, NUM_STAGES=config.num_stages, SPLIT=split, num_warps=config.num_warps,
     )  # fmt: skip
     if split:
         _paged_decode_combine_kernel[(batch_size * num_heads,)](
             sums, stats, cache_seqlens, out, lse, out.stride(0), out.stride(1), stride_lse,
-            num_heads, tiles.num_splits, max_seqlen_k,
-            HEAD_DIM=head_dim, BLOCK=block, KEYS=tiles.keys, ROUND=_ROUND, num_warps=2,
+            num_heads, config.num_splits, max_seqlen_k,
+            HEAD_DIM=head_dim, BLOCK=block, KEYS=config.keys, ROUND=_ROUND, num_warps=2,
         )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ _qk_norm_mrope_store_op = define_op(
 )
 
 
-class Tiles(NamedTuple):
+class LaunchConfig(NamedTuple):
     """``num_splits`` programs share a token; each has ``q_heads`` and ``kv_heads`` of its heads."""
 
     num_splits: int
@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def _launch_config(
+def launch_config(
     num_tokens: int, num_heads: int, num_kv_heads: int, row_bytes: int, num_sms: int
-) -> Tiles:
-    """Tiles for heads of ``row_bytes`` bytes.
+) -> LaunchConfig:
+    """Choose the launch for heads of ``row_bytes`` bytes.
 
     Many tokens: one program per token computes cos and sin once, one angle per thread, with 192
     bytes in flight per thread. Few tokens, as in decoding: up to 32 programs share the heads of a
@@ -55,7 +55,7 @@ def _launch_config(
     num_bytes = (q_heads + 2 * kv_heads) * row_bytes
     num_warps = min(triton.next_power_of_2(triton.cdiv(num_bytes, 32 * 192)), 16)
     num_splits = max(triton.cdiv(num_heads, q_heads), triton.cdiv(num_kv_heads, kv_heads))
-    return Tiles(num_splits, q_heads, kv_heads, num_warps)
+    return LaunchConfig(num_splits, q_heads, kv_heads, num_warps)
 
 
 @triton.jit
@@ -162,15 +162,15 @@ def _qk_norm_mrope_store_triton(
 ) -> None:
     num_tokens, head_dim = qkv.shape[0], q_weight.shape[0]
     row_bytes = head_dim * qkv.itemsize
-    tiles = _launch_config(num_tokens, num_heads, num_kv_heads, row_bytes, device_of(qkv).num_sms)
-    _qk_norm_mrope_store_kernel[(num_tokens, tiles.num_splits)](
+    config = launch_config(num_tokens, num_heads, num_kv_heads, row_bytes, device_of(qkv).num_sms)
+    _qk_norm_mrope_store_kernel[(num_tokens, config.num_splits)](
         qkv, q_weight, k_weight, positions, frequencies(head_dim, theta, 1, qkv.device),
         k_cache, v_cache, slot_mapping, out,
         qkv.stride(0), positions.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
         out.stride(0), out.stride(1), num_heads, num_kv_heads, eps,
         PAGE_SIZE=k_cache.shape[1], HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2),
         SECTION_T=mrope_section[0], SECTION_H=mrope_section[1],
-        Q_HEADS=tiles.q_heads, KV_HEADS=tiles.kv_heads, num_warps=tiles.num_warps,
+        Q_HEADS=config.q_heads, KV_HEADS=config.kv_heads, num_warps=config.num_warps,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from keye_kernels._checks import (
 )
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
+from keye_kernels.reference.rope import inverse_frequencies
 
 _rope_2d_op = define_op(
     "rope_2d_(Tensor(a!) q, Tensor(b!) k, Tensor positions, float theta) -> ()",
@@ -34,7 +35,7 @@ _mrope_op = define_op(
 )
 
 
-class Tiles(NamedTuple):
+class LaunchConfig(NamedTuple):
     """One program rotates ``pairs`` channel pairs of consecutive tokens, ``heads`` heads at a time.
 
     One load covers ``width`` pairs. The head blocks of the same pairs are split over ``num_splits``
@@ -47,10 +48,10 @@ class Tiles(NamedTuple):
     num_splits: int
 
 
-def _launch_config(
+def launch_config(
     num_tokens: int, heads: tuple[int, int], half: int, itemsize: int, num_sms: int
-) -> Tiles:
-    """Tiles for programs of one warp; ``heads``: heads of q and of k, ``half``: pairs per head.
+) -> LaunchConfig:
+    """Choose programs of one warp; ``heads``: heads of q and of k, ``half``: pairs per head.
 
     An access is as wide as the start of a head's second half is aligned: in 16-bit types 16 bytes
     for head_dim 128, and 8 for 72, where it starts at byte 72. A wider access would load channels
@@ -65,10 +66,10 @@ def _launch_config(
     head_blocks = sum(triton.cdiv(n, block) for n in heads)
     if num_blocks * head_blocks >= 4 * num_sms:
         splits = max(triton.cdiv(head_blocks, 4), 16 * num_sms // num_blocks)
-        return Tiles(width, pairs, block, min(splits, head_blocks))
+        return LaunchConfig(width, pairs, block, min(splits, head_blocks))
     pairs = min(pairs, triton.next_power_of_2(half))
     block = 32 * width // pairs
-    return Tiles(width, pairs, block, sum(triton.cdiv(n, block) for n in heads))
+    return LaunchConfig(width, pairs, block, sum(triton.cdiv(n, block) for n in heads))
 
 
 @functools.cache
@@ -80,7 +81,7 @@ def frequencies(dim: int, theta: float, repeats: int, device: torch.device) -> t
     in the published code, are copied once. Later calls copy nothing, so a CUDA graph can capture
     them.
     """
-    table = reference.rotation.inverse_frequencies(dim, theta, torch.device("cpu"))
+    table = inverse_frequencies(dim, theta, torch.device("cpu"))
     return table.repeat(repeats).to(device)
 
 
@@ -184,14 +185,14 @@ def _rope(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], head_dim // 2
     heads = num_heads, num_kv_heads
-    tiles = _launch_config(num_tokens, heads, half, q.itemsize, device_of(q).num_sms)
-    num_blocks = triton.cdiv(num_tokens * half, tiles.pairs)
-    _rope_kernel[(num_blocks, tiles.num_splits)](
+    config = launch_config(num_tokens, heads, half, q.itemsize, device_of(q).num_sms)
+    num_blocks = triton.cdiv(num_tokens * half, config.pairs)
+    _rope_kernel[(num_blocks, config.num_splits)](
         q, k, positions, table, q.stride(0), k.stride(0), *strides,
         num_tokens, num_heads, num_kv_heads,
         STRIDE_Q_HEAD=q.stride(1), STRIDE_K_HEAD=k.stride(1), HALF=half,
         SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2], INTERLEAVED=interleaved,
-        WIDTH=tiles.width, PAIRS=tiles.pairs, HEADS=tiles.heads, num_warps=1,
+        WIDTH=config.width, PAIRS=config.pairs, HEADS=config.heads, num_warps=1,
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ not kept: take the largest score + g among those instead. The first round succee
 top_p or more, later ones are ever rarer.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -40,14 +42,22 @@ _sample_op = define_op(
 _BLOCK = 1024  # tokens per program of the first launch
 
 
-def _launch_config(num_groups: int) -> tuple[int, int, int]:
-    """Group maxima that a program of the second launch holds, and the warps of each launch.
+class LaunchConfig(NamedTuple):
+    """Group maxima that a program of the second launch holds, and the warps of each launch."""
+
+    max_groups: int
+    scan_warps: int
+    choose_warps: int
+
+
+def launch_config(num_groups: int) -> LaunchConfig:
+    """Choose the launches.
 
     8 logits per thread in both: one 16-byte load in 16-bit types. The second takes more warps for
     vocabularies past 2^18, whose group maxima would fill its registers.
     """
     size = triton.next_power_of_2(num_groups)
-    return size, 4, min(max(size // 512, 8), 32)
+    return LaunchConfig(size, 4, min(max(size // 512, 8), 32))
 
 
 @triton.jit
@@ -216,7 +226,7 @@ def _sample_triton(
     batch_size, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     num_groups = num_blocks * (_BLOCK // GROUP.value)
-    max_groups, scan_warps, choose_warps = _launch_config(num_groups)
+    max_groups, scan_warps, choose_warps = launch_config(num_groups)
     ints = {"dtype": torch.int32, "device": logits.device}
     group_keys = torch.empty(batch_size, num_groups, **ints)
     listed = torch.empty(batch_size, num_groups, **ints)

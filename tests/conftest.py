@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 from keye_kernels import _backends, _device, _ext
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests import triton_interpreter
+    from testing import triton_interpreter
 
     triton_interpreter.install()
 

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tests import triton_interpreter
+from testing import triton_interpreter
+from testing.triton_interpreter import to_bf16, to_fp32
 from tests.memory import far_apart
-from tests.triton_interpreter import to_bf16, to_fp32
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, nothing is interpreted"

@@ -303,9 +303,9 @@ def test_rows_past_2_to_the_31_elements(device):
 
 
 def test_launch_of_the_real_vocabulary():
-    assert sampling._launch_config(2384) == (4096, 4, 8)
-    assert sampling._launch_config(16) == (16, 4, 8)
-    assert sampling._launch_config(60_000) == (65536, 4, 32)
+    assert sampling.launch_config(2384) == (4096, 4, 8)
+    assert sampling.launch_config(16) == (16, 4, 8)
+    assert sampling.launch_config(60_000) == (65536, 4, 32)
 
 
 def test_neighbours_and_order_do_not_matter(device):
