@@ -5,9 +5,16 @@ import triton.language as tl
 
 GROUP = tl.constexpr(64)  # tokens per group: 128 bytes of bf16, one cache line
 TILE = tl.constexpr(32)  # groups that the second launch reads at once
+SPAN = tl.constexpr(16)  # adjacent groups that `draw_from_all` reads at once
 
 NOTHING = tl.constexpr(-(2**31) + 2**23 - 1)  # key of -inf, below all others
 LARGEST = tl.constexpr(3.4028234663852886e38)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+PHILOX_A = tl.constexpr(0xD2511F53)
+PHILOX_B = tl.constexpr(0xCD9E8D57)
+# What `bound_of` leaves out: the offset of its formula, and 2^-14 for what its roundings can lose.
+BOUND_OFFSET = tl.constexpr(159 + 2.0**-14)
 
 
 @triton.jit
@@ -17,8 +24,15 @@ def logit_of(key):
 
 
 @triton.jit
-def keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.constexpr):
-    """int32 keys that sort as the penalised logits do; NOTHING for -inf, NaN and past the end."""
+def key_of(logit):
+    """Integer in the order of logits: -0 ties with 0, +inf with the largest fp32. No NaN."""
+    bits = tl.minimum(tl.where(logit == 0, 0.0, logit), LARGEST).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def logits_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.constexpr):
+    """The row's penalised logits in fp32; -inf for NaN and past the end."""
     mask = (tokens >= 0) & (tokens < vocab_size)
     x = tl.load(logits_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32)
     x = tl.where(x == x, x, float("-inf"))
@@ -28,9 +42,13 @@ def keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.cons
         seen = tl.load(seen_ptr + tokens, mask=mask, other=0)
         # div_rn: Triton's plain fp32 division is not correctly rounded.
         x = tl.where(seen != 0, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
-    x = tl.minimum(tl.where(x == 0, 0.0, x), LARGEST)  # -0 ties with 0
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return x
+
+
+@triton.jit
+def keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.constexpr):
+    """Keys of the row's penalised logits; NOTHING for NaN and past the end."""
+    return key_of(logits_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN))
 
 
 @triton.jit
@@ -41,12 +59,69 @@ def scores_of(keys, top_key, inverse_temperature):
 
 
 @triton.jit
+def philox(tokens, seed, step):
+    """First two words of Philox4x32-10, counter (token, step, 0), key seed: uint32.
+
+    Not `tl.philox`, which multiplies twice, for the high and for the low word.
+    """
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1, c2 = tokens.to(tl.uint32), step.to(tl.uint32), (step >> 32).to(tl.uint32)
+    c3 = tl.zeros_like(c2)
+    for _ in tl.static_range(10):
+        a, b = c0.to(tl.uint64) * PHILOX_A, c2.to(tl.uint64) * PHILOX_B
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1
+
+
+@triton.jit
 def gumbel(tokens, seed, step):
     """Noise of each token at its request's step, fp64."""
-    low, high = step.to(tl.int32), (step >> 32).to(tl.int32)
-    w0, w1, _, _ = tl.philox(seed, tokens, low, high, 0)
+    w0, w1 = philox(tokens, seed, step)
     u = ((w0.to(tl.int64) << 20 | w1.to(tl.int64) >> 12).to(tl.float64) + 0.5) * 2.0**-52
     return -tl.log(-tl.log(u))
+
+
+@triton.jit
+def bound_scale(temperature):
+    """What a quarter of a difference of logits is multiplied by to be a score over ln 2, fp32."""
+    return tl.minimum(5.770780163555854 / temperature, LARGEST)  # 4 / ln 2
+
+
+@triton.jit
+def score_bound(logits, top, scale):
+    """Score over ln 2, relative to top, in fp32. Quarters: the difference itself may overflow."""
+    return tl.fma(logits, 0.25, -0.25 * top) * scale
+
+
+@triton.jit
+def bound_of(logits, top, scale, w0):
+    """The most that score + noise can be, over ln 2 and less BOUND_OFFSET, in fp32 alone.
+
+    w0 is the first word of `philox`, and m = 2^32 - 1 - w0. With noise g = -ln(-ln(u)):
+
+    - u < (w0 + 1) / 2^32, hence -ln(u) >= 1 - u > m / 2^32 and g / ln 2 < 32 - log2(m).
+    - log2(1 + f) >= f for f in [0, 1], so the bits of m as an fp32 number, its exponent + 127 and
+      its fraction f in one integer, give log2(m) >= bits / 2^23 - 127. m = 0 has bits = 0; there
+      1 - u > 2^-53 makes g / ln 2 < 53.
+
+    So (score + g) / ln 2 < score / ln 2 - bits / 2^23 + 159, but for rounding. It need only hold
+    for the token that is drawn. Its score / ln 2 is at least -58.3: the largest logit has score 0
+    and -ln(u) <= 53 ln 2, and no -ln(u) is below 2^-53. Rounding may lower this bound by
+
+    - 2^-15.3 in the score, also when a part of it is added later, from the top of a group to that
+      of the row: 7 times 2^-24 of it (1 each for ln 2, difference and product, 4 for the quotient,
+      which `div.full` has within 2 ulp), and 2^-20 where quarters or differences are subnormal,
+      for scale is less than 2^128. That limit of scale only raises the bound.
+    - 2^-23 as m becomes fp32, and 2^-17 as bits do: they are less than 2^31.
+    - 2^-17 in the sum here and 2^-17 in that with the later part: both are less than 2^8.
+
+    In all that is less than 2^-14, which BOUND_OFFSET has.
+    """
+    bits = (w0 ^ 0xFFFFFFFF).to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.fma(bits.to(tl.float32), -(2.0**-23), score_bound(logits, top, scale))
 
 
 @triton.jit
@@ -143,4 +218,36 @@ def draw(
     largest = tl.max(best)
     token = tl.min(tl.where(best == largest, best_token, vocab_size))
     key = tl.max(tl.where(best_token == token, best_key, NOTHING))
+    return token, key
+
+
+@triton.jit
+def draw_from_all(
+    logits_ptr, seen_ptr, penalty, vocab_size, group_keys, bounds_ptr, num_groups, top_key,
+    temperature, inverse_temperature, seed, step, GROUPS: tl.constexpr, HAS_SEEN: tl.constexpr,
+):  # fmt: skip
+    """Token with the largest score + noise of the row, and its key.
+
+    SPAN groups at a time, from the highest bound down until no bound reaches what was found: nearly
+    always one time.
+    """
+    groups = tl.arange(0, GROUPS)
+    bounds = tl.load(bounds_ptr + groups, mask=groups < num_groups, other=float("-inf"))
+    bounds += score_bound(logit_of(group_keys), logit_of(top_key), bound_scale(temperature))
+    token, key = vocab_size, NOTHING
+    best = tl.full((), float("-inf"), tl.float64)
+    highest = tl.max(bounds)
+    while (highest.to(tl.float64) + BOUND_OFFSET) * LN_2 >= best:
+        span = tl.min(tl.where(bounds == highest, groups, GROUPS)) // SPAN
+        near = (span * SPAN + tl.arange(0, SPAN)) * GROUP
+        tokens = near[:, None] + tl.arange(0, GROUP)[None, :]
+        keys = keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN)
+        noisy = scores_of(keys, top_key, inverse_temperature) + gumbel(tokens, seed, step)
+        largest = tl.max(noisy)
+        first = tl.min(tl.where(noisy == largest, tokens, vocab_size))
+        if (largest > best) | ((largest == best) & (first < token)):
+            best, token = largest, first
+            key = tl.max(tl.where(tokens == first, keys, NOTHING))
+        bounds = tl.where(groups // SPAN == span, float("-inf"), bounds)
+        highest = tl.max(bounds)
     return token, key
