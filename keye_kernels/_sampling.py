@@ -11,28 +11,25 @@ NOTHING = tl.constexpr(-(2**31) + 2**23 - 1)  # key of -inf, below all others
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 LN_2 = tl.constexpr(0.6931471805599453)
-PHILOX_A = tl.constexpr(0xD2511F53)
-PHILOX_B = tl.constexpr(0xCD9E8D57)
-# What `bound_of` leaves out: the offset of its formula, and 2^-14 for what its roundings can lose.
-BOUND_OFFSET = tl.constexpr(159 + 2.0**-14)
+BOUND_OFFSET = tl.constexpr(159 + 2.0**-14)  # `bound_of` leaves it out and says why it is enough
 
 
 @triton.jit
 def logit_of(key):
-    """Logit of a key. The operation on bits is its own inverse: `keys_of` makes keys by it."""
+    """Logit of a key. The operation on bits is its own inverse: `key_of` makes keys by it."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def key_of(logit):
-    """Integer in the order of logits: -0 ties with 0, +inf with the largest fp32. No NaN."""
+    """int32 that sorts as the logit does: -0 as 0, +inf as the largest fp32. NaN is not allowed."""
     bits = tl.minimum(tl.where(logit == 0, 0.0, logit), LARGEST).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def logits_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.constexpr):
-    """The row's penalised logits in fp32; -inf for NaN and past the end."""
+    """Penalised logits, fp32; -inf for NaN and past the end."""
     mask = (tokens >= 0) & (tokens < vocab_size)
     x = tl.load(logits_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32)
     x = tl.where(x == x, x, float("-inf"))
@@ -47,7 +44,7 @@ def logits_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.co
 
 @triton.jit
 def keys_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN: tl.constexpr):
-    """Keys of the row's penalised logits; NOTHING for NaN and past the end."""
+    """Keys of the penalised logits; NOTHING for -inf, NaN and past the end."""
     return key_of(logits_of(logits_ptr, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN))
 
 
@@ -60,15 +57,15 @@ def scores_of(keys, top_key, inverse_temperature):
 
 @triton.jit
 def philox(tokens, seed, step):
-    """First two words of Philox4x32-10, counter (token, step, 0), key seed: uint32.
+    """First two words of Philox4x32-10, uint32; counter (token, step, 0), key seed.
 
-    Not `tl.philox`, which multiplies twice, for the high and for the low word.
+    One 64-bit product gives both words that a round needs; `tl.philox` computes two products.
     """
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1, c2 = tokens.to(tl.uint32), step.to(tl.uint32), (step >> 32).to(tl.uint32)
     c3 = tl.zeros_like(c2)
     for _ in tl.static_range(10):
-        a, b = c0.to(tl.uint64) * PHILOX_A, c2.to(tl.uint64) * PHILOX_B
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
         c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
@@ -86,39 +83,40 @@ def gumbel(tokens, seed, step):
 
 @triton.jit
 def bound_scale(temperature):
-    """What a quarter of a difference of logits is multiplied by to be a score over ln 2, fp32."""
-    return tl.minimum(5.770780163555854 / temperature, LARGEST)  # 4 / ln 2
+    """4 / (ln 2 * temperature), fp32: never subnormal, and finite at subnormal temperatures."""
+    return tl.minimum(5.770780163555854 / temperature, LARGEST)
 
 
 @triton.jit
 def score_bound(logits, top, scale):
-    """Score over ln 2, relative to top, in fp32. Quarters: the difference itself may overflow."""
+    """(logit - top) / (ln 2 * temperature), fp32. By quarters, whose difference cannot overflow."""
     return tl.fma(logits, 0.25, -0.25 * top) * scale
 
 
 @triton.jit
 def bound_of(logits, top, scale, w0):
-    """The most that score + noise can be, over ln 2 and less BOUND_OFFSET, in fp32 alone.
+    """Upper bound of (score + noise) / ln 2 - BOUND_OFFSET, computed in fp32.
 
-    w0 is the first word of `philox`, and m = 2^32 - 1 - w0. With noise g = -ln(-ln(u)):
+    Scores are relative to ``top``, w0 is the first word of `philox`. Proof, with noise
+    g = -ln(-ln(u)) and m = 2^32 - 1 - w0:
 
-    - u < (w0 + 1) / 2^32, hence -ln(u) >= 1 - u > m / 2^32 and g / ln 2 < 32 - log2(m).
-    - log2(1 + f) >= f for f in [0, 1], so the bits of m as an fp32 number, its exponent + 127 and
-      its fraction f in one integer, give log2(m) >= bits / 2^23 - 127. m = 0 has bits = 0; there
-      1 - u > 2^-53 makes g / ln 2 < 53.
+    - u < (w0 + 1) / 2^32, so -ln(u) >= 1 - u > m / 2^32 and g / ln 2 < 32 - log2(m).
+    - Let bits be the integer that has the bits of m as fp32. log2(1 + f) >= f for f in [0, 1], so
+      log2(m) >= bits / 2^23 - 127. If m = 0, bits = 0; then g / ln 2 < 53, as 1 - u >= 2^-53.
 
-    So (score + g) / ln 2 < score / ln 2 - bits / 2^23 + 159, but for rounding. It need only hold
-    for the token that is drawn. Its score / ln 2 is at least -58.3: the largest logit has score 0
-    and -ln(u) <= 53 ln 2, and no -ln(u) is below 2^-53. Rounding may lower this bound by
+    So (score + g) / ln 2 < score / ln 2 - bits / 2^23 + 159. What rounding takes from the right
+    side matters only for the token that is drawn, whose score / ln 2 is -58.2 or more: g / ln 2
+    lies between -5.2 and 53, since 2^-53 < -ln(u) <= 53 ln 2, and the largest logit has score 0.
+    Rounding takes at most
 
-    - 2^-15.3 in the score, also when a part of it is added later, from the top of a group to that
-      of the row: 7 times 2^-24 of it (1 each for ln 2, difference and product, 4 for the quotient,
-      which `div.full` has within 2 ulp), and 2^-20 where quarters or differences are subnormal,
-      for scale is less than 2^128. That limit of scale only raises the bound.
-    - 2^-23 as m becomes fp32, and 2^-17 as bits do: they are less than 2^31.
-    - 2^-17 in the sum here and 2^-17 in that with the later part: both are less than 2^8.
+    - 2^-15.2 in the score, also where it is the sum of two, token to group and group to row: 7
+      times 2^-24 of it (ln 2, difference and product 1 each, the quotient 4: `div.full` has 2 ulp),
+      and 2^-20 in subnormal quarters and differences, as scale < 2^128. Where scale is cut to
+      LARGEST, the score comes out higher, which a bound may.
+    - 2^-23 where m becomes fp32, and 2^-17 where bits do: bits < 2^31.
+    - 2^-17 in the sum here, and 2^-17 where the group's score is added: both are below 2^8.
 
-    In all that is less than 2^-14, which BOUND_OFFSET has.
+    The sum of these is less than 2^-14, hence BOUND_OFFSET.
     """
     bits = (w0 ^ 0xFFFFFFFF).to(tl.float32).to(tl.int32, bitcast=True)
     return tl.fma(bits.to(tl.float32), -(2.0**-23), score_bound(logits, top, scale))
@@ -228,8 +226,8 @@ def draw_from_all(
 ):  # fmt: skip
     """Token with the largest score + noise of the row, and its key.
 
-    SPAN groups at a time, from the highest bound down until no bound reaches what was found: nearly
-    always one time.
+    Reads SPAN groups at a time, from the highest bound down, until no bound reaches the largest
+    score + noise found. That is after the first time in nearly all rows.
     """
     groups = tl.arange(0, GROUPS)
     bounds = tl.load(bounds_ptr + groups, mask=groups < num_groups, other=float("-inf"))

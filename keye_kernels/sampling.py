@@ -1,8 +1,9 @@
 """Choose the next token of each request from its logits: greedy, or drawn with the request's seed.
 
 Always two launches. The first splits the vocabulary over the GPU and writes the largest logit of
-each group of tokens; in rows without top-k, also a draw and a sum of weights per block. The second
-has one program per row, which reads only groups that can hold the chosen token.
+each group of tokens; in rows without top-k, also a bound of score + g per group and, with top-p, a
+sum of weights per block. The second has one program per row, which reads only groups that can hold
+the chosen token. So fp64 noise is computed for the few tokens whose bound in fp32 is high enough.
 
 Top-p needs no search for its threshold. It keeps the tokens above some logit, so: take the token
 with the largest score + g. While the tokens with larger logits already weigh top_p, that token is
@@ -91,7 +92,7 @@ def _sample_scan_kernel(
             scores = scores_of(key_of(logits), block_key, 1 / temperature.to(tl.float64))
             tl.store(block_keys_ptr + row * num_blocks + block, block_key)
             tl.store(weights_ptr + row * num_blocks + block, tl.sum(tl.exp(scores)))
-        # Relative to the group's largest logit: the row's is not known yet.
+        # Bounds are relative to the group's largest logit: the row's is not known yet.
         top = tl.maximum(logit_of(group_keys), -LARGEST)  # finite
         w0, _ = philox(tokens, seed, step)
         bounds = bound_of(logits, top[:, None], bound_scale(temperature), w0)
