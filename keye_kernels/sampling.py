@@ -1,8 +1,9 @@
 """Choose the next token of each request from its logits: greedy, or drawn with the request's seed.
 
 Always two launches. The first splits the vocabulary over the GPU and writes the largest logit of
-each group of tokens; in rows without top-k, also a draw and a sum of weights per block. The second
-has one program per row, which reads only groups that can hold the chosen token.
+each group of tokens; in rows without top-k, also a bound of score + g per group and, with top-p, a
+sum of weights per block. The second has one program per row, which reads only groups that can hold
+the chosen token. So fp64 noise is computed for the few tokens whose bound in fp32 is high enough.
 
 Top-p needs no search for its threshold. It keeps the tokens above some logit, so: take the token
 with the largest score + g. While the tokens with larger logits already weigh top_p, that token is
@@ -21,13 +22,20 @@ from keye_kernels._checks import FLOAT_DTYPES, check_tensor
 from keye_kernels._ops import define_op
 from keye_kernels._sampling import (
     GROUP,
+    LARGEST,
     NOTHING,
     TILE,
+    bound_of,
+    bound_scale,
     draw,
+    draw_from_all,
     group_bound,
-    gumbel,
+    key_of,
     keys_of,
     kth_key,
+    logit_of,
+    logits_of,
+    philox,
     scores_of,
     weight_of,
 )
@@ -63,8 +71,8 @@ def launch_config(num_groups: int) -> LaunchConfig:
 @triton.jit
 def _sample_scan_kernel(
     logits_ptr, seen_ptr, penalty_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seed_ptr, step_ptr,
-    group_keys_ptr, drawn_ptr, partial_ptr, stride_logits, stride_seen, vocab_size, num_blocks,
-    HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
+    group_keys_ptr, bounds_ptr, block_keys_ptr, weights_ptr, stride_logits, stride_seen,
+    vocab_size, num_blocks, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row = (pid // num_blocks).to(tl.int64)
@@ -81,57 +89,31 @@ def _sample_scan_kernel(
         seen_ptr += row * stride_seen
     groups = tl.arange(0, BLOCK // GROUP)
     tokens = block * BLOCK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    keys = keys_of(
+    logits = logits_of(
         logits_ptr + row * stride_logits, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN
     )
-    group_keys = tl.max(keys, axis=1)  # [BLOCK / GROUP]
+    group_keys = key_of(tl.max(logits, axis=1))  # [BLOCK / GROUP]
     first = (row * num_blocks + block) * (BLOCK // GROUP)
     tl.store(group_keys_ptr + first + groups, group_keys)
 
     if (temperature > 0) & ((top_k <= 0) | (top_k >= vocab_size)):
-        # Scores are relative to the block's largest logit: the row's is not known yet.
-        top_key = tl.max(group_keys)
-        scores = scores_of(keys, top_key, 1 / temperature.to(tl.float64))
-        noisy = scores + gumbel(tokens, seed, step)
-        best = tl.max(noisy)
-        token = tl.min(tl.where(noisy == best, tokens, vocab_size))
-        key = tl.max(tl.where(tokens == token, keys, NOTHING))
-        drawn_ptr += row * 3 * num_blocks + block
-        tl.store(drawn_ptr, token)
-        tl.store(drawn_ptr + num_blocks, key)
-        tl.store(drawn_ptr + 2 * num_blocks, top_key)
-        partial_ptr += row * 2 * num_blocks + block
-        tl.store(partial_ptr, best)
         if top_p < 1:
-            tl.store(partial_ptr + num_blocks, tl.sum(tl.exp(scores)))
-
-
-@triton.jit
-def _combine_blocks(
-    drawn_ptr, partial_ptr, num_blocks, top_key, inverse_temperature, top_p, BLOCKS: tl.constexpr
-):
-    """Combine the blocks' draws and sums: the row's token, its key, the row's sum of exp(score)."""
-    blocks = tl.arange(0, BLOCKS)
-    mask = blocks < num_blocks
-    block_top = tl.load(drawn_ptr + 2 * num_blocks + blocks, mask=mask, other=NOTHING)
-    shift = scores_of(block_top, top_key, inverse_temperature)
-    noisy = tl.load(partial_ptr + blocks, mask=mask, other=float("-inf")) + shift
-    tokens = tl.load(drawn_ptr + blocks, mask=mask, other=0)
-    keys = tl.load(drawn_ptr + num_blocks + blocks, mask=mask, other=NOTHING)
-    block = tl.min(tl.where(noisy == tl.max(noisy), blocks, BLOCKS))
-    token = tl.max(tl.where(blocks == block, tokens, 0))
-    key = tl.max(tl.where(blocks == block, keys, NOTHING))
-    # A bound, not `& (top_p < 1)`: Triton's interpreter fails to combine it with a mask.
-    mask = blocks < tl.where(top_p < 1, num_blocks, 0)
-    weights = tl.load(partial_ptr + num_blocks + blocks, mask=mask, other=0.0)
-    return token, key, tl.sum(weights * tl.exp(shift))
+            block_key = tl.max(group_keys)
+            scores = scores_of(key_of(logits), block_key, 1 / temperature.to(tl.float64))
+            tl.store(block_keys_ptr + row * num_blocks + block, block_key)
+            tl.store(weights_ptr + row * num_blocks + block, tl.sum(tl.exp(scores)))
+        # Bounds are relative to the group's largest logit: the row's is not known yet.
+        top = tl.maximum(logit_of(group_keys), -LARGEST)  # finite
+        w0, _ = philox(tokens, seed, step)
+        bounds = bound_of(logits, top[:, None], bound_scale(temperature), w0)
+        tl.store(bounds_ptr + first + groups, tl.max(bounds, axis=1))
 
 
 @triton.jit
 def _sample_choose_kernel(
     logits_ptr, seen_ptr, penalty_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seed_ptr, step_ptr,
-    out_ptr, group_keys_ptr, list_ptr, drawn_ptr, partial_ptr, stride_logits, stride_seen,
-    stride_out, vocab_size, num_groups, num_blocks,
+    out_ptr, group_keys_ptr, list_ptr, bounds_ptr, block_keys_ptr, weights_ptr, stride_logits,
+    stride_seen, stride_out, vocab_size, num_groups, num_blocks,
     HAS_SEEN: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -164,16 +146,26 @@ def _sample_choose_kernel(
         has_top_k = (top_k > 0) & (top_k < vocab_size)
         has_top_p = top_p < 1
         rank = top_k.to(tl.int32)
+        total = tl.full((), 0, tl.float64)
         if has_top_k:
-            token, key, total = 0, top_key, tl.full((), 0, tl.float64)
+            token, key = 0, top_key
             low = group_bound(group_keys, top_key, rank)
         else:
-            drawn_ptr += row * 3 * num_blocks
-            partial_ptr += row * 2 * num_blocks
-            token, key, total = _combine_blocks(
-                drawn_ptr, partial_ptr, num_blocks, top_key, inverse_temperature, top_p, BLOCKS
-            )
+            token, key = draw_from_all(
+                logits_ptr, seen_ptr, penalty, vocab_size, group_keys,
+                bounds_ptr + row * num_groups, num_groups, top_key, temperature,
+                inverse_temperature, seed, step, GROUPS, HAS_SEEN,
+            )  # fmt: skip
             low = key + 1
+            if has_top_p:
+                blocks = tl.arange(0, BLOCKS)
+                mask = blocks < num_blocks
+                block_keys_ptr += row * num_blocks
+                weights_ptr += row * num_blocks
+                block_keys = tl.load(block_keys_ptr + blocks, mask=mask, other=NOTHING)
+                weights = tl.load(weights_ptr + blocks, mask=mask, other=0.0)
+                shift = scores_of(block_keys, top_key, inverse_temperature)
+                total = tl.sum(weights * tl.exp(shift))
 
         if has_top_k | has_top_p:
             # List the groups whose maximum is at least low, in rising order; no other is read.
@@ -230,20 +222,20 @@ def _sample_triton(
     ints = {"dtype": torch.int32, "device": logits.device}
     group_keys = torch.empty(batch_size, num_groups, **ints)
     listed = torch.empty(batch_size, num_groups, **ints)
-    drawn = torch.empty(batch_size, 3, num_blocks, **ints)  # token, its key, largest key
-    partial = torch.empty(  # score + noise of that token, sum of exp(score)
-        batch_size, 2, num_blocks, dtype=torch.float64, device=logits.device
-    )
+    bounds = torch.empty(batch_size, num_groups, dtype=torch.float32, device=logits.device)
+    block_keys = torch.empty(batch_size, num_blocks, **ints)
+    weights = torch.empty(batch_size, num_blocks, dtype=torch.float64, device=logits.device)
+    between = (bounds, block_keys, weights)
     exact = {"enable_fp_fusion": False}  # fma rounds once, the reference's product and sum twice
     has_seen = seen is not None
     stride_seen = seen.stride(0) if has_seen else 0
     row = (logits, seen, repetition_penalty, temperature, top_k, top_p, seed, step)
     _sample_scan_kernel[(batch_size * num_blocks,)](
-        *row, group_keys, drawn, partial, logits.stride(0), stride_seen, vocab_size, num_blocks,
+        *row, group_keys, *between, logits.stride(0), stride_seen, vocab_size, num_blocks,
         HAS_SEEN=has_seen, BLOCK=_BLOCK, num_warps=scan_warps, **exact,
     )  # fmt: skip
     _sample_choose_kernel[(batch_size,)](
-        *row, out, group_keys, listed, drawn, partial, logits.stride(0), stride_seen,
+        *row, out, group_keys, listed, *between, logits.stride(0), stride_seen,
         out.stride(0), vocab_size, num_groups, num_blocks,
         HAS_SEEN=has_seen, GROUPS=max_groups, BLOCKS=triton.next_power_of_2(num_blocks),
         num_warps=choose_warps, **exact,

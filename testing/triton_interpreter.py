@@ -164,20 +164,6 @@ def _repair_splat() -> None:
     InterpreterBuilder.create_splat = create_splat
 
 
-def _repair_umulhi() -> None:
-    """Widen signed operands as unsigned, which the interpreter does only from 3.9 on."""
-    original = InterpreterBuilder.create_umulhi
-
-    def create_umulhi(self, lhs, rhs):
-        if lhs.data.dtype != np.int32:
-            return original(self, lhs, rhs)
-        wide = [np.ascontiguousarray(x.data).view(np.uint32).astype(np.uint64) for x in (lhs, rhs)]
-        high = (wide[0] * wide[1] >> np.uint64(32)).astype(np.uint32).view(np.int32)
-        return TensorHandle(high, lhs.dtype.scalar)
-
-    InterpreterBuilder.create_umulhi = create_umulhi
-
-
 def _repair_fma() -> None:
     """Compute in fp64, where the product is exact: before 3.9 it was rounded before the sum."""
     original = InterpreterBuilder.create_fma
@@ -331,7 +317,6 @@ def install() -> None:
     _repair_reductions()
     _repair_index()
     _repair_splat()
-    _repair_umulhi()
     _repair_calls()
     _skip_copies()
     _watch_memory()
