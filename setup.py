@@ -1,9 +1,9 @@
-"""Builds the CUDA extension of `csrc` where nvcc is found; nearly all else is in pyproject.toml.
+"""Builds the CUDA extension of `csrc` if nvcc is found; nearly all else is in pyproject.toml.
 
-KEYE_CUDA=1: an extension that cannot be built is an error. KEYE_CUDA=0: none is built. Unset: it is
-built where that works; otherwise the reason is left in keye_kernels/_not_built.txt for `keye info`.
+KEYE_CUDA=1: fail if it cannot be built. KEYE_CUDA=0: do not build it. Unset: build it if possible,
+else write the reason to keye_kernels/_not_built.txt for `keye info`.
 
-No headers of torch are needed: a wheel fits every torch, and the build takes no torch.
+The build needs no torch and no headers of torch, so a wheel fits every torch.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-BUILD = ROOT / "build" / "csrc"  # kept between builds: only what changed is compiled again
+BUILD = ROOT / "build" / "csrc"  # kept between builds, so that only changes are compiled
 ARCHITECTURES = ("80", "90a", "100a", "120")
 FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
 # Warnings and spilled registers are errors.
@@ -34,7 +34,7 @@ class CannotBuild(Exception):
 
 
 def check_setuptools() -> None:
-    """Of pip only an isolated build heeds the requirement; an older one fails unclearly."""
+    """Require the setuptools of pyproject.toml, which pip checks in an isolated build only."""
     needed = re.search(r'"setuptools>=(\d+)', PROJECT)[1]
     if int(setuptools.__version__.split(".")[0]) < int(needed):
         raise SystemExit(
@@ -44,7 +44,7 @@ def check_setuptools() -> None:
 
 
 def page() -> str:
-    """The README with absolute links: where a package index shows it no file lies beside it."""
+    """The README with absolute links, since a package index shows it without the other files."""
     source = re.search(r'^Source = "(.+)"', PROJECT, re.MULTILINE)[1]
 
     def link(match: re.Match) -> str:
@@ -81,7 +81,7 @@ def find_ninja() -> str:
 
 
 def find_includes() -> list[Path]:
-    """Headers of Python and of pybind11, torch's copy of which does too."""
+    """Header folders of Python and of pybind11, or of the copy that torch brings."""
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").is_file():
         raise CannotBuild(f"the headers of Python are not in {python} (python3-dev has them)")
@@ -95,7 +95,7 @@ def find_includes() -> list[Path]:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Those of ARCHITECTURES that this nvcc knows: 100a and 120 came with CUDA 12.8."""
+    """The ARCHITECTURES that this nvcc supports: 100a and 120 came with CUDA 12.8."""
     try:
         asked = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
     except OSError as error:
@@ -107,7 +107,7 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def first_error(output: str) -> str:
-    """The first line in which a tool complains; the commands themselves hold `-Werror`."""
+    """The first line with an error, without the commands' own lines, which contain `-Werror`."""
     lines = [line for line in output.splitlines() if " -Werror" not in line]
     found = (line for line in lines if re.search("error|fatal|no such file|not found", line, re.I))
     return next(found, "see the output of the build")
@@ -154,7 +154,7 @@ def compile_extension(target: Path) -> None:
     ninja = find_ninja()
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two builds at a time the second finds all done
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build at the same time finds it all done
         write_ninja(target)
         done = subprocess.run(
             [ninja, "-C", str(BUILD)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -163,14 +163,14 @@ def compile_extension(target: Path) -> None:
     if done.returncode:
         raise CannotBuild(f"nvcc failed: {first_error(done.stdout)}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In one step, and as a new file: a process that has the old one loaded keeps it.
+    # Replaced in one step by a new file, so that a process keeps the old one it has loaded.
     fresh = target.with_suffix(f".{os.getpid()}")
     shutil.copy2(BUILD / target.name, fresh)
     fresh.replace(target)
 
 
 class BuildExtension(build_ext):
-    """Builds with nvcc, or leaves the reason why not where the package finds it."""
+    """Builds with nvcc, or writes the reason why not to a file that the package reads."""
 
     def run(self) -> None:
         target = Path(self.get_ext_fullpath("keye_kernels._C"))
@@ -187,7 +187,7 @@ class BuildExtension(build_ext):
             if wanted == "1":
                 raise SystemExit(f"KEYE_CUDA=1: {reason}") from None
             print(f"the CUDA extension is not built: {reason}", file=sys.stderr)
-            target.unlink(missing_ok=True)  # one of older sources must not serve
+            target.unlink(missing_ok=True)  # it may be of older sources
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(f"{reason}\n")
 
@@ -202,7 +202,7 @@ check_setuptools()
 setup(
     long_description=page(),
     long_description_content_type="text/markdown",
-    # The sources are found by the build itself; MANIFEST.in puts them into the sdist.
+    # BuildExtension finds the sources; MANIFEST.in puts them into the sdist.
     ext_modules=[Extension("keye_kernels._C", sources=[])],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from benchmarks.measure import difference
-from benchmarks.providers import Provider, absent, our_model, our_model_on_cuda, trusting_cuda
+from benchmarks.providers import Provider, absent, our_model, our_model_on_cuda
 from benchmarks.shapes import REAL, VISION, num_patches
 from benchmarks.timing import DEVICE, ON_GPU
+from testing.backends import trusting_cuda
 
 pytest.importorskip("av", reason="keye_model reads videos with it")
 transformers = pytest.importorskip("transformers", reason="the peer of this benchmark")

@@ -4,8 +4,8 @@ Three times each: the library's module; ours; and ours with the guard, which ask
 whether children are what they were, taken out. The difference of the last two is its cost.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from unittest import mock
 
 import pytest
 import torch
@@ -26,16 +26,8 @@ CONFIG = Qwen3Config(
 MODULES = {"norm": "norm", "mlp": "layers.0.mlp", "decoder layer": "layers.0"}
 
 
-@contextmanager
-def _unguarded() -> Iterator[None]:
-    asked = {name: getattr(_layers, name) for name in ("is_itself", "fits")}
-    try:
-        for name in asked:
-            setattr(_layers, name, lambda *_: True)
-        yield
-    finally:
-        for name, function in asked.items():
-            setattr(_layers, name, function)
+def _unguarded() -> AbstractContextManager:
+    return mock.patch.multiple(_layers, is_itself=lambda *_: True, fits=lambda *_: True)
 
 
 def _model() -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from benchmarks import options
 from benchmarks.environment import environment, slug
 from benchmarks.measure import Measure
+from benchmarks.plots import draw
 from benchmarks.record import Report, write_text
 from benchmarks.timing import ON_GPU, measure_ceilings
 
@@ -90,8 +91,6 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     write_text(report.folder / "table.txt", report.table())
     try:
-        from benchmarks.plots import draw
-
         draw(report, report.folder)
     except ModuleNotFoundError as missing:
         terminalreporter.write_line(f"no plots: {missing}")

@@ -87,7 +87,7 @@ on_gpu || note "no GPU: tests and benchmarks run on a CPU, sanitizer and ncu do 
 pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider -q --tb=short)
 # Not what needs a compiler and no GPU. Side by side where that is possible: it is faster, and a
 # fault, which ends the CUDA context of its process, costs one test and not all that follow.
-options=(-rfE --maxfail=40 --ignore=tests/native --ignore=tests/kernels/test_compiled.py)
+options=(-rfE --maxfail=40 --ignore=tests/native --ignore=tests/benchmarks/compile_report)
 "$PYTHON" -c 'import xdist' 2>/dev/null && options+=(-n 8)
 tests=(tests)
 "$PYTHON" -c 'import av' 2>/dev/null || {

@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeVar
-from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import DEVICE, ON_GPU, Run
-from keye_kernels import _backends, backends, use_backend
+from keye_kernels import backends, use_backend
+from testing.backends import trusting_cuda
 
 SDPA_BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -65,7 +65,7 @@ def ours(op: str, run: Run) -> Providers:
         with use_backend(name):
             served = backends()[op].backend
         if served is not None:
-            context = functools.partial(_chosen, name)
+            context = functools.partial(use_backend, name)
             found[f"ours ({name})"] = Provider(run, context=context, ours=True)
     return found
 
@@ -74,7 +74,7 @@ def our_model(run: Run, *, capture: bool = True) -> Providers:
     """Our model as a user gets it, and on the definitions alone where that is something else."""
     found = {"ours": Provider(run, ours=True, capture=capture)}
     if {served.backend for served in backends().values()} != {"reference"}:
-        context = functools.partial(_chosen, "reference")
+        context = functools.partial(use_backend, "reference")
         found["ours (reference)"] = Provider(run, context=context, ours=True, capture=False)
     return found
 
@@ -90,20 +90,6 @@ def our_model_on_cuda(run: Run) -> Providers:
     if before == after:
         return {}
     return {"ours (cuda)": Provider(run, context=trusting_cuda, ours=True, capture=False)}
-
-
-@contextmanager
-def trusting_cuda() -> Iterator[None]:
-    """In here "auto" takes CUDA kernels wherever they serve, whatever verdicts say."""
-    order = ("cuda", *_backends._ORDER)
-    with mock.patch.multiple(_backends, _ORDER=order, _chosen={}):
-        yield
-
-
-@contextmanager
-def _chosen(name: str) -> Iterator[None]:
-    with use_backend(name):
-        yield
 
 
 def plain(eager: Run, *, compiled: bool = True) -> Providers:

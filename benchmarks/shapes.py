@@ -72,9 +72,14 @@ class Shapes:
         return self.images | self.videos
 
     @property
-    def decode_batches(self) -> set[int]:
+    def decode_batches(self) -> list[int]:
         """For ops that the context's length does not touch."""
-        return set() if self.own else {step.batch for step in self.decode.values()}
+        return [] if self.own else sorted({step.batch for step in self.decode.values()})
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Of prompts, then of decode steps."""
+        return self.prefill | {f"batch {n}": n for n in self.decode_batches}
 
 
 def num_patches(grids: list[Grid]) -> int:

@@ -15,23 +15,18 @@ void launch_linear(const LinearParams& params, bool overlap, void* stream) {
                                      overlap, stream, params);
 }
 
-template <class T>
-void launch_by_rows(const LinearParams& params, bool overlap, void* stream) {
-    if (params.num_rows <= 8) {
-        launch_linear<T, 1>(params, overlap, stream);
-    } else {
-        launch_linear<T, 2>(params, overlap, stream);
-    }
-}
-
 }  // namespace
 
 void linear(int dtype, const LinearParams& params, bool overlap, void* stream) {
-    if (static_cast<Dtype>(dtype) == Dtype::kBf16) {
-        launch_by_rows<bf16>(params, overlap, stream);
-    } else {
-        launch_by_rows<fp16>(params, overlap, stream);
-    }
+    static_assert(LinearTile<2>::kXRows == kMaxLinearRows);
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        if (params.num_rows <= LinearTile<1>::kXRows) {
+            launch_linear<T, 1>(params, overlap, stream);
+        } else {
+            launch_linear<T, 2>(params, overlap, stream);
+        }
+    });
 }
 
 }  // namespace keye

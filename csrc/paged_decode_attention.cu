@@ -1,8 +1,5 @@
 #include "keye/paged_decode_attention.cuh"
 
-#include <stdexcept>
-#include <string>
-
 #include "keye/launch.cuh"
 
 namespace keye {
@@ -20,28 +17,15 @@ void launch_decode(const PagedDecodeAttentionParams& params, bool overlap, void*
         params);
 }
 
-template <class T>
-void launch_by_head_dim(int head_dim, const PagedDecodeAttentionParams& params, bool overlap,
-                        void* stream) {
-    switch (head_dim) {
-        case 64: return launch_decode<T, 64>(params, overlap, stream);
-        case 72: return launch_decode<T, 72>(params, overlap, stream);
-        case 80: return launch_decode<T, 80>(params, overlap, stream);
-        case 128: return launch_decode<T, 128>(params, overlap, stream);
-    }
-    throw std::runtime_error("paged_decode_attention: no kernel for head_dim " +
-                             std::to_string(head_dim));
-}
-
 }  // namespace
 
 void paged_decode_attention(int dtype, int head_dim, const PagedDecodeAttentionParams& params,
                             bool overlap, void* stream) {
-    if (static_cast<Dtype>(dtype) == Dtype::kBf16) {
-        launch_by_head_dim<bf16>(head_dim, params, overlap, stream);
-    } else {
-        launch_by_head_dim<fp16>(head_dim, params, overlap, stream);
-    }
+    with_dtype(dtype, [&](auto zero) {
+        DecodeHeadDims::with("paged_decode_attention", head_dim, [&](auto size) {
+            launch_decode<decltype(zero), decltype(size)::value>(params, overlap, stream);
+        });
+    });
 }
 
 }  // namespace keye

@@ -2,7 +2,7 @@
 
     python examples/transformers_auto.py [model]     # a directory or a Hub id
 
-Without a model: a tiny checkpoint with random weights, whose words mean nothing.
+Without a model it makes a tiny checkpoint with random weights, whose answers mean nothing.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A vision-language model of transformers on keye_kernels: one line, and a look at what it did.
+"""Run a vision-language model of transformers on keye_kernels, and print what was replaced.
 
     python examples/transformers_patch.py [model]     # a directory or a Hub id
 
-Without a model: a tiny Qwen3-VL with random weights, whose words mean nothing.
+Without a model it makes a tiny Qwen3-VL with random weights, whose answers mean nothing.
 """
 
 import sys

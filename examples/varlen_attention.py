@@ -1,6 +1,6 @@
-"""Code written for flash-attn: one import changes. Three images attend, packed, each to itself.
+"""Code written for flash-attn with one import changed: three packed images attend to themselves.
 
-Its other keywords (dropout_p, window_size, softcap, alibi_slopes, block_table) have to be left out.
+Other keywords of flash-attn (dropout_p, window_size, softcap, alibi_slopes, block_table) must go.
 """
 
 from itertools import accumulate

@@ -1,6 +1,6 @@
-"""Keye in vLLM, on all GPUs there are: python examples/vllm_chat.py MODEL PICTURE [QUESTION]
+"""Keye in vLLM, on all GPUs of the machine: python examples/vllm_chat.py MODEL PICTURE [QUESTION]
 
-Installing keye-kernels beside vLLM is all it takes; the code is what it would be for any model.
+It needs keye-kernels installed beside vLLM; the code is the same as for any other model.
 `vllm serve MODEL --tensor-parallel-size 2` is the same as a server.
 """
 

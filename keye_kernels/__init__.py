@@ -9,7 +9,7 @@ tells which implementation serves each op, `use_backend` and the environment var
 KEYE_KERNELS_BACKEND choose another. `tune()` proves and times them on this machine.
 """
 
-from keye_kernels import _cuda, _peers, reference  # noqa: F401 - both register candidates
+from keye_kernels import _peers, reference  # noqa: F401 - _peers registers candidates
 from keye_kernels._backends import backends, use_backend
 from keye_kernels._ext import describe_extension
 from keye_kernels._tune import tune, verdicts
@@ -17,8 +17,8 @@ from keye_kernels.activation import gelu, silu_mul
 from keye_kernels.linear import linear
 from keye_kernels.merge_patches import merge_patches
 from keye_kernels.norm import layer_norm, rms_norm
-from keye_kernels.paged_attention import paged_prefill_attention
 from keye_kernels.paged_decode_attention import paged_decode_attention
+from keye_kernels.paged_prefill_attention import paged_prefill_attention
 from keye_kernels.patch_embed import patch_embed
 from keye_kernels.qk_norm_mrope_store import qk_norm_mrope_store
 from keye_kernels.rope import mrope_, rope_2d_

@@ -10,47 +10,26 @@ import torch
 import triton
 import triton.language as tl
 
-from keye_kernels._device import device_of
+from keye_kernels._device import Device, device_of
+from keye_kernels._tuples import decode_all, encode
 
 
-class Tiles(NamedTuple):
-    """Keys per tile, pipeline depth, and a bound on registers per thread (None: there is none)."""
+class LaunchConfig(NamedTuple):
+    """Queries and keys per tile, warps, pipeline depth, bound on registers per thread or None."""
 
+    block_m: int
     block_n: int
+    num_warps: int
     num_stages: int
     max_registers: int | None
 
 
+@triton.constexpr_function
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """Split head_dim into two powers of two; the second is 0 if one is enough."""
     head = 1 << (head_dim.bit_length() - 1)
     tail = triton.next_power_of_2(head_dim - head) if head_dim > head else 0
     return (2 * head, 0) if tail == head else (head, tail)
-
-
-def choose_tiles(head_dim: int, itemsize: int, block_m: int, capability: tuple[int, int]) -> Tiles:
-    """Tiles of keys.
-
-    ``block_n`` depends on the head alone, so that the order in which a query meets its keys, and
-    with it every bit of its result, is the same whatever else is in the batch.
-    """
-    head, _ = split_head_dim(head_dim)
-    # Unbounded, ptxas spills so that a third 4-warp program fits; 255 prevents it. At 72 and 80
-    # columns no bound is needed.
-    fits = itemsize == 2 and 64 < head_dim <= 80
-    max_registers = 255 if block_m == 64 and not fits else None
-    if itemsize == 4:
-        # More keys of 256 columns would not fit into the shared memory of sm_80.
-        return Tiles(32 if head <= 128 else 16, 2 if head <= 64 else 1, max_registers)
-    if head <= 64:
-        if capability[0] == 9 and head_dim <= 80:
-            # Two programs of 8 warps per multiprocessor, or three of 4: one computes exponentials
-            # while another multiplies. Elsewhere, and with more columns, it would spill.
-            max_registers = 128 if block_m == 128 else 168
-        return Tiles(64, 3, max_registers)
-    # One stage less where a program has 99 KB of shared memory at most.
-    fewer = capability in ((8, 6), (8, 9)) or capability[0] == 12
-    return Tiles(64, 3 - fewer, max_registers) if head <= 128 else Tiles(32, 2 - fewer, None)
 
 
 def choose_block_m(num_tokens: int, num_heads: int, num_sms: int) -> int:
@@ -60,6 +39,45 @@ def choose_block_m(num_tokens: int, num_heads: int, num_sms: int) -> int:
     of 128 per multiprocessor would not.
     """
     return 128 if num_tokens * num_heads >= 2 * 128 * num_sms else 64
+
+
+def launch_config(
+    num_tokens: int, num_heads: int, head_dim: int, itemsize: int, device: Device, block_m: int
+) -> LaunchConfig:
+    """Choose the launch; ``block_m`` is that of a schedule, 0 if there is none.
+
+    ``block_n`` depends on the head alone, so that the order in which a query meets its keys, and
+    with it every bit of its result, is the same whatever else is in the batch.
+    """
+    head, _ = split_head_dim(head_dim)
+    major = device.capability[0]
+    if head == 128 and major not in (9, 10):
+        # One program per multiprocessor fits at either size, and the one of 64 queries spills. More
+        # warps for it would change the order of sums.
+        block_m = 128
+    elif block_m == 0:
+        block_m = choose_block_m(num_tokens, num_heads, device.num_sms)
+    # Unbounded, ptxas spills so that a third 4-warp program fits; 255 prevents it. At 72 and 80
+    # columns no bound is needed.
+    fits = itemsize == 2 and 64 < head_dim <= 80
+    max_registers = 255 if block_m == 64 and not fits else None
+    if itemsize == 4:
+        # More keys of 256 columns would not fit into the shared memory of sm_80.
+        block_n, num_stages = 32 if head <= 128 else 16, 2 if head <= 64 else 1
+    elif head <= 64:
+        block_n, num_stages = 64, 3
+        # Three programs of 4 warps per multiprocessor, and on sm_90 two of 8: one computes
+        # exponentials while another multiplies. Elsewhere, and with more columns, it would spill.
+        if block_m == 64 and head_dim <= 80 and (major == 9 or device.capability == (8, 0)):
+            max_registers = 168
+        elif block_m == 128 and head_dim <= 80 and major == 9:
+            max_registers = 128
+    else:
+        # One stage less where a program has 99 KB of shared memory at most.
+        fewer = device.capability in ((8, 6), (8, 9)) or major == 12
+        block_n, num_stages = (64, 3 - fewer) if head <= 128 else (32, 2 - fewer)
+        max_registers = max_registers if head <= 128 else None
+    return LaunchConfig(block_m, block_n, block_m // 16, num_stages, max_registers)
 
 
 @triton.jit
@@ -98,7 +116,9 @@ def _store(ptrs, x, mask, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl
 @triton.jit
 def _pages(table_ptr, start_n, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pages of the keys from start_n on: one for all of them where a tile lies within a page."""
-    if PAGE_SIZE % BLOCK_N == 0:
+    if PAGE_SIZE == 0:
+        pages = tl.full((), 0, tl.int64)
+    elif PAGE_SIZE % BLOCK_N == 0:
         pages = tl.load(table_ptr + start_n // PAGE_SIZE, mask=start_n < end, other=0)
     else:
         keys = start_n + tl.arange(0, BLOCK_N)[:, None]
@@ -106,29 +126,45 @@ def _pages(table_ptr, start_n, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constex
     return pages.to(tl.int64)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_q", "stride_q_head", "stride_out", "stride_out_head", "stride_k_page", "stride_k",
-        "stride_k_head", "stride_v_page", "stride_v", "stride_v_head", "stride_lse", "stride_table",
-        "num_tiles", "batch_size", "group",
-    ]
-)  # fmt: skip
+@triton.jit
+def _key_rows(
+    ptr, pages, start_n, stride_page, stride,
+    UNIT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Pointers [BLOCK_N, 1] to the rows of the keys from start_n on, which lie in ``pages``."""
+    stride = stride.to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    if PAGE_SIZE % BLOCK_N > 0:  # a page for each key
+        rows = (start_n + offs_n) % PAGE_SIZE
+        return ptr + (pages * stride_page + rows * stride) * UNIT
+    if PAGE_SIZE > 0:
+        ptr += pages * stride_page * UNIT
+        start_n %= PAGE_SIZE
+    return ptr + offs_n * (stride * UNIT) + start_n * (stride * UNIT)
+
+
+# These change from call to call: a kernel for each divisibility would be compiled on the way.
+@triton.jit(do_not_specialize=["stride_lse", "stride_table", "batch_size", "group"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, seqlens_k_ptr, table_ptr, tiles_ptr,
-    stride_q, stride_q_head, stride_out, stride_out_head, stride_k_page, stride_k, stride_k_head,
-    stride_v_page, stride_v, stride_v_head, stride_lse, stride_table,
-    softmax_scale, scale, num_tiles, batch_size, group,
-    HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    strides_q, strides_out, strides_k, strides_v, stride_lse, stride_table,
+    scale, batch_size, group,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    HEAD: tl.constexpr = split_head_dim(HEAD_DIM)[0]
+    TAIL: tl.constexpr = split_head_dim(HEAD_DIM)[1]
+    stride_q, stride_q_head = decode_all(strides_q)
+    stride_out, stride_out_head = decode_all(strides_out)
+    stride_k_page, stride_k, stride_k_head = decode_all(strides_k)
+    stride_v_page, stride_v, stride_v_head = decode_all(strides_v)
     # All tiles of a key/value head, then of the next one: what it reads stays in the L2 cache.
-    pid = tl.program_id(0)
-    kv_head = (pid // (num_tiles * group)).to(tl.int64)
-    head = kv_head * group + pid % group
-    tile = pid // group % num_tiles
+    kv_head = tl.program_id(1).to(tl.int64)
+    head = kv_head * group + tl.program_id(0) % group
+    tile = tl.program_id(0) // group
     if tiles_ptr is None:
         # Of causal tiles the last ones see the most keys: they start first.
-        tile = num_tiles - 1 - tile if CAUSAL else tile
+        tile = tl.num_programs(0) // group - 1 - tile if CAUSAL else tile
         sequence, first = find_tile(cu_seqlens_q_ptr, tile, batch_size, BLOCK_M)
     else:
         sequence = tl.load(tiles_ptr + 2 * tile)
@@ -170,29 +206,16 @@ def _attention_kernel(
         full = tl.minimum(len_k, shift + first + 1)
         end = tl.minimum(len_k, shift + first + BLOCK_M)
     # `scale` is softmax_scale * log2(e). `base` is the largest scaled score; its rounding cancels,
-    # because all weights of a row use it.
+    # because all weights of a row use it, and lse adds it back.
     base = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    largest = base
     total = tl.zeros([BLOCK_M], tl.float32)
     offs_n = tl.arange(0, BLOCK_N)
-    step_k, step_v = stride_k.to(tl.int64) * UNIT, stride_v.to(tl.int64) * UNIT
-    offs_k, offs_v = offs_n[:, None] * step_k, offs_n[:, None] * step_v
-    if PAGE_SIZE > 0:
-        pages = _pages(table_ptr, 0, end, PAGE_SIZE, BLOCK_N)
+    pages = _pages(table_ptr, 0, end, PAGE_SIZE, BLOCK_N)
     for start_n in tl.range(0, end, BLOCK_N):
-        if PAGE_SIZE == 0:
-            k_ptrs = k_ptr + start_n * step_k + offs_k
-            v_ptrs = v_ptr + start_n * step_v + offs_v
-        elif PAGE_SIZE % BLOCK_N == 0:
-            row = start_n % PAGE_SIZE
-            k_ptrs = k_ptr + pages * stride_k_page * UNIT + row * step_k + offs_k
-            v_ptrs = v_ptr + pages * stride_v_page * UNIT + row * step_v + offs_v
-        else:
-            row = ((start_n + offs_n) % PAGE_SIZE)[:, None]
-            k_ptrs = k_ptr + pages * stride_k_page * UNIT + row * step_k
-            v_ptrs = v_ptr + pages * stride_v_page * UNIT + row * step_v
-        if PAGE_SIZE > 0:  # one tile ahead: addresses wait for it
-            pages = _pages(table_ptr, start_n + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+        k_ptrs = _key_rows(k_ptr, pages, start_n, stride_k_page, stride_k, UNIT, PAGE_SIZE, BLOCK_N)
+        v_ptrs = _key_rows(v_ptr, pages, start_n, stride_v_page, stride_v, UNIT, PAGE_SIZE, BLOCK_N)
+        # One tile ahead: addresses wait for it.
+        pages = _pages(table_ptr, start_n + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
 
         mask_n = (start_n + offs_n < end)[:, None]
         k = _load(k_ptrs, mask_n, 0, HEAD_QK, HEAD_DIM)  # [BLOCK_N, HEAD_QK]
@@ -207,10 +230,7 @@ def _attention_kernel(
                 seen = keys < tl.minimum(len_k, shift + rows[:, None] + 1)
             scores = tl.where(seen, scores, float("-inf"))
 
-        highest = tl.max(scores, axis=1)
-        new = tl.maximum(base, highest * scale)
-        if lse_ptr is not None:
-            largest = tl.maximum(largest, highest)
+        new = tl.maximum(base, tl.max(scores, axis=1) * scale)
         minus = -new
         if CAUSAL:
             minus = tl.where(new == float("-inf"), 0.0, minus)  # of rows that have seen no key yet
@@ -231,10 +251,7 @@ def _attention_kernel(
     if TAIL > 0:
         _store(out_ptrs, acc_tail / total[:, None], mask_m, HEAD, TAIL, HEAD_DIM)
     if lse_ptr is not None:
-        # Natural log, from the unscaled maximum, so `base`'s rounding cancels.
-        lse = tl.fma(largest, scale, -base)
-        lse = largest * softmax_scale + (tl.log2(total) - lse) * 0.6931471805599453  # ln 2
-        lse = tl.where(base == float("-inf"), base, lse)
+        lse = (base + tl.log2(total)) * 0.6931471805599453  # ln 2
         tl.store(lse_ptr + head * stride_lse + start_q + rows, lse, mask=rows < len_q)
 
 
@@ -260,34 +277,23 @@ def attend(
     lengths; so it does where ``tiles`` are of a size that this GPU does not take.
     """
     num_tokens, num_heads, head_dim = q.shape
-    device = device_of(q)
-    batch_size = cu_seqlens_q.shape[0] - 1
-    head, tail = split_head_dim(head_dim)
-    # One program per multiprocessor fits at either size, and the one of 64 queries spills. More
-    # warps for it would change the order of sums.
-    always_128 = head == 128 and device.capability[0] not in (9, 10)
-    if tiles is None or (always_128 and block_m == 64):
+    num_kv_heads, batch_size = k.shape[-2], cu_seqlens_q.shape[0] - 1
+    group = num_heads // num_kv_heads
+    config = launch_config(num_tokens, num_heads, head_dim, q.itemsize, device_of(q), block_m)
+    if config.block_m != block_m:
         tiles = None
-        block_m = 128 if always_128 else choose_block_m(num_tokens, num_heads, device.num_sms)
-        num_tiles = num_tokens // block_m + batch_size
-    else:
-        num_tiles = tiles.shape[0]
+    num_tiles = num_tokens // config.block_m + batch_size if tiles is None else tiles.shape[0]
     paged = block_table is not None
-    strides = [*q.stride()[:2], *out.stride()[:2]]
-    for x in (k, v):
-        strides += x.stride()[:-1] if paged else (0, *x.stride()[:-1])
+    strides = [q.stride()[:2], out.stride()[:2]]
+    strides += [x.stride()[:-1] if paged else (0, *x.stride()[:-1]) for x in (k, v)]
     # In units of 8 elements: so the compiler knows that a thread's 16 bytes are aligned.
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    block_n, num_stages, max_registers = choose_tiles(
-        head_dim, q.itemsize, block_m, device.capability
-    )
-    _attention_kernel[(num_tiles * num_heads,)](
+    unit = 1 if any(stride % 8 for some in strides for stride in some) else 8
+    _attention_kernel[(num_tiles * group, num_kv_heads)](
         q, k, v, out, lse, cu_seqlens_q, seqlens_k, block_table, tiles,
-        *(stride // unit for stride in strides),
-        lse.stride(0) if lse is not None else 0, block_table.stride(0) if paged else 0,
-        softmax_scale, softmax_scale * 1.4426950408889634,  # log2(e)
-        num_tiles, batch_size, num_heads // k.shape[-2],
-        HEAD_DIM=head_dim, HEAD=head, TAIL=tail, PAGE_SIZE=k.shape[1] if paged else 0,
-        CAUSAL=causal, UNIT=unit, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=block_m // 16, num_stages=num_stages, maxnreg=max_registers,
+        *(encode([stride // unit for stride in some]) for some in strides),
+        0 if lse is None else lse.stride(0), block_table.stride(0) if paged else 0,
+        softmax_scale * 1.4426950408889634, batch_size, group,  # log2(e)
+        HEAD_DIM=head_dim, PAGE_SIZE=k.shape[1] if paged else 0, CAUSAL=causal, UNIT=unit,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        num_stages=config.num_stages, maxnreg=config.max_registers,
     )  # fmt: skip

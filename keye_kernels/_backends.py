@@ -1,4 +1,4 @@
-"""Which candidate serves each op: a registry filled by the op families, and the choice."""
+"""The candidates of each op, registered by the op families, and the choice among them."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from keye_kernels._verdicts import Kind, Sizes
 _NAMES = ("cuda", "triton", "reference")  # candidates that can be asked for by name
 _ORDER = ("triton", "reference")  # without a verdict "auto" takes the first that serves
 _VARIABLE = "KEYE_KERNELS_BACKEND"
-# TRITON_INTERPRET=1 counts when triton is imported: tl.sum is then no JITFunction.
+# TRITON_INTERPRET=1 must be set when triton is imported; tl.sum is then not a JITFunction.
 _INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 
 
@@ -68,7 +68,7 @@ _asked: ContextVar[str | None] = ContextVar("keye_kernels_backend", default=None
 
 
 def requested() -> str:
-    """The backend asked for here and now."""
+    """The backend this thread asked for, else that of the environment variable, else "auto"."""
     return _asked.get() or _default
 
 
@@ -90,7 +90,7 @@ def register(
     Args:
         why_not: Says why the backend cannot serve on this machine; None if it can.
         refuses: Takes the arguments of ``run`` and tells why it cannot serve them, None if it can.
-            By name that is an error; under "auto" the next backend serves that call.
+            A backend asked for by name then raises; under "auto" the next one serves that call.
     """
     global _chosen
     _registry.setdefault(op, {})[backend] = _Implementation(run, device_types, why_not, refuses)
@@ -180,7 +180,7 @@ def _choose(op: str, device_type: str, requested: str) -> ServedBy:
 
 
 def _bound(op: str, device_type: str, requested: str, backend: str) -> Callable[..., None]:
-    """What runs: the backend asked for, or what verdicts say, ``backend`` where there is none."""
+    """The function to call for ``backend``; under "auto" verdicts come before it."""
     names = [backend]
     if requested == "auto":
         rest = _ORDER[_ORDER.index(backend) + 1 :]
@@ -262,8 +262,8 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
     """Tell which backend serves each op, and why the others do not.
 
     Args:
-        device_type: Of the tensors, "cuda" or "cpu". Default: "cuda" where there is a GPU, else
-            "cpu". "cuda" can be asked about anywhere.
+        device_type: Device of the tensors, "cuda" or "cpu". "cuda" works without a GPU too.
+            Default: "cuda" if there is a GPU, else "cpu".
 
     Returns:
         Op name to a record with ``backend`` (None when the backend asked for cannot serve the op)
@@ -283,11 +283,10 @@ def backends(device_type: str | None = None) -> dict[str, ServedBy]:
 class use_backend:
     """Choose the backend of every op from here on, or inside a ``with`` block.
 
-    ``auto`` takes what `tune` found fastest on this machine, without that Triton kernels on a GPU
+    ``auto`` takes what `tune` found fastest on this machine; without that, Triton kernels on a GPU
     and plain PyTorch on a CPU. A named backend is binding: an op that it cannot serve raises
-    RuntimeError when called. The choice holds for this thread, as that of
-    ``torch.no_grad``; where none was made, the environment variable KEYE_KERNELS_BACKEND holds,
-    else ``auto``.
+    RuntimeError when called. The choice holds for this thread, like ``torch.no_grad``. The default
+    is the environment variable KEYE_KERNELS_BACKEND, else ``auto``.
 
     Args:
         backend: "auto", "cuda", "triton" or "reference".

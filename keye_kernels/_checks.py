@@ -1,7 +1,7 @@
 """Checks of arguments, before any work. Messages read `<argument> must <rule>, got <value>`.
 
-The functions on tensors look at metadata only. Those on lists look at contents; the reference,
-which has the contents on the host, calls them.
+Checks of tensors read only their metadata. Checks of a tensor's contents take them as a list; only
+the reference, which has the contents on the host, calls those.
 """
 
 import math
@@ -34,11 +34,10 @@ def check_tensor(
     *,
     contiguous: bool = False,
 ) -> None:
-    """Check kind, shape, dtype, device, layout, and that no gradient is wanted.
+    """Check type, shape, dtype, device, layout, and that no gradient is required.
 
-    A size of None is any; a shape of None is any with a last dim.
-
-    The layout asked for is a contiguous last dim; with ``contiguous`` the whole tensor.
+    A size of None allows any size, a shape of None any shape of at least one dim. The last dim must
+    be contiguous; with ``contiguous``, the whole tensor.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -75,7 +74,7 @@ def check_divides(name: str, value: int, divisor: int) -> None:
 
 
 def check_length(name: str, value: int, *, least: int = 0) -> int:
-    """Check that ``value`` is a count known on the host, at least 0 or 1; returns a Python int."""
+    """Check that ``value`` is an int of at least ``least`` (0 or 1); returns NumPy ints as int."""
     is_int = isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
     if not is_int or value < least:
         rule = "a positive" if least else "a non-negative"
@@ -103,7 +102,7 @@ def check_eps(name: str, value: float) -> float:
 
 
 def _as_float(value: object) -> float | None:
-    """A real number of Python or NumPy as a float, inf where it is too large; else None."""
+    """A Python or NumPy real as a float, inf if it is too large; None for anything else."""
     if isinstance(value, float):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, np.integer, np.floating)):
@@ -115,14 +114,14 @@ def _as_float(value: object) -> float | None:
 
 
 def _shown(value: object) -> str:
-    """``repr``, but for a tensor, whose values may be on a device."""
+    """``repr``; a tensor only by its shape, since its values may be on a device."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
     return f"a tensor of shape {tuple(value.shape)}"
 
 
 def flatten_grid(grid_thw: Grid, num_tokens: int, *, merge_size: int = 1) -> list[int]:
-    """Check rows (t, h, w) against the number of patches and return them one after the other."""
+    """Check rows (t, h, w) against the number of patches and return them as one flat list."""
     if isinstance(grid_thw, torch.Tensor) and grid_thw.device.type != "cpu":
         raise ValueError(
             f"grid_thw must be a list or a CPU tensor, got a tensor on {grid_thw.device}"
@@ -147,15 +146,15 @@ def flatten_grid(grid_thw: Grid, num_tokens: int, *, merge_size: int = 1) -> lis
     return flat
 
 
-def grid_rows(flat_grid: list[int]) -> list[list[int]]:
-    """Undo ``flatten_grid``."""
-    return [flat_grid[i : i + 3] for i in range(0, len(flat_grid), 3)]
+def grid_rows(grid_thw: Grid | list[int]) -> list[list[int]]:
+    """Rows (t, h, w) of a grid, or of the list that ``flatten_grid`` made of one."""
+    return np.reshape(grid_thw, (-1, 3)).tolist()
 
 
 def check_cu_seqlens(
     name: str, cu_seqlens: list[int], num_tokens: int, max_seqlen: int | None = None
 ) -> None:
-    """Check prefix sums of sequence lengths against the packed tensor they describe."""
+    """Check the sequence starts, prefix sums of lengths, of a packed tensor of ``num_tokens``."""
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
         raise ValueError(
             f"{name} must start at 0 and end at {num_tokens} tokens, "
@@ -170,21 +169,21 @@ def check_cu_seqlens(
 
 
 def check_range(name: str, values: list[int], low: int, high: int) -> None:
-    """Check low <= value < high for each."""
+    """Check low <= value < high for each value."""
     if values and not (low <= min(values) and max(values) < high):
         worst = min(values) if min(values) < low else max(values)
         raise ValueError(f"{name} must hold values in [{low}, {high}), got {worst}")
 
 
 def check_each(name: str, values: list[float], rule: str, holds: Callable[[float], bool]) -> None:
-    """Check a rule on each value."""
+    """Check that each value ``holds``; ``rule`` says in the error what it must do."""
     for value in values:
         if not holds(value):
             raise ValueError(f"{name} must {rule}, got {value}")
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
-    """Check that query heads share the key/value heads evenly."""
+    """Check that num_heads is a positive multiple of num_kv_heads."""
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads must be a positive multiple of num_kv_heads {num_kv_heads}, got {num_heads}"
@@ -192,6 +191,38 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def check_head_dim(head_dim: int) -> None:
-    """Check the head size that every attention op accepts."""
+    """Check the head sizes that every attention op accepts."""
     if head_dim < 8 or head_dim % 8 or head_dim > 256:
         raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {head_dim}")
+
+
+def check_paged(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    out: torch.Tensor | None,
+) -> tuple[float, int]:
+    """Check what both ops on a paged cache take; returns the scale and the longest length."""
+    check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
+    _, num_heads, head_dim = q.shape
+    check_tensor("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
+    check_tensor("v_cache", v_cache, k_cache.shape, q.dtype, q.device)
+    check_heads(num_heads, k_cache.shape[2])
+    check_head_dim(head_dim)
+    page_size = k_cache.shape[1]
+    check_divides("page_size", page_size, 16)
+    check_tensor("block_table", block_table, (None, None), torch.int32, q.device)
+    batch_size, max_pages = block_table.shape
+    check_tensor("cache_seqlens", cache_seqlens, (batch_size,), torch.int32, q.device)
+    # More tokens than the table can name, or than fit into cache_seqlens, are none to read.
+    longest = min(check_length("max_seqlen_k", max_seqlen_k), max_pages * page_size, 2**31 - 1)
+    if out is not None:
+        check_tensor("out", out, q.shape, q.dtype, q.device)
+    scale = head_dim**-0.5
+    if softmax_scale is not None:
+        scale = check_finite("softmax_scale", softmax_scale, above=0.0)
+    return scale, longest

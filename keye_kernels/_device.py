@@ -1,4 +1,4 @@
-"""What a launch configuration may depend on beside shapes: the device's capability and size."""
+"""The GPU facts that launch configurations depend on: compute capability, multiprocessors."""
 
 import functools
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Device:
     num_sms: int
 
 
-# Answers for tensors that are on no GPU: under Triton's interpreter, and where kernels are
-# compiled for a GPU that is not here, which sets it to that GPU.
+# The device of tensors that are on no GPU: in Triton's interpreter, and when kernels are compiled
+# for an absent GPU, where the caller sets this to that GPU.
 elsewhere = Device((9, 0), 132)
 
 
@@ -26,5 +26,5 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """Facts about the device of ``tensor``, read once per device."""
+    """The ``Device`` of ``tensor``; a GPU's properties are read once."""
     return _cuda_device(tensor.get_device()) if tensor.is_cuda else elsewhere

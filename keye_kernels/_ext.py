@@ -1,4 +1,4 @@
-"""The CUDA extension of `csrc`, if it is built: loaded once, and why not told."""
+"""Load the CUDA extension built from `csrc`, or say why it is missing."""
 
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ def extension() -> ModuleType:
 
 
 def architectures() -> tuple[str, ...]:
-    """What the extension holds code for, as ("80", "90a"); empty if there is none."""
+    """Architectures the extension holds code for, such as ("80", "90a"); empty without one."""
     return tuple(_C.architectures.split()) if _C is not None else ()
 
 

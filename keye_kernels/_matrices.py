@@ -1,4 +1,4 @@
-"""Tensors of any number of dims as matrices of rows, for ops that treat each row alone."""
+"""Tensors with any number of dims as matrices [rows, width], for ops that work row by row."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ import torch
 
 
 def matrices(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
-    """Views [rows, width] that cover tensors of the same leading dims, each row once; None stays.
+    """Views [rows, width] of tensors with the same leading dims, each row once; None stays None.
 
-    Nothing is copied. Leading dims that lie evenly in all tensors become one, in whatever order
-    they come, since no row knows another. Of those left the longest is the rows of a view, the
-    others are walked over: two dims of a padded or transposed batch give a view per sequence.
+    Nothing is copied. Leading dims with regular strides in all tensors are merged, in any order,
+    since rows are independent. Of the dims left, the longest becomes the rows of a view and the
+    others are looped over: a padded or transposed batch gives a view per sequence.
     """
     if tensors[0].dim() == 2:
         yield tensors
@@ -35,7 +35,7 @@ def matrices(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | Non
 
 
 def _merged(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Merge two dims where outer stride = inner size * inner stride holds in every tensor."""
+    """Merge dims whose outer stride is inner size * inner stride in every tensor, until none is."""
     for outer, inner in itertools.permutations(dims, 2):
         size, *strides = inner
         if all(a == size * b for a, b in zip(outer[1:], strides, strict=True)):

@@ -1,42 +1,12 @@
 """Whole rows in registers, for Triton kernels that normalise over the last dim.
 
-A row is a tuple of chunks [ROWS, CHUNK] that lie side by side, so its width need not be a power of
-two: 1152 takes five chunks of 256, 40 registers per thread, where one block of 2048 takes 64. All
-chunks have one layout, so they add up element by element before the one reduction.
+A row is a tuple of adjacent chunks [ROWS, CHUNK], so its width need not be a power of two: 1152
+takes five chunks of 256, 40 registers per thread, where one block of 2048 takes 64. All chunks have
+the same layout, so they are added element by element and reduced once.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-
-
-class RowTiles(NamedTuple):
-    """What a program holds: ``rows`` whole rows, in chunks of ``chunk`` columns."""
-
-    rows: int
-    chunk: int
-    num_warps: int
-
-
-def row_tiles(width: int, dtype: torch.dtype) -> RowTiles:
-    """Tiles in which a thread's part of a chunk is one 16-byte access.
-
-    They do not depend on the number of rows: sums are added in one order, so a row's result is the
-    same to the last bit alone, in a decode step and in a long prefill. A row up to 2048 belongs to
-    one warp, so that its reductions are shuffles alone; rows of one chunk or less come in such
-    number that each thread still has two accesses. A longer row is a program of 16 elements per
-    thread, for few rows, where latency counts (4096 wide, with residual: each warp issues 149
-    instructions of 16 warps, 197 of 8, 296 of 4). Where rows are many 8 warps issue a third more in
-    all than 4: arithmetic says under a quarter of what an H200 can while the row moves.
-    """
-    warp = 32 * 16 // dtype.itemsize  # elements of one access of a warp
-    if width > 2048:
-        num_warps = power_of_2(width // 512, 1, 16)
-        return RowTiles(1, num_warps * warp, num_warps)
-    chunk = min(warp, triton.next_power_of_2(width))
-    return RowTiles(4 * warp // chunk * (2 if chunk >= width else 1), chunk, 4)
 
 
 def power_of_2(value: int, low: int, high: int) -> int:
@@ -55,7 +25,7 @@ def _columns(mask_row, START: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.const
 
 @triton.jit
 def load_rows(ptr, offs_row, mask_row, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows at ``ptr + offs_row`` ([ROWS, 1]); 0 outside. ``mask_row`` [ROWS, 1], or True."""
+    """Load rows at ``ptr + offs_row`` ([ROWS, 1]); 0 outside ``mask_row`` ([ROWS, 1], or True)."""
     chunks = ()
     for start in tl.static_range(0, WIDTH, CHUNK):
         cols, mask = _columns(mask_row, start, WIDTH, CHUNK)
@@ -73,7 +43,7 @@ def store_rows(ptr, offs_row, mask_row, chunks, WIDTH: tl.constexpr, CHUNK: tl.c
 
 @triton.jit
 def round_rows(chunks, dtype: tl.constexpr):
-    """Chunks in ``dtype``."""
+    """Cast the chunks to ``dtype``."""
     rounded = ()
     for i in tl.static_range(len(chunks)):
         rounded += (chunks[i].to(dtype),)
@@ -82,7 +52,7 @@ def round_rows(chunks, dtype: tl.constexpr):
 
 @triton.jit
 def add_rows(chunks, others):
-    """Sum, rounded to the dtype of ``chunks``."""
+    """Add in fp32 and round to the dtype of ``chunks``."""
     total = ()
     for i in tl.static_range(len(chunks)):
         x = chunks[i].to(tl.float32) + others[i].to(tl.float32)
@@ -111,9 +81,9 @@ def layer_norm_rows(
     chunks, weights, biases, eps, mask_row,
     NUM_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm, fp32, not rounded: of each row, or of NUM_ROWS > 1 rows taken as one.
+    """LayerNorm of each row, or of NUM_ROWS > 1 rows taken as one; fp32, not rounded.
 
-    The variance is that of centred values in registers: no cancellation, no second read.
+    The variance is computed from centred values in registers: no cancellation, no second read.
     """
     JOINT: tl.constexpr = NUM_ROWS > 1
     total = 0.0

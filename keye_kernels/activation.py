@@ -1,5 +1,7 @@
 """Pointwise ops between two GEMMs: gated SiLU and GELU with its bias."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,13 +21,22 @@ _gelu_op = define_op(
 )
 
 
-def _launch_config(num_tokens: int, width: int, rows: int) -> tuple[int, int, int]:
-    """Rows and columns per program, and warps.
+class LaunchConfig(NamedTuple):
+    """Rows and columns per program, and warps."""
 
-    A thread takes 8 elements of a row, one 16-byte access in 16-bit types, and the same columns of
-    each of ``rows`` rows. Few tokens: more and smaller programs.
+    rows: int
+    block: int
+    num_warps: int
+
+
+def launch_config(num_tokens: int, width: int, rows: int) -> LaunchConfig:
+    """Choose the launch.
+
+    A thread takes the same 8 columns of each row, one 16-byte access in 16-bit types. Small inputs
+    take more and smaller programs.
     """
-    return (rows, 1024, 4) if num_tokens * width >= 2**20 else (1, 256, 1)
+    many = num_tokens * width >= 2**20
+    return LaunchConfig(rows, 1024, 4) if many else LaunchConfig(1, 256, 1)
 
 
 @triton.jit
@@ -82,7 +93,7 @@ def _silu_mul_triton(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     views = matrices(gate_up, out)
     for gate_up, out in views:
         num_tokens, width = out.shape
-        rows, block, num_warps = _launch_config(num_tokens, width, rows=1)
+        rows, block, num_warps = launch_config(num_tokens, width, rows=1)
         _silu_mul_kernel[_grid(num_tokens, width, rows, block)](
             gate_up, out, gate_up.stride(0), out.stride(0), num_tokens, width,
             ROWS=rows, BLOCK=block, num_warps=num_warps,
@@ -95,7 +106,7 @@ def _gelu_triton(
     views = matrices(x, out)
     for x, out in views:
         num_tokens, width = x.shape
-        rows, block, num_warps = _launch_config(num_tokens, width, rows=4)  # that share their bias
+        rows, block, num_warps = launch_config(num_tokens, width, rows=4)  # one load of the bias
         _gelu_kernel[_grid(num_tokens, width, rows, block)](
             x, bias, out, x.stride(0), out.stride(0), num_tokens, width,
             TANH=approximate == "tanh", ROWS=rows, BLOCK=block, num_warps=num_warps,

@@ -3,11 +3,14 @@
 The last norm of a vision tower, and the residual add before it, may come first in the same pass.
 """
 
+import itertools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from keye_kernels import _backends, reference
+from keye_kernels import _backends, norm, reference
 from keye_kernels._checks import (
     FLOAT_DTYPES,
     Grid,
@@ -24,48 +27,21 @@ from keye_kernels._rows import (
     load_rows,
     power_of_2,
     round_rows,
-    row_tiles,
     store_rows,
 )
+from keye_kernels._tuples import decode, encode
 
 PatchNorm = tuple[torch.Tensor, torch.Tensor, float]  # weight, bias, eps
 
 _SEGMENTS = 16  # per launch
 
 
-def _merge_patches_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None,
-    patch_weight: torch.Tensor | None,
-    patch_bias: torch.Tensor | None,
-    patch_eps: float,
-    flat_grid: list[int],
-    merge_size: int,
-    norm_first: bool,
-    out: torch.Tensor,
-) -> None:
-    reference.merge_patches(
-        x,
-        weight,
-        bias,
-        eps,
-        grid_rows(flat_grid),
-        residual=residual,
-        patch_norm=None if patch_weight is None else (patch_weight, patch_bias, patch_eps),
-        merge_size=merge_size,
-        norm_first=norm_first,
-        out=out,
-    )
-
-
 _merge_patches_op = define_op(
     "merge_patches(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, "
-    "Tensor? patch_weight, Tensor? patch_bias, float patch_eps, int[] flat_grid, "
+    "Tensor? patch_weight, Tensor? patch_bias, float patch_eps, int[] grid_thw, "
     "int merge_size, bool norm_first, Tensor(a!) out) -> ()",
-    reference=_merge_patches_reference,
+    reference=reference.merge_patches,
+    tuples={"patch_norm": ("patch_weight", "patch_bias", "patch_eps")},
 )
 
 
@@ -84,16 +60,24 @@ def _segments(flat_grid: list[int], merge_size: int) -> list[tuple[int, int]]:
     return segments
 
 
-def _launch_config(hidden_size: int, merge_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows and columns of a chunk, and warps: one token per program, 2x2 of 1152 in 4 warps.
+class LaunchConfig(NamedTuple):
+    """Rows and columns of a chunk, and warps."""
+
+    rows: int
+    chunk: int
+    num_warps: int
+
+
+def launch_config(hidden_size: int, merge_size: int, dtype: torch.dtype) -> LaunchConfig:
+    """Choose the launch: one token per program, 2x2 of 1152 in 4 warps.
 
     A patch lies in chunks and lanes as it does in ``layer_norm``: its sums are added in the same
     order, so that both give the same bits.
     """
     rows = triton.next_power_of_2(merge_size**2)
-    chunk = row_tiles(hidden_size, dtype).chunk
+    chunk = norm.launch_config(hidden_size, dtype).chunk
     num_warps = power_of_2(rows * chunk * dtype.itemsize // 512, 1, 16)  # 16 bytes per thread
-    return rows, chunk, num_warps
+    return LaunchConfig(rows, chunk, num_warps)
 
 
 @triton.jit(do_not_specialize=["first_token"])
@@ -103,14 +87,14 @@ def _merge_patches_kernel(
     NORM_FIRST: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One token: its patches are the rows. segments: 2 n + 3 for each n of ``_segments``."""
+    """One token: its patches are the rows. segments: those of ``_segments``, encoded."""
     SQUARE: tl.constexpr = MERGE * MERGE
     token = first_token + tl.program_id(0)
     start, width = segments[0], segments[1]
     for i in tl.static_range(2, len(segments), 2):
-        later = 2 * token + 3 >= segments[i]
+        later = 2 * token + 3 >= segments[i]  # by their codes, which rise alike
         start, width = tl.where(later, segments[i], start), tl.where(later, segments[i + 1], width)
-    start, width = (start - 3) // 2, (width - 3) // 2
+    start, width = decode(start), decode(width)
 
     slot = tl.arange(0, ROWS)[:, None]  # a * MERGE + b for patch (a, b) of the square
     mask_row = True if ROWS == SQUARE else slot < SQUARE
@@ -152,11 +136,10 @@ def _merge_patches_triton(
     out: torch.Tensor,
 ) -> None:
     num_tokens, hidden_size = out.shape[0], x.shape[1]
-    rows, chunk, num_warps = _launch_config(hidden_size, merge_size, x.dtype)
+    config = launch_config(hidden_size, merge_size, x.dtype)
     segments = _segments(flat_grid, merge_size)
     # The runs travel as launch parameters: no copy to the device, nothing to keep for a CUDA graph.
-    # One or _SEGMENTS of them, odd and above 1: else Triton would compile a kernel for each number
-    # of them, and for each that is 1 or divides by 16.
+    # One or _SEGMENTS of them: else Triton would compile a kernel for each number of them.
     for i in range(0, len(segments), _SEGMENTS):
         part = segments[i : i + _SEGMENTS]
         first_token = part[0][0]
@@ -166,9 +149,9 @@ def _merge_patches_triton(
         _merge_patches_kernel[(end - first_token,)](
             x, weight, bias, residual, patch_weight, patch_bias, out,
             x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), first_token,
-            tuple(2 * n + 3 for segment in part for n in segment), eps, patch_eps,
-            NORM_FIRST=norm_first, MERGE=merge_size, WIDTH=hidden_size, ROWS=rows, CHUNK=chunk,
-            num_warps=num_warps,
+            encode(itertools.chain(*part)), eps, patch_eps,
+            NORM_FIRST=norm_first, MERGE=merge_size, WIDTH=hidden_size, ROWS=config.rows,
+            CHUNK=config.chunk, num_warps=config.num_warps,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,59 +21,48 @@ from keye_kernels._checks import (
 )
 from keye_kernels._device import Device, device_of
 from keye_kernels._ops import define_op
-
-
-def _patch_embed_reference(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    position_table: torch.Tensor,
-    flat_grid: list[int],
-    image_mean: list[float],
-    image_std: list[float],
-    out: torch.Tensor,
-) -> None:
-    reference.patch_embed(
-        pixels,
-        weight,
-        bias,
-        position_table,
-        grid_rows(flat_grid),
-        image_mean=image_mean,
-        image_std=image_std,
-        out=out,
-    )
-
+from keye_kernels._tuples import decode, encode
 
 _patch_embed_op = define_op(
     "patch_embed(Tensor pixels, Tensor weight, Tensor bias, Tensor position_table, "
-    "int[] flat_grid, float[] image_mean, float[] image_std, Tensor(a!) out) -> ()",
-    reference=_patch_embed_reference,
+    "int[] grid_thw, float[] image_mean, float[] image_std, Tensor(a!) out) -> ()",
+    reference=reference.patch_embed,
 )
 
 
 _MAX_GRIDS = 8  # of different size that one launch serves
 
 
-def _launch_config(
+class LaunchConfig(NamedTuple):
+    """Patches and columns per program, depth of a step, warps, stages, bound on registers."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+def launch_config(
     num_patches: int,
     hidden_size: int,
     dtype: torch.dtype,
     pixel_dtype: torch.dtype,
     device: Device,
-) -> tuple[int, int, int, int, int, int | None]:
-    """Patches and columns per program, depth of a step, warps, stages, bound on registers.
+) -> LaunchConfig:
+    """Choose the launch.
 
     Large tiles read pixels and weight less often; small ones keep every multiprocessor busy.
     """
     if dtype == torch.float32:  # no tensor cores
-        return 64, 64, 32, 8, 2, None
+        return LaunchConfig(64, 64, 32, 8, 2, None)
     if triton.cdiv(num_patches, 128) * triton.cdiv(hidden_size, 128) < device.num_sms:
-        return 64, 64, 64, 4, 4, None
+        return LaunchConfig(64, 64, 64, 4, 4, None)
     # 128 registers let two programs share a multiprocessor, one on its tensor cores while the other
     # normalises or adds positions. Ampere's MMA and fp32 pixels need more, and would spill.
     fits = device.capability >= (9, 0) and pixel_dtype != torch.float32
-    return 128, 128, 64, 8, 3, 128 if fits else None
+    return LaunchConfig(128, 128, 64, 8, 3, 128 if fits else None)
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,12 +90,6 @@ def _runs(flat_grid: list[int]) -> list[tuple[int, int, int]]:
             runs.append((start, h, w))
         start += t * h * w
     return runs
-
-
-@triton.jit
-def _decode(code):
-    """Decode n from 2 * n + 3: Triton specialises 1 and multiples of 16, never such a number."""
-    return (code - 3) // 2
 
 
 @triton.jit
@@ -200,14 +184,14 @@ def _patch_embed_kernel(
     start, w, size, scale_y, scale_x = 0, 1, 1, 1.0, 1.0
     first, end, before = 0, 0, 0
     for i in tl.static_range(0, len(grids), 5):
-        grid_start = _decode(grids[i])
+        grid_start = decode(grids[i])
         grid_end = end_patch
         if i + 5 < len(grids):
-            grid_end = _decode(grids[i + 5])
+            grid_end = decode(grids[i + 5])
         if tile >= before:
             start, end = grid_start, grid_end
-            w = _decode(grids[i + 2])
-            size = _decode(grids[i + 1]) * w
+            w = decode(grids[i + 2])
+            size = decode(grids[i + 1]) * w
             scale_y, scale_x = grids[i + 3], grids[i + 4]
             first = start + (tile - before) * BLOCK_M
         before += (grid_end - grid_start + BLOCK_M - 1) // BLOCK_M
@@ -267,22 +251,23 @@ def _patch_embed_triton(
     for i in range(0, len(runs), _MAX_GRIDS):
         some = runs[i : i + _MAX_GRIDS]
         end = runs[i + _MAX_GRIDS][0] if i + _MAX_GRIDS < len(runs) else num_patches
-        block_m, block_n, block_k, num_warps, num_stages, max_registers = _launch_config(
+        config = launch_config(
             end - some[0][0], hidden_size, weight.dtype, pixels.dtype, device_of(out)
         )
         starts = [start for start, _, _ in some] + [end]
-        num_tiles = sum(triton.cdiv(b - a, block_m) for a, b in itertools.pairwise(starts))
+        num_tiles = sum(triton.cdiv(b - a, config.block_m) for a, b in itertools.pairwise(starts))
         grids = []
         for start, h, w in some + [(end, 1, 1)] * (_MAX_GRIDS - len(some)):
-            grids += [2 * start + 3, 2 * h + 3, 2 * w + 3, side / h, side / w]
-        _patch_embed_kernel[(num_tiles * triton.cdiv(hidden_size, block_n),)](
+            grids += [*encode((start, h, w)), side / h, side / w]
+        _patch_embed_kernel[(num_tiles * triton.cdiv(hidden_size, config.block_n),)](
             pixels, weight, bias, position_table, out, out.stride(0), end,
             tuple(grids), firsts, seconds,
             K=depth, HIDDEN=hidden_size, SIDE=side,
             NORMALISE=normalise, DIVIDE=normalise and pair is None,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            BLOCK_TAIL=max(triton.next_power_of_2(depth % block_k), 16),
-            num_warps=num_warps, num_stages=num_stages, maxnreg=max_registers,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            BLOCK_TAIL=max(triton.next_power_of_2(depth % config.block_k), 16),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+            maxnreg=config.max_registers,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from keye_kernels import _backends, reference
+from keye_kernels import _backends, _cuda, _ext, reference
 from keye_kernels._checks import (
     FLOAT_DTYPES,
     check_divides,
@@ -28,8 +28,8 @@ _qk_norm_mrope_store_op = define_op(
 )
 
 
-class Tiles(NamedTuple):
-    """``num_splits`` programs share a token, each with so many heads of q, and of k and v."""
+class LaunchConfig(NamedTuple):
+    """``num_splits`` programs share a token; each has ``q_heads`` and ``kv_heads`` of its heads."""
 
     num_splits: int
     q_heads: int
@@ -37,14 +37,14 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def _launch_config(
+def launch_config(
     num_tokens: int, num_heads: int, num_kv_heads: int, row_bytes: int, num_sms: int
-) -> Tiles:
-    """Tiles for heads of ``row_bytes`` bytes.
+) -> LaunchConfig:
+    """Choose the launch for heads of ``row_bytes`` bytes.
 
-    Many tokens: a program per token, so that cos and sin are computed once, one angle per thread,
-    and each thread has 192 bytes in flight. Few, as in decoding: heads are spread over up to 32
-    programs, since the time is that of one short chain of dependent instructions.
+    Many tokens: one program per token computes cos and sin once, one angle per thread, with 192
+    bytes in flight per thread. Few tokens, as in decoding: up to 32 programs share the heads of a
+    token, since the time is that of one short chain of dependent instructions.
     """
     num_splits = 1
     for splits in (8, 32):
@@ -55,12 +55,12 @@ def _launch_config(
     num_bytes = (q_heads + 2 * kv_heads) * row_bytes
     num_warps = min(triton.next_power_of_2(triton.cdiv(num_bytes, 32 * 192)), 16)
     num_splits = max(triton.cdiv(num_heads, q_heads), triton.cdiv(num_kv_heads, kv_heads))
-    return Tiles(num_splits, q_heads, kv_heads, num_warps)
+    return LaunchConfig(num_splits, q_heads, kv_heads, num_warps)
 
 
 @triton.jit
 def _normalise(low, high, weight_low, weight_high, eps, HEAD_DIM: tl.constexpr):
-    """rms_norm of heads given in halves [heads, HALF], with its two roundings."""
+    """rms_norm of heads given as two halves [heads, HALF], rounded twice as there."""
     x, y = low.to(tl.float32), high.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x + y * y, axis=1, keep_dims=True) / HEAD_DIM + eps)
     x, y = (x * scale).to(low.dtype).to(tl.float32), (y * scale).to(low.dtype).to(tl.float32)
@@ -76,7 +76,7 @@ def _load_halves(ptrs, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _load_weight(ptr, pair, mask, HALF: tl.constexpr):
-    """Halves of a weight [head_dim], from one load: each alone would give a thread 2 bytes."""
+    """Both halves of a weight [head_dim] by one load; by two, each thread would load 2 bytes."""
     offs = tl.arange(0, 2)[:, None] * HALF + pair[None, :]
     weight = tl.load(ptr + offs, mask=mask[None, :], other=0.0)  # [2, BLOCK]
     return tl.split(tl.trans(weight))
@@ -107,7 +107,7 @@ def _qk_norm_mrope_store_kernel(
     mask_q = (q_head < num_heads) & mask[None, :]
     mask_kv = (kv_head < num_kv_heads) & mask[None, :]
 
-    # All loads first: none waits for another, so one token costs one trip to memory.
+    # All loads come first and none depends on another: a token costs one memory latency.
     t = tl.load(positions_ptr + token)
     h = tl.load(positions_ptr + token + stride_axis)
     w = tl.load(positions_ptr + token + 2 * stride_axis)
@@ -133,7 +133,7 @@ def _qk_norm_mrope_store_kernel(
     _store_halves(out_ptrs, q_low, q_high, mask_q, HALF)
 
     page, row = slot // PAGE_SIZE, slot % PAGE_SIZE
-    # A bound, not `& (slot >= 0)`: in Triton's interpreter a spread scalar is no mask.
+    # A bound instead of `& (slot >= 0)`: Triton's interpreter takes no broadcast scalar as a mask.
     mask_kv = (kv_head < tl.where(slot >= 0, num_kv_heads, 0)) & mask[None, :]
     k_ptr = k_cache_ptr + page * stride_k_page + row * stride_k_row
     v_ptr = v_cache_ptr + page * stride_v_page + row * stride_v_row
@@ -162,19 +162,56 @@ def _qk_norm_mrope_store_triton(
 ) -> None:
     num_tokens, head_dim = qkv.shape[0], q_weight.shape[0]
     row_bytes = head_dim * qkv.itemsize
-    tiles = _launch_config(num_tokens, num_heads, num_kv_heads, row_bytes, device_of(qkv).num_sms)
-    _qk_norm_mrope_store_kernel[(num_tokens, tiles.num_splits)](
+    config = launch_config(num_tokens, num_heads, num_kv_heads, row_bytes, device_of(qkv).num_sms)
+    _qk_norm_mrope_store_kernel[(num_tokens, config.num_splits)](
         qkv, q_weight, k_weight, positions, frequencies(head_dim, theta, 1, qkv.device),
         k_cache, v_cache, slot_mapping, out,
         qkv.stride(0), positions.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
         out.stride(0), out.stride(1), num_heads, num_kv_heads, eps,
         PAGE_SIZE=k_cache.shape[1], HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2),
         SECTION_T=mrope_section[0], SECTION_H=mrope_section[1],
-        Q_HEADS=tiles.q_heads, KV_HEADS=tiles.kv_heads, num_warps=tiles.num_warps,
+        Q_HEADS=config.q_heads, KV_HEADS=config.kv_heads, num_warps=config.num_warps,
     )  # fmt: skip
 
 
 _backends.register("qk_norm_mrope_store", "triton", _qk_norm_mrope_store_triton)
+
+
+def _qk_norm_mrope_store_cuda(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    mrope_section: list[int],
+    theta: float,
+    eps: float,
+    out: torch.Tensor,
+) -> None:
+    head_dim = q_weight.shape[0]
+    _ext.extension().qk_norm_mrope_store(
+        dtype=_ext.DTYPES[qkv.dtype], head_dim=head_dim, qkv=qkv.data_ptr(),
+        q_weight=q_weight.data_ptr(), k_weight=k_weight.data_ptr(), positions=positions.data_ptr(),
+        frequencies=frequencies(head_dim, theta, 1, qkv.device).data_ptr(),
+        k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), slots=slot_mapping.data_ptr(),
+        out=out.data_ptr(), k_strides=k_cache.stride(), v_strides=v_cache.stride(),
+        out_strides=out.stride(), stride_qkv=qkv.stride(0), stride_axis=positions.stride(0),
+        num_tokens=qkv.shape[0], num_heads=num_heads, num_kv_heads=num_kv_heads,
+        page_size=k_cache.shape[1], section_t=mrope_section[0], section_h=mrope_section[1], eps=eps,
+        num_sms=device_of(qkv).num_sms, overlap=_cuda.overlaps(qkv), stream=_ext.stream_of(qkv),
+    )  # fmt: skip
+
+
+_LIMITS = _cuda.CudaLimits(
+    aligned=("qkv", "q_weight", "k_weight", "out", "k_cache", "v_cache"),
+    head_dims=(64, 80, 128),
+    head_dim_of="q_weight",
+)
+_cuda.register("qk_norm_mrope_store", _qk_norm_mrope_store_cuda, _LIMITS)
 
 
 def qk_norm_mrope_store(

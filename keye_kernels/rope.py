@@ -1,6 +1,6 @@
 """Rotary position embedding: 2D for the vision tower, 3D (t, h, w) for the text decoder.
 
-One kernel serves both: 2D is 3D without a third axis, over a table of frequencies that repeats.
+One kernel serves both: 2D is 3D with an empty third axis, and both its axes use one frequency set.
 """
 
 import functools
@@ -22,6 +22,7 @@ from keye_kernels._checks import (
 )
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
+from keye_kernels.reference.rope import inverse_frequencies
 
 _rope_2d_op = define_op(
     "rope_2d_(Tensor(a!) q, Tensor(b!) k, Tensor positions, float theta) -> ()",
@@ -34,10 +35,11 @@ _mrope_op = define_op(
 )
 
 
-class Tiles(NamedTuple):
-    """A program turns ``pairs`` pairs of consecutive tokens, for ``heads`` heads at a time.
+class LaunchConfig(NamedTuple):
+    """One program rotates ``pairs`` channel pairs of consecutive tokens, ``heads`` heads at a time.
 
-    ``width`` pairs are one access. ``num_splits`` programs share the head blocks of the same pairs.
+    One load covers ``width`` pairs. The head blocks of the same pairs are split over ``num_splits``
+    programs.
     """
 
     width: int
@@ -46,18 +48,17 @@ class Tiles(NamedTuple):
     num_splits: int
 
 
-def _launch_config(
+def launch_config(
     num_tokens: int, heads: tuple[int, int], half: int, itemsize: int, num_sms: int
-) -> Tiles:
-    """Tiles of one warp for ``heads`` heads of q and of k, with ``half`` pairs each.
+) -> LaunchConfig:
+    """Choose programs of one warp; ``heads``: heads of q and of k, ``half``: pairs per head.
 
-    An access is as wide as rows and halves of rows are aligned. For head_dim 128 that is 16 bytes.
-    For 72 it is 8, since the second half begins 72 bytes into a row of 144: with 16 the partners of
-    a thread's channels would lie in other threads.
+    An access is as wide as the start of a head's second half is aligned: in 16-bit types 16 bytes
+    for head_dim 128, and 8 for 72, where it starts at byte 72. A wider access would load channels
+    whose partners are in another thread.
 
-    Many tokens: a thread has 128 bytes in flight and turns up to four blocks of heads, so that the
-    angles cost little and no program is long. Few: one access per half, as many programs as there
-    are blocks.
+    Many tokens: a thread has 128 bytes in flight and rotates up to four head blocks, which reuse
+    its angles. Few tokens: one access per half, and a program for each head block.
     """
     width = math.gcd(half, 16 // itemsize)
     pairs, block = 32 * width, 64 // (width * itemsize)
@@ -65,43 +66,42 @@ def _launch_config(
     head_blocks = sum(triton.cdiv(n, block) for n in heads)
     if num_blocks * head_blocks >= 4 * num_sms:
         splits = max(triton.cdiv(head_blocks, 4), 16 * num_sms // num_blocks)
-        return Tiles(width, pairs, block, min(splits, head_blocks))
+        return LaunchConfig(width, pairs, block, min(splits, head_blocks))
     pairs = min(pairs, triton.next_power_of_2(half))
     block = 32 * width // pairs
-    return Tiles(width, pairs, block, sum(triton.cdiv(n, block) for n in heads))
+    return LaunchConfig(width, pairs, block, sum(triton.cdiv(n, block) for n in heads))
 
 
 @functools.cache
 def frequencies(dim: int, theta: float, repeats: int, device: torch.device) -> torch.Tensor:
     """theta^(-2k / dim) for k < dim / 2, ``repeats`` times over: fp32 on ``device``.
 
-    A table, because the angle must be the reference's: at position 1e5 one unit in the last place
-    of a frequency near 1 turns the pair by 0.006 rad. The reference's own values, computed on the
-    CPU as the published code does, are copied once; later calls, those captured in a CUDA graph
-    among them, copy nothing.
+    A table, because angles must match the reference: at position 1e5 one unit in the last place of
+    a frequency near 1 rotates the pair by 0.006 rad. The reference's values, computed on the CPU as
+    in the published code, are copied once. Later calls copy nothing, so a CUDA graph can capture
+    them.
     """
-    table = reference.rotation.inverse_frequencies(dim, theta, torch.device("cpu"))
+    table = inverse_frequencies(dim, theta, torch.device("cpu"))
     return table.repeat(repeats).to(device)
 
 
 @triton.jit
 def cos_sin(angle):
-    """cos and sin of fp32 angles, within one unit in the last place of 1, up to 2^22 rad.
+    """cos and sin of fp32 angles up to 2^20 rad, within one unit in the last place of 1.
 
-    tl.cos and tl.sin are as good, but reduce the angle twice, and for large ones through memory on
-    the stack.
+    tl.cos and tl.sin are as accurate, but each reduces the angle anew, and large ones on the stack.
     """
-    # Adding 1.5 * 2^23 rounds to an integer and leaves its last bits at the end of the mantissa.
+    # Adding 1.5 * 2^23 rounds to an integer, whose low bits are then those of the mantissa.
     shifted = angle * 0.6366197723675814 + 12582912.0  # 2 / pi
     turns = shifted - 12582912.0  # quarter turns
     quadrant = shifted.to(tl.int32, bitcast=True)
-    # pi / 2 in four parts. The first three have 7 bits: up to 2^17 quarter turns their products are
-    # exact even where fma is not one operation, as in the interpreter.
+    # pi / 2 in four parts. The first three have 7 bits, so their products with up to 2^17 quarter
+    # turns are exact even where fma rounds twice, as in Triton's interpreter before 3.9.
     r = tl.fma(turns, -1.578125, angle)
     r = tl.fma(turns, 0.00732421875, r)
     r = tl.fma(turns, 4.470348358154297e-06, r)
     r = tl.fma(turns, -1.5893254712295857e-08, r)
-    # Fitted on [-pi/4, pi/4] to the smallest maximal error: 2e-9 and 1e-10.
+    # Minimax polynomials on [-pi/4, pi/4], with errors of at most 4e-9 and 5e-10.
     z = r * r
     sin = r + r * z * (-0.16666651 + z * (0.0083319675 + z * -0.00019494264))
     cos = 1 - 0.5 * z + z * z * (0.041666646 + z * (-0.0013887355 + z * 2.4437008e-05))
@@ -128,12 +128,12 @@ def axis_of(
 
 @triton.jit
 def rotate(low, high, cos, sin):
-    """Pairs (low, high) turned, fp32. low, high: [heads, pairs] of any float type."""
+    """Rotate the pairs (low, high) in fp32. low, high: [heads, pairs] of any float type."""
     low, high = low.to(tl.float32), high.to(tl.float32)
     return low * cos - high * sin, high * cos + low * sin
 
 
-# These change with every request: a kernel for each divisibility would be compiled on the way.
+# These change with every request: specialising would compile a kernel for each divisibility.
 @triton.jit(do_not_specialize=["stride_axis", "num_tokens"])
 def _rope_kernel(
     q_ptr, k_ptr, positions_ptr, frequencies_ptr,
@@ -142,7 +142,7 @@ def _rope_kernel(
     SECTION_T: tl.constexpr, SECTION_H: tl.constexpr, SECTION_W: tl.constexpr,
     INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    # Pairs of all tokens in one line, so that no lane is idle where HALF is no power of two.
+    # Pairs are numbered across tokens, so that no lane is idle if HALF is not a power of two.
     first_pair = tl.program_id(0).to(tl.int64) * PAIRS
     start = tl.multiple_of((first_pair % HALF).to(tl.int32), WIDTH)
     pair = start + tl.arange(0, PAIRS)
@@ -153,7 +153,7 @@ def _rope_kernel(
     axis = axis_of(pair, SECTION_T, SECTION_H, SECTION_W, INTERLEAVED)
     offs_position = token * stride_position + axis.to(tl.int64) * stride_axis
     position = tl.load(positions_ptr + offs_position, mask=mask, other=0)
-    # Rounded to fp32 as in the reference: no sum follows that could absorb the product.
+    # Rounded to fp32 as in the reference: no addition follows that could fuse with the product.
     cos, sin = cos_sin(position.to(tl.float32) * tl.load(frequencies_ptr + pair))
 
     q_blocks = tl.cdiv(num_heads, HEADS)
@@ -181,18 +181,18 @@ def _rope(
     section: Sequence[int],
     interleaved: bool,
 ) -> None:
-    """strides: of ``positions``, from token to token and from axis to axis."""
+    """strides: those of ``positions``, per token and per axis."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], head_dim // 2
     heads = num_heads, num_kv_heads
-    tiles = _launch_config(num_tokens, heads, half, q.itemsize, device_of(q).num_sms)
-    num_blocks = triton.cdiv(num_tokens * half, tiles.pairs)
-    _rope_kernel[(num_blocks, tiles.num_splits)](
+    config = launch_config(num_tokens, heads, half, q.itemsize, device_of(q).num_sms)
+    num_blocks = triton.cdiv(num_tokens * half, config.pairs)
+    _rope_kernel[(num_blocks, config.num_splits)](
         q, k, positions, table, q.stride(0), k.stride(0), *strides,
         num_tokens, num_heads, num_kv_heads,
         STRIDE_Q_HEAD=q.stride(1), STRIDE_K_HEAD=k.stride(1), HALF=half,
         SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2], INTERLEAVED=interleaved,
-        WIDTH=tiles.width, PAIRS=tiles.pairs, HEADS=tiles.heads, num_warps=1,
+        WIDTH=config.width, PAIRS=config.pairs, HEADS=config.heads, num_warps=1,
     )  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def rope_2d_(
     """Rotate ``q`` and ``k`` in place by their patch's row and column.
 
     With d = head_dim, channel j pairs with channel j + d/2. The first d/4 pairs turn by
-    ``row * theta^(-4j/d)``, the next d/4 by the same of ``column``.
+    ``row * theta^(-4j/d)``, the next d/4 by ``column`` at the same frequencies.
 
     Args:
         q: [num_tokens, num_heads, head_dim], fp32 / fp16 / bf16, head_dim a multiple of 4. Any

@@ -1,14 +1,17 @@
-"""The next token of each request from its logits: greedy, or drawn with its own generator.
+"""Choose the next token of each request from its logits: greedy, or drawn with the request's seed.
 
-Two launches, whatever the parameters hold. The first spreads the vocabulary over the GPU: for each
-group of tokens its largest logit, and in rows without top-k also a draw and a sum of weights per
-block. The second has one program per row, which reads only groups that can matter.
+Always two launches. The first splits the vocabulary over the GPU and writes the largest logit of
+each group of tokens; in rows without top-k, also a bound of score + g per group and, with top-p, a
+sum of weights per block. The second has one program per row, which reads only groups that can hold
+the chosen token. So fp64 noise is computed for the few tokens whose bound in fp32 is high enough.
 
-No search for top-p is needed. The kept tokens are those above some logit, so the first of them in
-order of score + g is found by taking the largest score + g of all and, as long as the tokens above
-it already weigh top_p, the largest of those above it. Each round is rarer than the one before: the
-first ends the search with probability top_p at least.
+Top-p needs no search for its threshold. It keeps the tokens above some logit, so: take the token
+with the largest score + g. While the tokens with larger logits already weigh top_p, that token is
+not kept: take the largest score + g among those instead. The first round succeeds with probability
+top_p or more, later ones are ever rarer.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,13 +22,20 @@ from keye_kernels._checks import FLOAT_DTYPES, check_tensor
 from keye_kernels._ops import define_op
 from keye_kernels._sampling import (
     GROUP,
+    LARGEST,
     NOTHING,
     TILE,
+    bound_of,
+    bound_scale,
     draw,
+    draw_from_all,
     group_bound,
-    gumbel,
+    key_of,
     keys_of,
     kth_key,
+    logit_of,
+    logits_of,
+    philox,
     scores_of,
     weight_of,
 )
@@ -36,30 +46,38 @@ _sample_op = define_op(
     reference=reference.sample,
 )
 
-# Fixed, not chosen by batch size: the sums of a row must not depend on its neighbours.
+# The same for every batch size: the sums of a row must not depend on the other rows.
 _BLOCK = 1024  # tokens per program of the first launch
 
 
-def _launch_config(num_groups: int) -> tuple[int, int, int]:
-    """Group maxima that one program holds, and warps of the first and of the second launch.
+class LaunchConfig(NamedTuple):
+    """Group maxima that a program of the second launch holds, and the warps of each launch."""
 
-    8 logits per thread in both: one 16-byte load in 16-bit types. More warps in the second only
-    where a vocabulary past 2^19 would fill its registers with group maxima.
+    max_groups: int
+    scan_warps: int
+    choose_warps: int
+
+
+def launch_config(num_groups: int) -> LaunchConfig:
+    """Choose the launches.
+
+    8 logits per thread in both: one 16-byte load in 16-bit types. The second takes more warps for
+    vocabularies past 2^18, whose group maxima would fill its registers.
     """
     size = triton.next_power_of_2(num_groups)
-    return size, 4, min(max(size // 512, 8), 32)
+    return LaunchConfig(size, 4, min(max(size // 512, 8), 32))
 
 
 @triton.jit
 def _sample_scan_kernel(
     logits_ptr, seen_ptr, penalty_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seed_ptr, step_ptr,
-    group_keys_ptr, drawn_ptr, partial_ptr, stride_logits, stride_seen, vocab_size, num_blocks,
-    HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
+    group_keys_ptr, bounds_ptr, block_keys_ptr, weights_ptr, stride_logits, stride_seen,
+    vocab_size, num_blocks, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row = (pid // num_blocks).to(tl.int64)
     block = pid % num_blocks
-    # All that the row asks for, in flight together with its logits.
+    # Loaded before the logits, so that all these loads are in flight together.
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -71,57 +89,31 @@ def _sample_scan_kernel(
         seen_ptr += row * stride_seen
     groups = tl.arange(0, BLOCK // GROUP)
     tokens = block * BLOCK + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    keys = keys_of(
+    logits = logits_of(
         logits_ptr + row * stride_logits, seen_ptr, penalty, tokens, vocab_size, HAS_SEEN
     )
-    group_keys = tl.max(keys, axis=1)  # [BLOCK / GROUP]
+    group_keys = key_of(tl.max(logits, axis=1))  # [BLOCK / GROUP]
     first = (row * num_blocks + block) * (BLOCK // GROUP)
     tl.store(group_keys_ptr + first + groups, group_keys)
 
     if (temperature > 0) & ((top_k <= 0) | (top_k >= vocab_size)):
-        # Scores relative to the block's largest logit: the row's is not known yet.
-        top_key = tl.max(group_keys)
-        scores = scores_of(keys, top_key, 1 / temperature.to(tl.float64))
-        noisy = scores + gumbel(tokens, seed, step)
-        best = tl.max(noisy)
-        token = tl.min(tl.where(noisy == best, tokens, vocab_size))
-        key = tl.max(tl.where(tokens == token, keys, NOTHING))
-        drawn_ptr += row * 3 * num_blocks + block
-        tl.store(drawn_ptr, token)
-        tl.store(drawn_ptr + num_blocks, key)
-        tl.store(drawn_ptr + 2 * num_blocks, top_key)
-        partial_ptr += row * 2 * num_blocks + block
-        tl.store(partial_ptr, best)
         if top_p < 1:
-            tl.store(partial_ptr + num_blocks, tl.sum(tl.exp(scores)))
-
-
-@triton.jit
-def _combine_blocks(
-    drawn_ptr, partial_ptr, num_blocks, top_key, inverse_temperature, top_p, BLOCKS: tl.constexpr
-):
-    """Token and key drawn from the whole row, and its sum of exp(score), from those of blocks."""
-    blocks = tl.arange(0, BLOCKS)
-    mask = blocks < num_blocks
-    block_top = tl.load(drawn_ptr + 2 * num_blocks + blocks, mask=mask, other=NOTHING)
-    shift = scores_of(block_top, top_key, inverse_temperature)
-    noisy = tl.load(partial_ptr + blocks, mask=mask, other=float("-inf")) + shift
-    tokens = tl.load(drawn_ptr + blocks, mask=mask, other=0)
-    keys = tl.load(drawn_ptr + num_blocks + blocks, mask=mask, other=NOTHING)
-    block = tl.min(tl.where(noisy == tl.max(noisy), blocks, BLOCKS))
-    token = tl.max(tl.where(blocks == block, tokens, 0))
-    key = tl.max(tl.where(blocks == block, keys, NOTHING))
-    # A bound, not `& (top_p < 1)`: in Triton's interpreter a spread scalar is no mask.
-    mask = blocks < tl.where(top_p < 1, num_blocks, 0)
-    weights = tl.load(partial_ptr + num_blocks + blocks, mask=mask, other=0.0)
-    return token, key, tl.sum(weights * tl.exp(shift))
+            block_key = tl.max(group_keys)
+            scores = scores_of(key_of(logits), block_key, 1 / temperature.to(tl.float64))
+            tl.store(block_keys_ptr + row * num_blocks + block, block_key)
+            tl.store(weights_ptr + row * num_blocks + block, tl.sum(tl.exp(scores)))
+        # Bounds are relative to the group's largest logit: the row's is not known yet.
+        top = tl.maximum(logit_of(group_keys), -LARGEST)  # finite
+        w0, _ = philox(tokens, seed, step)
+        bounds = bound_of(logits, top[:, None], bound_scale(temperature), w0)
+        tl.store(bounds_ptr + first + groups, tl.max(bounds, axis=1))
 
 
 @triton.jit
 def _sample_choose_kernel(
     logits_ptr, seen_ptr, penalty_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seed_ptr, step_ptr,
-    out_ptr, group_keys_ptr, list_ptr, drawn_ptr, partial_ptr, stride_logits, stride_seen,
-    stride_out, vocab_size, num_groups, num_blocks,
+    out_ptr, group_keys_ptr, list_ptr, bounds_ptr, block_keys_ptr, weights_ptr, stride_logits,
+    stride_seen, stride_out, vocab_size, num_groups, num_blocks,
     HAS_SEEN: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -154,19 +146,29 @@ def _sample_choose_kernel(
         has_top_k = (top_k > 0) & (top_k < vocab_size)
         has_top_p = top_p < 1
         rank = top_k.to(tl.int32)
+        total = tl.full((), 0, tl.float64)
         if has_top_k:
-            token, key, total = 0, top_key, tl.full((), 0, tl.float64)
+            token, key = 0, top_key
             low = group_bound(group_keys, top_key, rank)
         else:
-            drawn_ptr += row * 3 * num_blocks
-            partial_ptr += row * 2 * num_blocks
-            token, key, total = _combine_blocks(
-                drawn_ptr, partial_ptr, num_blocks, top_key, inverse_temperature, top_p, BLOCKS
-            )
+            token, key = draw_from_all(
+                logits_ptr, seen_ptr, penalty, vocab_size, group_keys,
+                bounds_ptr + row * num_groups, num_groups, top_key, temperature,
+                inverse_temperature, seed, step, GROUPS, HAS_SEEN,
+            )  # fmt: skip
             low = key + 1
+            if has_top_p:
+                blocks = tl.arange(0, BLOCKS)
+                mask = blocks < num_blocks
+                block_keys_ptr += row * num_blocks
+                weights_ptr += row * num_blocks
+                block_keys = tl.load(block_keys_ptr + blocks, mask=mask, other=NOTHING)
+                weights = tl.load(weights_ptr + blocks, mask=mask, other=0.0)
+                shift = scores_of(block_keys, top_key, inverse_temperature)
+                total = tl.sum(weights * tl.exp(shift))
 
         if has_top_k | has_top_p:
-            # The groups that reach low, in rising order. Nothing below it is looked at any more.
+            # List the groups whose maximum is at least low, in rising order; no other is read.
             reach = (group_keys >= low).to(tl.int32)
             num_listed = tl.sum(reach)
             tl.store(list_ptr + tl.cumsum(reach, axis=0) - 1, groups, mask=reach != 0)
@@ -183,7 +185,7 @@ def _sample_choose_kernel(
                     )  # fmt: skip
             needed = top_p.to(tl.float64) * total
             searching = has_top_k | has_top_p
-            to_draw = has_top_k  # else there is a token already
+            to_draw = has_top_k  # without top-k the first launch has drawn a token
             while searching:
                 if to_draw:
                     token, key = draw(
@@ -216,24 +218,24 @@ def _sample_triton(
     batch_size, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     num_groups = num_blocks * (_BLOCK // GROUP.value)
-    max_groups, scan_warps, choose_warps = _launch_config(num_groups)
+    max_groups, scan_warps, choose_warps = launch_config(num_groups)
     ints = {"dtype": torch.int32, "device": logits.device}
     group_keys = torch.empty(batch_size, num_groups, **ints)
     listed = torch.empty(batch_size, num_groups, **ints)
-    drawn = torch.empty(batch_size, 3, num_blocks, **ints)  # token, its key, largest key
-    partial = torch.empty(  # score + noise of that token, sum of exp(score)
-        batch_size, 2, num_blocks, dtype=torch.float64, device=logits.device
-    )
-    exact = {"enable_fp_fusion": False}  # a fused product would round once, the reference twice
+    bounds = torch.empty(batch_size, num_groups, dtype=torch.float32, device=logits.device)
+    block_keys = torch.empty(batch_size, num_blocks, **ints)
+    weights = torch.empty(batch_size, num_blocks, dtype=torch.float64, device=logits.device)
+    between = (bounds, block_keys, weights)
+    exact = {"enable_fp_fusion": False}  # fma rounds once, the reference's product and sum twice
     has_seen = seen is not None
     stride_seen = seen.stride(0) if has_seen else 0
     row = (logits, seen, repetition_penalty, temperature, top_k, top_p, seed, step)
     _sample_scan_kernel[(batch_size * num_blocks,)](
-        *row, group_keys, drawn, partial, logits.stride(0), stride_seen, vocab_size, num_blocks,
+        *row, group_keys, *between, logits.stride(0), stride_seen, vocab_size, num_blocks,
         HAS_SEEN=has_seen, BLOCK=_BLOCK, num_warps=scan_warps, **exact,
     )  # fmt: skip
     _sample_choose_kernel[(batch_size,)](
-        *row, out, group_keys, listed, drawn, partial, logits.stride(0), stride_seen,
+        *row, out, group_keys, listed, *between, logits.stride(0), stride_seen,
         out.stride(0), vocab_size, num_groups, num_blocks,
         HAS_SEEN=has_seen, GROUPS=max_groups, BLOCKS=triton.next_power_of_2(num_blocks),
         num_warps=choose_warps, **exact,
@@ -264,17 +266,16 @@ def sample(
     2. ``temperature`` 0: the largest logit, the lowest token on ties. Done.
     3. ``top_k``: keep the logits not below the k-th largest, so ties with it stay.
     4. ``top_p``: with score = (logit - largest logit) * (1 / temperature) and p = softmax(score)
-       over those kept, in fp64, keep the smallest set of largest logits that reaches ``top_p``, and
-       ties with its last. At least one stays.
+       over those kept, in fp64, keep the fewest largest logits whose p add up to ``top_p``, and
+       ties with the last of them. At least one stays.
     5. Take the largest ``score + g`` (fp64, lowest token on ties) of those kept,
        g = -log(-log(u)), which draws from their softmax (Gumbel-max). u depends on the request's
        seed, the step and the token, and on nothing else: with Philox4x32-10, key (low, high word
        of seed), counter (token, low word of step, high word of step, 0) and first two words of
        result w0, w1: u = (w0 * 2^20 + floor(w1 / 2^12) + 0.5) / 2^52.
 
-    Sums, exp and log in fp64 may differ in their last bits from one backend or device to the next.
-    A draw whose choice hangs on that, about one in 10^13, may give another token there; all else
-    is exact.
+    The last bits of fp64 sums, exp and log may differ between backends or devices. They decide
+    about one draw in 10^13, which may then give another token; everything else is exact.
 
     Args:
         logits: [batch_size, vocab_size], fp32 / fp16 / bf16. Rows may be strided.
@@ -282,14 +283,14 @@ def sample(
         top_k: [batch_size] int64, at least 0; 0, or vocab_size and more, is off.
         top_p: [batch_size] fp32, in [0, 1]; 1 is off.
         seed: [batch_size] int64, any value.
-        step: [batch_size] int64, number of the token in its request; another step is another draw.
+        step: [batch_size] int64, number of the token in its request; each step draws anew.
         repetition_penalty: [batch_size] fp32, positive; 1 is off. Comes with ``seen``.
         seen: [batch_size, vocab_size] bool, tokens the penalty applies to. Rows may be strided.
         out: [batch_size] int64.
 
     Returns:
-        Tokens, [batch_size] int64. A row without a single logit above -inf gives -1: there is
-        nothing to choose from, and the model that made it is broken.
+        Tokens, [batch_size] int64. A row without a logit above -inf gives -1: the model that made
+        it is broken.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, a

@@ -23,7 +23,8 @@ _varlen_attention_op = define_op(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, Tensor(a!) out, "
     "Tensor(b!)? lse, Tensor? tiles, int block_m) -> ()",
-    reference=reference.attention.varlen_attention_into,
+    reference=reference.varlen_attention,
+    tuples={"out": ("out", "lse"), "schedule": ("tiles", "block_m")},
 )
 
 

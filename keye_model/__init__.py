@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from keye_model.answer import Answer
     from keye_model.checkpoint.config import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
     from keye_model.conditional_generation import KeyeForConditionalGeneration
-    from keye_model.engine.plan import Limits
+    from keye_model.engine.memory import Limits
     from keye_model.keye import Keye
     from keye_model.network.model import KeyeModel
     from keye_model.network.text import KeyeTextModel
@@ -42,7 +42,7 @@ _NAMES = {
     "answer": "Answer",
     "keye": "Keye",
     "network.model": "KeyeModel",
-    "engine.plan": "Limits",
+    "engine.memory": "Limits",
     "processing.image_processor": "KeyeImageProcessor",
     "processing.processor": "KeyeProcessor",
     "processing.video_processor": "KeyeVideoProcessor",

@@ -1,4 +1,4 @@
-"""What `Keye` returns: an answer, the tokens it took, and where the time went."""
+"""What `Keye` returns: an answer, its token counts and its timings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request; image and video tokens are part of the prompt's."""
+    """Token counts of one request; ``prompt_tokens`` includes image and video tokens."""
 
     prompt_tokens: int
     image_tokens: int
@@ -18,10 +18,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of the run this request was part of; ``first_token`` is of this request, from the
-    start of its processing, without the time a stream lay idle before it was read.
+    """Seconds of the whole run that this request was part of. ``first_token`` is the request's own,
+    from the start of its processing, without the time before a stream was first read.
 
-    ``cuda_graphs``: steps were captured as CUDA graphs where they came up again.
+    ``cuda_graphs``: forward passes that ran again were captured as CUDA graphs.
     """
 
     processing: float
@@ -37,7 +37,7 @@ class Answer:
     """One finished answer.
 
     Attributes:
-        text: What to show: without its thinking and analysis parts, and without their tags.
+        text: The answer without its thinking and analysis parts and their tags.
         thinking: Between ``<think>`` and ``</think>``; None if the answer has no such part.
         analysis: Between ``<analysis>`` and ``</analysis>``; None if there is none.
         token_ids: All generated ids, with the stop id if there was one.

@@ -15,27 +15,24 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import locate
+from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.checkpoint.weights import load_model
+from keye_model.engine.answering import Draft, answer
 from keye_model.engine.detokenizer import Detokenizer
-from keye_model.engine.plan import Limits
-from keye_model.engine.sampling import GenerationDefaults
+from keye_model.engine.memory import Limits
+from keye_model.engine.options import SamplingOptions
+from keye_model.engine.sampling import sampling_params
 from keye_model.engine.scheduler import Scheduler
 from keye_model.engine.workspace import WorkspacePool
 from keye_model.inputs.keywords import GENERATING, LOADING, refuse, without_idle
-from keye_model.inputs.packing import BatchRow, pack, split_batch
-from keye_model.inputs.request import Request, host_grid
+from keye_model.inputs.packing import pack, requests_of, split_batch
 from keye_model.network.cache import PagedCache
 from keye_model.network.model import KeyeModel
 from keye_model.network.text import Linear
 from keye_model.network.upload import upload
 from keye_model.processing.tokenizer import load_tokenizer
-
-_GENERATION_OPTIONS = (
-    "max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed, stop_strings, "
-    "eos_token_id, pad_token_id, limits"
-)
 
 
 @dataclass
@@ -68,7 +65,7 @@ class KeyeForConditionalGeneration(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike,
+        path_or_id: str | os.PathLike | Checkpoint,
         *,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
@@ -100,10 +97,10 @@ class KeyeForConditionalGeneration(nn.Module):
             raise ValueError(f"dtype must be given once, got {dtype} and torch_dtype {torch_dtype}")
         dtype = _dtype(torch_dtype if torch_dtype is not None else dtype)
         # All that can be refused is refused before the weights are fetched.
-        small = locate(path_or_id, weights=False, local_files_only=local_files_only)
-        config = KeyeConfig.from_pretrained(small)
-        defaults = GenerationDefaults.from_directory(small)
-        directory = locate(path_or_id, weights=True, local_files_only=local_files_only)
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
+        config = KeyeConfig.from_pretrained(checkpoint)
+        defaults = GenerationDefaults.from_pretrained(checkpoint)
+        directory = checkpoint.fetch_weights()
         model = load_model(cls, config, directory, device=device, dtype=dtype or config.dtype)
         model.generation_config = defaults
         model._directory = directory
@@ -147,9 +144,8 @@ class KeyeForConditionalGeneration(nn.Module):
             ValueError: A shape, a grid or the number of placeholders is wrong.
         """
         grids = (image_grid_thw, video_grid_thw, second_per_grid_ts, num_frames)
-        rows = self._split(input_ids, attention_mask, *grids)
-        requests = _requests(rows, pixel_values, pixel_values_videos)
-        packed = pack(requests, self.config)
+        rows = split_batch(self.config, input_ids, *grids, attention_mask)
+        packed = pack(requests_of(rows, pixel_values, pixel_values_videos), self.config)
         positions = packed.positions
         if position_ids is not None:
             if position_ids.shape != (3, *input_ids.shape):
@@ -184,14 +180,6 @@ class KeyeForConditionalGeneration(nn.Module):
         second_per_grid_ts: torch.Tensor | Sequence | None = None,
         num_frames: torch.Tensor | Sequence | None = None,
         *,
-        max_new_tokens: int = 512,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         limits: Limits | None = None,
@@ -200,17 +188,12 @@ class KeyeForConditionalGeneration(nn.Module):
         """Generate from a padded batch; inputs as in `forward`.
 
         Args:
-            max_new_tokens: At most this many tokens for each row, less where the context ends.
-            do_sample: False is greedy, whatever the next three say; None follows the checkpoint's
-                `generation_config.json`, or samples if one of them is given.
-            temperature, top_k, top_p, repetition_penalty: None follows the checkpoint.
-            seed: One for all rows or one for each; None draws from torch's global generator.
-            stop_strings: A row ends when its text contains one of these.
             eos_token_id: One or several ids that end a row, instead of the checkpoint's.
             pad_token_id: Fills rows that ended before others, instead of the checkpoint's.
             limits: Bounds of memory.
-            options: Keywords of transformers with a value that changes nothing, such as
-                ``num_beams=1`` or ``use_cache=True``.
+            options: Fields of `SamplingOptions`, as `Keye.generate` takes them, a seed for all rows
+                or one for each; and keywords of transformers with a value that changes nothing,
+                such as ``num_beams=1`` or ``use_cache=True``.
 
         Returns:
             [batch_size, padded_length + new], int64: the input, then the generated ids with the
@@ -222,41 +205,26 @@ class KeyeForConditionalGeneration(nn.Module):
                 one.
             TypeError: An option is unknown.
         """
-        refuse(without_idle(options, GENERATING), _GENERATION_OPTIONS)
-        defaults = self._defaults()
+        given = without_idle(options, GENERATING)
+        sampling = SamplingOptions.of(given, "eos_token_id", "pad_token_id", "limits")
+        defaults = self.generation_config
+        if defaults is None:
+            raise RuntimeError(
+                "generation_config must be set before generate(); from_pretrained does it"
+            )
         ends, pad = defaults.eos_token_ids, defaults.pad_token_id
         if eos_token_id is not None:
             ends = _token_ids("eos_token_id", eos_token_id)
         if pad_token_id is not None:
             [pad] = _token_ids("pad_token_id", [pad_token_id])
-        rows = self._split(
-            input_ids,
-            attention_mask,
-            image_grid_thw,
-            video_grid_thw,
-            second_per_grid_ts,
-            num_frames,
-        )
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(rows)
-        if len(seeds) != len(rows):
-            raise ValueError(f"seed must be one value or {len(rows)} values, got {len(seeds)}")
-        params = [
-            defaults.params(
-                max_new_tokens=max_new_tokens,
-                do_sample=do_sample,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                repetition_penalty=repetition_penalty,
-                seed=value,
-            )
-            for value in seeds
-        ]
-        requests = _requests(rows, pixel_values, pixel_values_videos)
-        watchers = []
-        if stop_strings is not None and stop_strings != []:
+        grids = (image_grid_thw, video_grid_thw, second_per_grid_ts, num_frames)
+        rows = split_batch(self.config, input_ids, *grids, attention_mask)
+        params = sampling_params(sampling, defaults, len(rows))
+        requests = requests_of(rows, pixel_values, pixel_values_videos)
+        drafts = [Draft() for _ in rows]
+        if sampling.stop_strings is not None and sampling.stop_strings != []:
             tokenizer = self._tokenizer()
-            watchers = [Detokenizer(tokenizer, stop_strings) for _ in rows]
+            drafts = [Draft(Detokenizer(tokenizer, sampling.stop_strings)) for _ in rows]
         scheduler = Scheduler(
             self.model,
             self.lm_head,
@@ -266,43 +234,12 @@ class KeyeForConditionalGeneration(nn.Module):
             limits=limits,
             workspaces=self.workspaces,
         )
-        answers: list[list[int]] = [[] for _ in rows]
-        for token in scheduler:
-            answers[token.request].append(token.token_id)
-            if watchers:
-                watchers[token.request].add(token.token_id)
-                if watchers[token.request].stopped:
-                    scheduler.stop(token.request)
-        longest = max(map(len, answers))
-        padded = [ids + [pad] * (longest - len(ids)) for ids in answers]
+        for _ in answer(scheduler, drafts):
+            pass
+        longest = max(len(draft.token_ids) for draft in drafts)
+        padded = [one.token_ids + [pad] * (longest - len(one.token_ids)) for one in drafts]
         new = torch.tensor(padded, dtype=torch.int64, device=input_ids.device)
         return torch.cat([input_ids, new], dim=1)
-
-    def _split(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        image_grid_thw: torch.Tensor | Sequence | None,
-        video_grid_thw: torch.Tensor | Sequence | None,
-        second_per_grid_ts: torch.Tensor | Sequence | None,
-        num_frames: torch.Tensor | Sequence | None,
-    ) -> list[BatchRow]:
-        return split_batch(
-            self.config,
-            input_ids,
-            host_grid("image_grid_thw", image_grid_thw),
-            host_grid("video_grid_thw", video_grid_thw),
-            second_per_grid_ts,
-            num_frames,
-            attention_mask,
-        )
-
-    def _defaults(self) -> GenerationDefaults:
-        if self.generation_config is None:
-            raise RuntimeError(
-                "generation_config must be set before generate(); from_pretrained does it"
-            )
-        return self.generation_config
 
     def _tokenizer(self) -> Tokenizer:
         try:
@@ -313,37 +250,6 @@ class KeyeForConditionalGeneration(nn.Module):
             raise FileNotFoundError(
                 f"stop_strings need the checkpoint's tokenizer.json: {error}"
             ) from error
-
-
-def _requests(
-    rows: list[BatchRow], images: torch.Tensor | None, videos: torch.Tensor | None
-) -> list[Request]:
-    """Deal the patches out to the rows that own them."""
-    requests, taken = [], [0, 0]
-
-    def take(pixels: torch.Tensor | None, kind: int, grid: tuple) -> torch.Tensor | None:
-        start = taken[kind]
-        taken[kind] += sum(t * h * w for t, h, w in grid)
-        return pixels[start : taken[kind]] if grid and pixels is not None else None
-
-    for row in rows:
-        requests.append(
-            Request(
-                row.input_ids,
-                take(images, 0, row.image_grid_thw),
-                row.image_grid_thw,
-                take(videos, 1, row.video_grid_thw),
-                row.video_grid_thw,
-                row.second_per_grid_ts,
-            )
-        )
-    for name, grid, pixels, used in (
-        ("pixel_values", "image_grid_thw", images, taken[0]),
-        ("pixel_values_videos", "video_grid_thw", videos, taken[1]),
-    ):
-        if pixels is not None and len(pixels) != used:
-            raise ValueError(f"{name} must hold the {used} patches of {grid}, got {len(pixels)}")
-    return requests
 
 
 def _token_ids(name: str, value: int | Sequence[int] | torch.Tensor) -> tuple[int, ...]:

@@ -14,14 +14,15 @@ from PIL import Image, ImageDraw
 
 from keye_kernels import backends
 from keye_model.answer import Answer
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.cli.terminal import Progress, say
 from keye_model.demo_checkpoint import build
 from keye_model.keye import Keye
 
 
-def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
-    """Show the stack at work, with a checkpoint or, without one, with random weights."""
+def run(model: str | Checkpoint | None = None, *, max_new_tokens: int = 32) -> None:
+    """Show the stack at work on checkpoint ``model``; None: on random weights."""
     with tempfile.TemporaryDirectory(prefix="keye-demo-") as name:
         folder = Path(name)
         if model is None:
@@ -65,7 +66,7 @@ def run(model: str | None = None, *, max_new_tokens: int = 32) -> None:
 
 
 def describe_backends() -> str:
-    """Which backend serves each op, and why the others do not; ops of one answer are grouped."""
+    """The backend of each op, and why the others do not serve it; equal ops are grouped."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     groups: dict[tuple[str, ...], list[str]] = {}
     for op, served in backends(device).items():
@@ -117,10 +118,5 @@ def _print_costs(answers: list[Answer]) -> None:
     prompt, new = sum(u.prompt_tokens for u in usage), sum(u.new_tokens for u in usage)
     images, videos = sum(u.image_tokens for u in usage), sum(u.video_tokens for u in usage)
     say(f"  {prompt} prompt tokens ({images} image, {videos} video), {new} new tokens")
-    stages = {
-        "processing": t.processing,
-        "vision": t.vision,
-        "prefill": t.prefill,
-        "decode": t.decode,
-    }
-    say("  " + ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in stages.items()))
+    stages = ("processing", "vision", "prefill", "decode")
+    say("  " + ", ".join(f"{name} {1000 * getattr(t, name):.1f} ms" for name in stages))

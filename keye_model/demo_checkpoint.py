@@ -1,8 +1,7 @@
 """A tiny Keye-VL checkpoint with random weights, in the layout of the published ones.
 
-For the demo and the tests: every file the loader and the processor read is there, from a sharded
-safetensors index to a byte-level BPE trained on the spot, so nothing has to be downloaded. Its
-words mean nothing.
+For the demo and the tests. It has all files that the loader and the processor read, from a sharded
+safetensors index to a byte-level BPE trained here: no download is needed. Its answers mean nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from keye_model.checkpoint.config import (
 from keye_model.checkpoint.weights import tensor_shapes
 from keye_model.processing.template import DEFAULT_TEMPLATE
 
-# In the order of their ids. The first list is dropped when decoding without special tokens.
+# In the order of their ids. Decoding with skip_special_tokens drops the first list.
 _SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
     "<|image_pad|> <|video_pad|>"

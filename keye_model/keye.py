@@ -5,20 +5,33 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from keye_kernels import backends, use_backend
+from keye_kernels import backends
 from keye_model.answer import Answer, Timings, Usage
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
+from keye_model.engine.answering import Draft, answer, chosen
 from keye_model.engine.detokenizer import Detokenizer
-from keye_model.engine.plan import Limits
+from keye_model.engine.memory import Limits
+from keye_model.engine.options import SamplingKeywords, SamplingOptions
+from keye_model.engine.sampling import sampling_params
 from keye_model.engine.scheduler import Scheduler
-from keye_model.inputs.request import Progress, Request
+from keye_model.inputs.request import Progress, Request, num_patches
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AnswerKeywords(SamplingKeywords, total=False):
+    """Keywords of `Keye.generate`, for editors and type checkers."""
+
+    thinking: Thinking
+    progress: Progress | None
 
 
 class Keye:
@@ -57,7 +70,7 @@ class Keye:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike,
+        path_or_id: str | os.PathLike | Checkpoint,
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "auto",
@@ -71,7 +84,8 @@ class Keye:
         """Load a checkpoint of either line.
 
         Args:
-            path_or_id: A directory in the layout of the Hub, or a Hub id.
+            path_or_id: A directory in the layout of the Hub, a Hub id, or a `Checkpoint`, which has
+                its own ``local_files_only``. So for the other classes' `from_pretrained`.
             dtype: Of the parameters; "auto" is the checkpoint's.
             device: "auto" is a GPU if there is one, else the CPU.
             backend: Backend of the ops of this object: "cuda", "triton", "reference", or "auto",
@@ -90,35 +104,32 @@ class Keye:
         """
         device = resolve_device("device", device)
         check_backend(backend, device)
-        local = {"local_files_only": local_files_only}
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
         processor = KeyeProcessor.from_pretrained(
-            path_or_id, min_pixels=min_pixels, max_pixels=max_pixels, **local
+            checkpoint, min_pixels=min_pixels, max_pixels=max_pixels
         )
         model = KeyeForConditionalGeneration.from_pretrained(
-            path_or_id, dtype=dtype, device_map=device, **local
+            checkpoint, dtype=dtype, device_map=device
         )
         return cls(model, processor, backend=backend, limits=limits, cuda_graphs=cuda_graphs)
 
     @overload
-    def generate(self, messages: Messages | Request, **options: Any) -> Answer: ...
+    def generate(
+        self, messages: Messages | Request, **options: Unpack[AnswerKeywords]
+    ) -> Answer: ...
 
     @overload
-    def generate(self, messages: Sequence[Messages | Request], **options: Any) -> list[Answer]: ...
+    def generate(
+        self, messages: Sequence[Messages | Request], **options: Unpack[AnswerKeywords]
+    ) -> list[Answer]: ...
 
     def generate(
         self,
         messages: Messages | Request | Sequence[Messages | Request],
         *,
-        max_new_tokens: int = 512,
         thinking: Thinking = "auto",
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[SamplingKeywords],
     ) -> Answer | list[Answer]:
         """Answer one conversation, or several in one packed batch.
 
@@ -129,19 +140,14 @@ class Keye:
                 ``{"type": "video", "video": source}``. Sources, and what else an item may say
                 (``max_pixels``, ``fps``, …), stand in the README. What `processor.request` made of
                 a conversation is taken too.
-            max_new_tokens: At most this many tokens for each answer, fewer where the context ends.
             thinking: True asks for thinking, False for none; "auto" leaves it to the model.
-            do_sample: False is greedy; None follows the checkpoint, or samples if one of the next
-                three is given.
-            temperature, top_k, top_p: 0 and more; 0 (off) and more; in (0, 1]. None follows the
-                checkpoint.
-            repetition_penalty: Positive, 1 is off; None follows the checkpoint.
-            seed: One for all conversations (equal ones then get equal answers), or one for each.
-                None draws them from torch's global generator.
-            stop_strings: An answer ends before the first of these.
             progress: Called as ``progress(stage, done, total)`` while the prompt is read: "frames"
                 of a video that is decoded, then tokens that were handed to the "vision" tower and
                 to the decoder's "prefill". A GPU may still be at work on these.
+            options: Fields of `SamplingOptions`: ``max_new_tokens`` (512, fewer where the context
+                ends); ``do_sample`` (False is greedy), ``temperature``, ``top_k``, ``top_p`` and
+                ``repetition_penalty``, which follow the checkpoint if left out; ``seed``, one for
+                all or one for each; ``stop_strings``, before the first of which an answer ends.
 
         Returns:
             An `Answer`, or a list of them in the order of the conversations.
@@ -151,20 +157,8 @@ class Keye:
         """
         several = _is_list(messages) and len(messages) > 0
         several = several and (_is_list(messages[0]) or isinstance(messages[0], Request))
-        run = _Run(
-            self,
-            list(messages) if several else [messages],
-            thinking,
-            stop_strings,
-            seed,
-            progress,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-        )
+        conversations = list(messages) if several else [messages]
+        run = _Run(self, conversations, options, thinking, progress)
         for _ in run.pieces():
             pass
         return run.answers if several else run.answers[0]
@@ -173,16 +167,9 @@ class Keye:
         self,
         messages: Messages | Request,
         *,
-        max_new_tokens: int = 512,
         thinking: Thinking = "auto",
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop_strings: str | Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[SamplingKeywords],
     ) -> Stream:
         """Answer one conversation piece by piece; arguments as in `generate`.
 
@@ -191,21 +178,7 @@ class Keye:
             when it is exhausted. The model runs only when pieces are asked for; pictures and
             videos are read, and mistakes raised, here.
         """
-        run = _Run(
-            self,
-            [messages],
-            thinking,
-            stop_strings,
-            seed,
-            progress,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-        )
-        return Stream(run)
+        return Stream(_Run(self, [messages], options, thinking, progress))
 
 
 class Stream(Iterator[str]):
@@ -222,7 +195,7 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         try:
-            return next(self._pieces)[1]
+            return next(self._pieces)
         except StopIteration:
             if self._run is not None and self._run.answers:
                 self.answer = self._run.answers[0]
@@ -245,107 +218,74 @@ class _Run:
         self,
         keye: Keye,
         conversations: list[Messages | Request],
+        keywords: SamplingKeywords,
         thinking: Thinking,
-        stop_strings: str | Sequence[str] | None,
-        seed: int | Sequence[int] | None,
         progress: Progress | None,
-        **sampling: Any,
     ) -> None:
         self.answers: list[Answer] = []
         self._backend = keye.backend
         started = time.perf_counter()
-        defaults = keye.model.generation_config
-        seeds = list(seed) if _is_list(seed) else [seed] * len(conversations)
-        if len(seeds) != len(conversations):
-            raise ValueError(
-                f"seed must be one value or {len(conversations)} values, got {len(seeds)}"
+        model, processor = keye.model, keye.processor
+        options = SamplingOptions.of(keywords, "thinking", "progress")
+        params = sampling_params(options, model.generation_config, len(conversations))
+        self._drafts = [
+            Draft(Detokenizer(processor.tokenizer, options.stop_strings)) for _ in params
+        ]
+        prepared = [isinstance(one, Request) for one in conversations]
+        if not any(prepared):
+            room = model.config.text_config.max_position_embeddings - 1
+            requests = processor.requests(
+                conversations, thinking=thinking, max_tokens=room, progress=progress
             )
-        params = [defaults.params(seed=one, **sampling) for one in seeds]
-        self._texts = [Detokenizer(keye.processor.tokenizer, stop_strings) for _ in seeds]
-        context = keye.model.config.text_config.max_position_embeddings
-        requests = _requests(keye.processor, conversations, thinking, context - 1, progress)
-        merge = keye.model.config.vision_config.spatial_merge_size**2
+        elif all(prepared) and thinking == "auto":
+            requests = conversations
+        else:
+            raise TypeError(
+                "messages must be all conversations, or all requests with thinking 'auto'"
+            )
+        merge = model.config.vision_config.spatial_merge_size**2
         self._prompts = [_prompt_usage(request, merge) for request in requests]
         self._processing = time.perf_counter() - started
         self._scheduler = Scheduler(
-            keye.model.model,
-            keye.model.lm_head,
+            model.model,
+            model.lm_head,
             requests,
             params,
-            eos_token_ids=defaults.eos_token_ids,
+            eos_token_ids=model.generation_config.eos_token_ids,
             limits=keye.limits,
-            workspaces=keye.model.workspaces if keye.cuda_graphs else None,
+            workspaces=model.workspaces if keye.cuda_graphs else None,
             progress=progress,
         )
 
-    def pieces(self) -> Iterator[tuple[int, str]]:
-        """Run the batch; yields (request, piece of its text) and fills ``answers`` at the end."""
-        started = time.perf_counter()
-        token_ids: list[list[int]] = [[] for _ in self._texts]
-        reasons = ["length"] * len(self._texts)
-        first = [0.0] * len(self._texts)
-        tokens = iter(self._scheduler)
-        while True:
-            with _backend(self._backend):  # not across a yield: the caller has a choice too
-                token = next(tokens, None)
-            if token is None:
-                break
-            k = token.request
-            if not token_ids[k]:
-                first[k] = self._processing + time.perf_counter() - started
-            token_ids[k].append(token.token_id)
-            piece = self._texts[k].add(token.token_id)
-            if self._texts[k].stopped:
-                self._scheduler.stop(k)
-                reasons[k] = "stop"
-            elif token.finish_reason:
-                reasons[k] = token.finish_reason
-                piece += self._texts[k].finish()
-                if self._texts[k].stopped:
-                    reasons[k] = "stop"
-            if piece:
-                yield k, piece
-        for k, ids in enumerate(token_ids):
-            self.answers.append(self._answer(k, ids, reasons[k], first[k]))
+    def pieces(self) -> Iterator[str]:
+        """Run the batch; yields pieces of text and fills ``answers`` at the end."""
+        for _, piece in answer(self._scheduler, self._drafts, self._backend):
+            yield piece
+        self.answers = [self._answer(*one) for one in zip(self._drafts, self._prompts, strict=True)]
 
-    def _answer(self, k: int, token_ids: list[int], reason: str, first: float) -> Answer:
-        stages = self._scheduler.timings
+    def _answer(self, draft: Draft, prompt: tuple[int, int, int]) -> Answer:
         timings = Timings(
-            self._processing,
-            stages.vision,
-            stages.prefill,
-            stages.decode,
-            first,
-            self._scheduler.cuda_graphs,
+            processing=self._processing,
+            first_token=self._processing + draft.first_token,
+            cuda_graphs=self._scheduler.cuda_graphs,
+            **vars(self._scheduler.timings),
         )
-        parts = parse_answer(self._texts[k].text)
-        usage = Usage(*self._prompts[k], len(token_ids))
+        parts = parse_answer(draft.detokenizer.text)
         return Answer(
-            parts.text, parts.thinking, parts.analysis, tuple(token_ids), reason, usage, timings
+            parts.text,
+            parts.thinking,
+            parts.analysis,
+            tuple(draft.token_ids),
+            draft.finish_reason,
+            Usage(*prompt, len(draft.token_ids)),
+            timings,
         )
-
-
-def _requests(
-    processor: KeyeProcessor,
-    conversations: list[Messages | Request],
-    thinking: Thinking,
-    max_tokens: int,
-    progress: Progress | None,
-) -> list[Request]:
-    prepared = [isinstance(one, Request) for one in conversations]
-    if not any(prepared):
-        return processor.requests(
-            conversations, thinking=thinking, max_tokens=max_tokens, progress=progress
-        )
-    if not all(prepared) or thinking != "auto":
-        raise TypeError("messages must be all conversations, or all requests with thinking 'auto'")
-    return conversations
 
 
 def _prompt_usage(request: Request, merge: int) -> tuple[int, int, int]:
     """Prompt, image and video tokens."""
     grids = (request.image_grid_thw, request.video_grid_thw)
-    images, videos = (sum(t * h * w for t, h, w in grid) // merge for grid in grids)
+    images, videos = (num_patches(grid) // merge for grid in grids)
     return request.input_ids.numel(), images, videos
 
 
@@ -353,13 +293,9 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _backend(name: str) -> AbstractContextManager:
-    return nullcontext() if name == "auto" else use_backend(name)
-
-
 def check_backend(name: str, device: torch.device) -> None:
     """Refuse a backend that cannot serve the model, rather than in the first answer."""
-    with _backend(name):
+    with chosen(name):
         for op, served in backends(device.type).items():
             if served.backend is None and op != "mrope_":  # the model rotates in another op
                 why = [*served.why_not.values()][-1]  # of the only candidate, after the others

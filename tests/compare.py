@@ -1,20 +1,19 @@
-"""What "close enough" means, against what plain PyTorch loses itself, and what "the same" means."""
+"""Definitions of "close enough", relative to plain PyTorch's own error, and of "the same"."""
 
 import torch
 
 
 def _errors(got: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Absolute error per element, and the root mean square of it. Both tensors fp64."""
+    """Absolute error per element, and its root mean square. Both tensors are fp64."""
     error = torch.where(got == exact, 0.0, (got - exact).abs())  # equal infinities differ by 0
     return error, error.square().mean().sqrt().item()
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor, backend: str) -> None:
-    """Require equal bits of two calls that differ in shapes, strides or addresses.
+    """Require equal bits from two calls that differ in shapes, strides or addresses.
 
-    Kernels promise that. The reference promises it within rounding only: the order of sums in a
-    matrix product of PyTorch, and which elements take its vectorised path, follow all three of
-    them, in ways of each CPU's own.
+    The reference only has to agree within rounding: the order of sums in PyTorch's matrix products,
+    and which elements take its vectorised path, depend on all three and on the CPU.
     """
     if backend == "reference":
         torch.testing.assert_close(got, want, equal_nan=True)

@@ -1,7 +1,7 @@
-"""What every test gets: a device, a fixed seed, and allocations that hold no lucky zeros.
+"""Fixtures of every test: a device, a fixed seed, and allocations filled with NaN, not with zeros.
 
-Without a GPU Triton kernels run under its interpreter, which must be asked for before the first
-import of triton.
+Without a GPU, Triton kernels run in Triton's interpreter, which must be switched on before triton
+is imported.
 """
 
 import os
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("triton was imported before tests/conftest.py could set its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)  # tensors this small gain nothing from more; on busy cores they lose
+    torch.set_num_threads(1)  # small tensors gain nothing from more threads
 
 # What `keye tune` found on this machine is not what tests are about.
 os.environ["KEYE_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "keye-kernels-never-tuned")
@@ -23,18 +23,18 @@ os.environ["KEYE_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "keye-ker
 from keye_kernels import _backends, _device, _ext
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests import triton_interpreter
+    from testing import triton_interpreter
 
     triton_interpreter.install()
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
-# The CUDA kernels where they can run; elsewhere tests/native runs them on the CPU.
+# "cuda" only where its kernels can run; elsewhere tests/native runs them on the CPU.
 _BACKENDS = ["reference", "triton"]
 if torch.cuda.is_available() and _ext.why_not() is None:
     _BACKENDS.append("cuda")
@@ -42,7 +42,7 @@ if torch.cuda.is_available() and _ext.why_not() is None:
 
 @pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Run the test with each backend; skipped where it has no kernel for op or arguments."""
+    """Run the test with each backend; skip one that does not serve the op or its arguments."""
     name = request.param
     if name != "reference":
         find = _backends.find
@@ -67,7 +67,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def num_sms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Multiprocessors that launches count on where there is no GPU: 1 unless given."""
+    """Set the number of multiprocessors that launches assume without a GPU, by default 1."""
     count = getattr(request, "param", 1)
     monkeypatch.setattr(_device, "elsewhere", _device.Device((9, 0), count))
     return count
@@ -80,13 +80,13 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No TF32 in the convolutions that set a bound on a GPU."""
+    """Switch TF32 off: on a GPU, convolutions of plain PyTorch set the bound for errors."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch):
-    """Fill torch.empty and its like with NaN, or the largest integer, so unwritten output shows."""
+    """Fill torch.empty and the like with NaN or the largest integer, to reveal unwritten output."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.set_deterministic_debug_mode("warn")  # without it nothing is filled
     yield

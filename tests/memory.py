@@ -1,4 +1,4 @@
-"""Tensors whose offsets pass 2^31 elements, on machines that have no such memory to spare."""
+"""Tensors whose offsets pass 2^31 elements, without the memory for them on a CPU."""
 
 import math
 import mmap
@@ -13,11 +13,11 @@ def far_apart(
 ) -> torch.Tensor:
     """Uninitialised tensor whose last row starts past 2^31 elements; each row is contiguous.
 
-    Three rows or more, so that their stride is an int32 and only its product with a row is not. On
-    a CPU memory exists only where it is touched.
+    It has three rows or more, so that the stride fits an int32 and only row * stride does not. On a
+    CPU only pages that are touched take memory.
 
     Args:
-        row: The first to start there, 2 or more; by default the last.
+        row: The first row that starts past 2^31, 2 or more. Default: the last.
     """
     row = shape[0] - 1 if row is None else row
     if row < 2:

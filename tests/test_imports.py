@@ -1,4 +1,4 @@
-"""The direction of imports: kernels know no model; the model's folders import downwards only."""
+"""The direction of imports: downwards only, among the top folders and inside `keye_model`."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -9,7 +9,17 @@ import pytest
 import keye_kernels
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("keye_kernels", "keye_model", "benchmarks")
+PACKAGES = ("keye_kernels", "keye_model", "testing", "benchmarks")
+# What each top folder may import beside itself. Benchmarks and tests share what lies in `testing`;
+# only a test of a benchmark imports benchmarks.
+TOP = {
+    "keye_kernels": set(),
+    "keye_model": {"keye_kernels"},
+    "testing": {"keye_kernels"},
+    "benchmarks": {"keye_kernels", "keye_model", "testing"},
+    "tests": {"keye_kernels", "keye_model", "testing"},
+    "tests/benchmarks": {"keye_kernels", "keye_model", "testing", "benchmarks", "tests"},
+}
 # What each folder of keye_model may import beside itself; the doors at its top may import all.
 BELOW = {
     "checkpoint": set(),
@@ -50,10 +60,14 @@ def imported_modules(path):
                     yield inner if inner in MODULES else node.module
 
 
-def test_kernels_import_no_model():
-    for path in (ROOT / "keye_kernels").rglob("*.py"):
+@pytest.mark.parametrize("folder", TOP)
+def test_a_top_folder_imports_only_what_lies_below_it(folder):
+    others = {name for name in TOP if name != folder} - TOP[folder]
+    for path in (ROOT / folder).rglob("*.py"):
+        if folder == "tests" and path.is_relative_to(ROOT / "tests" / "benchmarks"):
+            continue
         for module, _ in imports(path):
-            assert not module.startswith("keye_model"), path
+            assert module.split(".")[0] not in others, (path, module)
 
 
 def test_the_model_uses_public_kernel_names():
@@ -76,6 +90,13 @@ def test_a_folder_imports_only_what_lies_below_it(folder):
                 assert (rest[0] if rest else name) in allowed, (path, module)
             elif package == "keye_kernels":
                 assert folder in ("network", "engine"), (path, module)
+
+
+@pytest.mark.parametrize("folder", ["inputs", "network", "engine"])
+def test_no_line_is_asked_for_by_name(folder):
+    """They ask the config's `Variant`, so that a line more changes nothing there."""
+    for path in (ROOT / "keye_model" / folder).rglob("*.py"):
+        assert not {name for _, name in imports(path)} & {"PREVIEW", "V1_5"}, path
 
 
 @pytest.mark.parametrize("package", PACKAGES)

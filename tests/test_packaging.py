@@ -19,7 +19,8 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [".clang-format", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in"]
 FILES += ["Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py"]
-FOLDERS = [".ci", "benchmarks", "csrc", "docs", "examples", "keye_kernels", "keye_model", "tests"]
+FOLDERS = [".ci", "benchmarks", "csrc", "docs", "examples", "keye_kernels", "keye_model"]
+FOLDERS += ["testing", "tests"]
 # What builds, tests and benchmarks leave behind.
 LEFT_BEHIND = ("__pycache__", "*.so", "_not_built.txt", "results", ".*_cache", "*.egg-info")
 GENERATED = {"PKG-INFO", "setup.cfg"}

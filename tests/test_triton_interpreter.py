@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tests import triton_interpreter
+from testing import triton_interpreter
+from testing.triton_interpreter import to_bf16, to_fp32
 from tests.memory import far_apart
-from tests.triton_interpreter import to_bf16, to_fp32
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU, nothing is interpreted"
@@ -65,12 +65,6 @@ def _reduce_kernel(x_ptr, sum_ptr, max_ptr, running_ptr, BLOCK: tl.constexpr):
     tl.store(sum_ptr + row, tl.sum(x, axis=1))
     tl.store(max_ptr + row, tl.max(x, axis=1).to(max_ptr.dtype.element_ty))
     tl.store(running_ptr + rows * BLOCK + cols, tl.cumsum(x, axis=1))
-
-
-@triton.jit
-def _umulhi_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offs, tl.umulhi(tl.load(x_ptr + offs), tl.load(y_ptr + offs)))
 
 
 @triton.jit
@@ -212,15 +206,6 @@ def test_bf16_reductions():
     assert torch.equal(sums, x.float().sum(1).bfloat16())
     assert torch.equal(largest, x.amax(1))
     assert torch.equal(running, x.float().cumsum(1).bfloat16())
-
-
-def test_high_words_of_signed_operands():
-    x, y = (torch.randint(-(2**31), 2**31, (256,), dtype=torch.int32) for _ in range(2))
-    out = torch.empty_like(x)
-    _umulhi_kernel[(1,)](x, y, out, BLOCK=256)
-    pairs = zip(x.tolist(), y.tolist(), strict=True)
-    expected = [(a % 2**32 * (b % 2**32)) >> 32 for a, b in pairs]
-    assert [value % 2**32 for value in out.tolist()] == expected
 
 
 def test_fma_rounds_once():

@@ -23,8 +23,7 @@ def _gelu(num_tokens: int, width: int, approximate: str, device: torch.device) -
 def cases(shapes: Shapes) -> list[Case]:
     """gate and up read, out written; x read, out written."""
     found = []
-    tokens = shapes.prefill | {f"batch {n}": n for n in sorted(shapes.decode_batches)}
-    for name, count in tokens.items():
+    for name, count in shapes.tokens.items():
         num_bytes = 3 * count * TEXT.intermediate_size * DTYPE.itemsize
         found.append(Case("silu_mul", name, partial(_silu_mul, count), num_bytes))
     merged = VISION.hidden_size * VISION.merge_size**2

@@ -19,11 +19,10 @@ def _norm(
 
 def cases(shapes: Shapes) -> list[Case]:
     """x and residual read, norm and sum written, weight (and bias) read."""
-    tokens = shapes.prefill | {f"batch {n}": n for n in sorted(shapes.decode_batches)}
     patches = {name: num_patches(grids) for name, grids in shapes.grids.items()}
     found = []
     for op, counts, model, vectors in (
-        ("rms_norm", tokens, TEXT, ("weight",)),
+        ("rms_norm", shapes.tokens, TEXT, ("weight",)),
         ("layer_norm", patches, VISION, ("weight", "bias")),
     ):
         for name, rows in counts.items():

@@ -74,8 +74,7 @@ def cases(shapes: Shapes) -> list[Case]:
         # The second half of a row of 144 bytes begins 72 bytes into it.
         widths = {"load_width": 8, "store_width": 8}
         found.append(Case("rope_2d_", name, partial(_rope_2d, grids), count * token, **widths))
-    tokens = shapes.prefill | {f"batch {n}": n for n in sorted(shapes.decode_batches)}
-    for name, count in tokens.items():
+    for name, count in shapes.tokens.items():
         heads = 2 * (TEXT.num_heads + TEXT.num_kv_heads)
         token = heads * TEXT.head_dim * DTYPE.itemsize + 3 * POSITION
         found.append(Case("mrope_", name, partial(_mrope, count), count * token))

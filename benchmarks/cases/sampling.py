@@ -40,7 +40,7 @@ def _sample(batch: int, kind: str, device: torch.device) -> dict[str, Any]:
 def cases(shapes: Shapes) -> list[Case]:
     """The logits read, and what the penalty applies to; one token per row written."""
     found = []
-    for batch in sorted(shapes.decode_batches):
+    for batch in shapes.decode_batches:
         for kind in KINDS:
             width = DTYPE.itemsize + ("penalty" in kind)
             num_bytes = batch * TEXT.vocab_size * width

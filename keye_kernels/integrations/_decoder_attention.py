@@ -1,9 +1,9 @@
-"""A decoder's attention through transformers' own door: `attn_implementation="keye_kernels"`.
+"""Decoder attention registered with transformers as `attn_implementation="keye_kernels"`.
 
-A prompt goes to our attention, a batch padded on the left as one packed call. All else is PyTorch's
-scaled dot product attention, as it was: steps of one token (our op for those reads a paged cache,
-which transformers does not have), static caches, sliding windows, padding on the right and other
-masks of a model.
+Prompts run on `varlen_attention`; a batch padded on the left becomes one packed call. Everything
+else runs on PyTorch's scaled dot product attention (sdpa): steps of one token (our op for those
+reads a paged cache, which transformers does not have), static caches, sliding windows, padding on
+the right and masks of a model's own.
 """
 
 from types import ModuleType
@@ -22,7 +22,7 @@ from keye_kernels.integrations._vision import check_dropout
 
 NAME = "keye_kernels"
 NOTE = "prompts over a dynamic cache; sdpa for steps of one token and for other masks"
-# What attention functions are handed that changes nothing of what they compute.
+# Keyword arguments of attention functions that do not change the result.
 _HARMLESS = frozenset([
     "cache", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "labels",
     "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions",
@@ -30,10 +30,10 @@ _HARMLESS = frozenset([
     "position_embeddings", "position_ids", "return_dict", "sliding_window", "use_cache",
 ])  # fmt: skip
 
-# The modules of transformers that hold the families: `_families` fills it.
+# Names of the families' modeling modules in transformers, filled by `_families`.
 MODELINGS: set[str] = set()
 
-# Models whose layers read the mask themselves: model_type to the attention whose mask it is.
+# Models whose layers read the mask themselves: model_type to the attention whose mask they expect.
 _OWN_MASKS = {"doge": "sdpa", "xglm": "eager"}
 
 
@@ -58,15 +58,15 @@ class Configured:
 
 
 def model_forward(_: ModuleType, original: Forward) -> Forward:
-    """Forward of the model that owns the layers: it makes their mask, now for our attention.
+    """Forward of the model that owns the decoder layers, which makes the mask for our attention.
 
-    Where the attention of a layer is not ours, all get the library's mask. Its configuration is the
-    user's again afterwards: other models are built from it.
+    If the attention of any layer is not ours, all get the library's mask. The user's configuration
+    is put back after the call, since other models may be built from it.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        # Wrapped already where it runs in another thread too.
+        # Already `Configured` while another thread runs this forward.
         if isinstance(config, Configured) or not _are_ours(self.layers, config):
             return original(self, *args, **kwargs)
         self.config = Configured(config)
@@ -79,8 +79,8 @@ def model_forward(_: ModuleType, original: Forward) -> Forward:
 
 
 def _are_ours(layers: nn.ModuleList, config: Any) -> bool:
-    """Whether the attention of all layers is ours, or all "eager", as the model's is."""
-    for layer in layers:  # in each step of generation: look-ups of nn.Module cost more
+    """Whether every layer's config is `Configured` and asks for the model's implementation."""
+    for layer in layers:  # runs in each step of generation: nn.Module's look-ups are slower
         attention = layer._modules.get("self_attn")
         own = None if attention is None else attention.__dict__.get("config")
         original = own.original if type(own) is Configured else None
@@ -92,10 +92,10 @@ def _are_ours(layers: nn.ModuleList, config: Any) -> bool:
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """Sequence starts of queries and keys [1, 2, n + 1] int32 where ours serves, else sdpa's mask
-    (or that of `_OWN_MASKS`).
+    """Sequence starts of queries and keys [1, 2, n + 1] int32 if our attention serves, else the
+    mask of sdpa (or of `_OWN_MASKS`).
 
-    Called once per forward of a model, by transformers' mask functions, with what they know.
+    transformers' mask functions call this once per forward of a model.
     """
     own = _OWN_MASKS.get(getattr(kwargs.get("config"), "model_type", None))
     starts = None if own else _starts(**kwargs)
@@ -110,7 +110,7 @@ def _starts(
     attention_mask: torch.Tensor | None,
     q_length: int | None = None,
     q_offset: int | torch.Tensor | None = None,
-    cache_position: torch.Tensor | None = None,  # the two above, in transformers 4
+    cache_position: torch.Tensor | None = None,  # replaces the two above in transformers 4
     kv_offset: int = 0,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -119,7 +119,7 @@ def _starts(
     **_: Any,
 ) -> torch.Tensor | None:
     if cache_position is not None:
-        # A static cache, whose keys are longer than what they hold, does not allow the skip.
+        # A static cache, longer than the tokens it holds, does not allow the skip.
         q_length, device = cache_position.shape[0], cache_position.device
         q_offset = kv_length - q_length if allow_is_causal_skip else None
     if (
@@ -143,8 +143,8 @@ def _starts(
     tokens = attention_mask.int()
     if not (tokens.diff(dim=1) >= 0).all():  # read once per prompt, as transformers' sdpa does
         return None
-    # Three sequences a row: queries at padding, which see no key and give 0 as they do in sdpa;
-    # keys at padding, which no query sees; the tokens. Of a row's keys the queries are the last.
+    # Each row becomes three sequences: queries at padding, without keys, which give 0 as in sdpa;
+    # keys at padding, without queries; the tokens. A row's queries stand at its last keys.
     padding = kv_length - tokens.sum(dim=1, dtype=torch.int32)
     queries, keys = starts[:, :-1]
     queries_after = queries + (padding - q_offset).clamp(min=0)
@@ -164,11 +164,11 @@ def _is_for_sdpa(mask: Any) -> bool:
 def _check(module: nn.Module, key: torch.Tensor, mask: torch.Tensor | None, more: dict) -> None:
     """Refuse what neither our op nor sdpa would honour."""
     left_out = [name for name in more if more[name] is not None and name not in _HARMLESS]
-    if type(module).__module__ in MODELINGS:  # theirs take no more; the rest is the caller's
+    if type(module).__module__ in MODELINGS:  # their layers pass no others: these are the caller's
         left_out.clear()
     window = more.get("sliding_window")
     if window is not None and (mask is None or _is_starts(mask)) and key.shape[2] > window:
-        left_out.append("sliding_window")  # a window that is not in the mask
+        left_out.append("sliding_window")  # the mask does not include the window
     for name in left_out:
         value = more[name]
         got = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)
@@ -199,16 +199,16 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query, key, value: [batch_size, heads, length, head_dim], the keys with those cached.
+    """query, key, value: [batch_size, heads, length, head_dim], key and value with the cached ones.
 
     Raises:
-        NotImplementedError: The model hands attention more than this, such as sinks or a softcap.
+        NotImplementedError: The model passes other arguments, such as sinks or a softcap.
     """
     _check(module, key, attention_mask, kwargs)
     if not _is_starts(attention_mask):
         name, config = "sdpa", getattr(module, "config", None)
         if isinstance(config, Configured) and not _is_for_sdpa(attention_mask):
-            name = config.original._attn_implementation  # the mask is as a model made it for that
+            name = config.original._attn_implementation  # whose format the model's mask has
         return ALL_ATTENTION_FUNCTIONS[name](
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
@@ -220,7 +220,7 @@ def _attention(
         )
     _check_heads(module, query, value)
     check_dropout(dropout)
-    if torch.is_autocast_enabled(query.device.type):  # of a part; it casts these for sdpa
+    if torch.is_autocast_enabled(query.device.type):  # around this part: cast, as it does for sdpa
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     batch_size, _, q_length, head_dim = query.shape
@@ -236,6 +236,6 @@ def _attention(
     return out.view(batch_size, q_length, -1, head_dim), None
 
 
-# Here and not in `apply`: a model that is loaded from a pickle brings `Configured` with it.
+# At import, not in `apply`: unpickling a model with `Configured` imports only this module.
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)

@@ -1,7 +1,7 @@
-"""What is replaced in which family: one table each.
+"""The classes that `apply` replaces, in one table per model family.
 
-A row names a class of the family's modeling module. Where releases differ, the row says how; what
-stays the library's is listed too, with the reason, so that a report can name it.
+A row names a class of the family's modeling module and how releases differ. Classes that stay as
+they are have rows too, with the reason, for `report`.
 """
 
 import inspect
@@ -21,12 +21,12 @@ class Replacement:
 
     Attributes:
         classes: Its name, then its names in other releases.
-        ops: Ops of ours that the new forward calls; all must be asked for.
+        ops: Our ops that the new forward calls. `apply` needs all of them among its ops.
         make: (modeling module, current forward) -> new forward.
-        refuse: What is wrong with the configuration of a module, or None.
-        missing: Why a release cannot have this replacement, or None; given the class.
-        parts: Children whose weights the new forward reads, in the place of calling them.
-        note: What a user should know of it.
+        refuse: (module) -> why its configuration is not served, or None.
+        missing: (class) -> why this release cannot have the replacement, or None.
+        parts: Children whose weights the new forward reads instead of calling them.
+        note: What a user should know, for `report`.
     """
 
     classes: tuple[str, ...]
@@ -46,11 +46,11 @@ class Family:
         modeling: Its module below `transformers.models`.
         since: First major version of transformers that has it.
         replacements: In no order; each is independent of the others.
-        functions: Module functions that get a second way in, for positions instead of cosines:
-            name to the op that asks for it.
-        decoder: Class whose attention goes through transformers' AttentionInterface, and the class
-            of the model round its layers, which makes their mask.
-        left: What stays as it is: class name to reason.
+        functions: Module functions that then take positions as well as cosines: name to the op
+            that needs it.
+        decoder: Decoder attention class, which calls transformers' AttentionInterface, and the
+            model class that owns the layers and makes their mask. None: no decoder.
+        left: Classes that stay as they are: name to reason.
     """
 
     modeling: str
@@ -62,7 +62,7 @@ class Family:
 
     @property
     def in_models(self) -> tuple[Replacement, ...]:
-        """What is replaced in single models: the model round a decoder's layers too."""
+        """The replacements in single models, with the class that makes a decoder's mask."""
         if self.decoder is None:
             return self.replacements
         make = _decoder_attention.model_forward
@@ -99,7 +99,7 @@ def _refuse_vision_rotary(module: nn.Module) -> str | None:
 
 
 def _refuse_decoder_rotary(module: nn.Module) -> str | None:
-    # transformers 4 names the kind of Qwen2.5-VL "default" or "mrope", which are the same.
+    # transformers 4 calls the rope type of Qwen2.5-VL "default" or "mrope", for the same thing.
     if module.rope_type not in ("default", "mrope"):
         return f"rope_type must be 'default', got {module.rope_type!r}"
     section, half = _rotary.mrope_section(module), module.inv_freq.shape[0]
@@ -115,7 +115,7 @@ def _cosines_only(cls: type) -> str | None:
 
 
 def _aligned_corners(cls: type) -> str | None:
-    # Releases up to 5.20 sampled the table so, which Keye never did.
+    # Releases up to 5.20 sample the position table with aligned corners; Keye never did.
     if "interpolation_align_corners = True" in inspect.getsource(cls.__init__):
         return "this release samples the position table with aligned corners, our op does not"
     return None
@@ -232,7 +232,7 @@ def families(major: int) -> dict[str, Family]:
                 ),
                 _lengths(
                     "Qwen2_5_VisionTransformerPretrainedModel",
-                    # In 4.57 all layers would get what is said of windows.
+                    # 4.57 passes the same keywords to all layers, windowed or not.
                     _vision.qwen_tower(windows=major >= 5),
                 ),
                 _layer(

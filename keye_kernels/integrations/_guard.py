@@ -1,8 +1,8 @@
-"""Whether a forward of ours may read the weights of a child in the place of calling it.
+"""Whether a forward of ours may read a child's weights instead of calling the child.
 
-It may where a call would run the forward of the class we know and nothing else. Adapters, hooks,
-quantised weights, offloading and parametrisations make a call do more; they come and go after
-`apply`, so each call asks. What is read per child is what `torch.nn.Module.__call__` would read.
+It may if a call would only run the forward of a class in `FORWARDS`. Adapters, hooks, quantised
+weights, offloading and parametrisations make a call do more. They come and go after `apply`, so
+every call checks, by the same attributes that `torch.nn.Module.__call__` reads.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -14,11 +14,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from keye_kernels._checks import FLOAT_DTYPES
 
-FORWARDS: dict[type, Callable[..., Any]] = {}  # of each class we know: the library's, or ours
+FORWARDS: dict[type, Callable[..., Any]] = {}  # class to its expected forward, theirs or ours
 
 
 def known(*kinds: type) -> frozenset[type]:
-    """These classes; from now on another forward of theirs is noticed."""
+    """These classes as a set; records their forwards, so that `is_itself` notices a change."""
     for kind in kinds:
         FORWARDS.setdefault(kind, kind.forward)
     return frozenset(kinds)
@@ -26,13 +26,13 @@ def known(*kinds: type) -> frozenset[type]:
 
 LINEAR = known(nn.Linear)
 OURS: dict[type, type] = {}  # a class of `_subclass.subclass` -> the library's class it replaces
-_PLAIN = (torch.Tensor, nn.Parameter)  # replicas of DataParallel hold the first
+_PLAIN = (torch.Tensor, nn.Parameter)  # DataParallel's replicas have Tensor weights
 
-Part = tuple[str, Collection[type]]  # the path of a child, and the classes we know there
+Part = tuple[str, Collection[type]]  # path of a child, and the classes it may have
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks, as `torch.nn.Module.__call__` asks it."""
+    """Whether a call of the module runs hooks, by the test of `torch.nn.Module.__call__`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -54,10 +54,10 @@ def is_itself(module: nn.Module, kinds: Collection[type]) -> bool:
 
 
 def fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether our ops take x with the others as they are.
+    """Whether our ops can take x together with the other tensors.
 
-    All must be plain tensors of one dtype that our ops know, outside of autocast, which is asked as
-    PyTorch's own fused layers ask it.
+    All must be plain tensors of one dtype that our ops support, outside of autocast (tested as in
+    PyTorch's own fused layers).
     """
     dtype = x.dtype
     if (
@@ -73,7 +73,7 @@ def fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 
 def child_at(module: nn.Module, path: str) -> nn.Module | None:
-    """The child, or None where another module without it is on the way there."""
+    """The child at ``path``, or None if a module on the way does not have it."""
     try:
         return module.get_submodule(path)
     except AttributeError:
@@ -81,7 +81,7 @@ def child_at(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def why_called(module: nn.Module, parts: Iterable[Part]) -> str | None:
-    """Why a forward of ours calls one of these children, for a report; None where it calls none."""
+    """Why a forward of ours calls one of these children, for `report`; None if it calls none."""
     for path, kinds in parts:
         child = child_at(module, path)
         if child is None:

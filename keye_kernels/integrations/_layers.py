@@ -1,7 +1,7 @@
 """Forwards of the pointwise parts that all families have: norms, gated and plain MLPs.
 
-Modules keep their parameters and their children; only what happens between GEMMs is ours. A child
-that is not what we know (`_guard`) is called.
+Modules keep their parameters and children; our ops replace only what lies between GEMMs. A child
+that `_guard.is_itself` does not accept is called as it is.
 """
 
 import inspect
@@ -27,7 +27,7 @@ GELU = known(nn.GELU, *_APPROXIMATIONS)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """All dims but the last as one: what our ops take."""
+    """x as [rows, width] with contiguous rows, as our ops take it."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -38,7 +38,7 @@ def norm(
     kinds: Collection[type],
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x, or of x + residual and that sum, by a LayerNorm or an RMSNorm of the model."""
+    """The model's LayerNorm or RMSNorm of x; with ``residual``: norm of their sum, and the sum."""
     added = () if residual is None else (residual,)
     if is_itself(module, kinds):
         if isinstance(module, nn.LayerNorm):
@@ -58,7 +58,7 @@ def norm(
 
 def rms_norm_forward(_: ModuleType, original: Forward) -> Forward:
     def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight  # to read one costs as much as to look at it
+        weight = self.weight  # read once: an attribute of nn.Module is slow
         if not fits(hidden_states, weight):
             return original(self, hidden_states)
         y = rms_norm(rows(hidden_states), weight, self.variance_epsilon)
@@ -76,18 +76,18 @@ def layer(
     by_name: bool = True,
     returns_tuple: bool = False,
 ) -> Maker:
-    """Norm, attention, norm, MLP under these names, with the first sum inside the second norm.
+    """Norm, attention, norm, MLP under these names; the second norm adds the residual itself.
 
     Args:
-        norms: Classes of the norms in the modeling module, by release. None: nn.LayerNorm.
-        by_name: The layer hands attention its input by name, which hooks see.
-        returns_tuple: As layers of transformers 4 do.
+        norms: Class names of the norms in the modeling module, by release. Empty: nn.LayerNorm.
+        by_name: Pass attention its input by keyword, as the original does; hooks can tell.
+        returns_tuple: Return a tuple, as layers of transformers 4 do.
     """
 
     def make(modeling: ModuleType, original: Forward) -> Forward:
         found = [getattr(modeling, name) for name in norms if hasattr(modeling, name)]
         kinds = known(*found) or LAYER_NORM
-        argument = list(inspect.signature(original).parameters)[2]  # behind self, hidden_states
+        argument = list(inspect.signature(original).parameters)[2]  # after self, hidden_states
 
         def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if len(args) > 1:
@@ -131,15 +131,15 @@ def swiglu_forward(_: ModuleType, original: Forward) -> Forward:
         if not fits(x, gate_weight, up_weight):
             return original(self, x)
         if torch.is_grad_enabled() and (x.requires_grad or gate_weight.requires_grad):
-            # The products below would say the same less clearly.
+            # The matrix products below would raise a less clear error.
             raise RuntimeError(
                 f"{type(self).__name__} must not require a gradient: keye_kernels is forward-only, "
                 "call the model under torch.inference_mode() or torch.no_grad()"
             )
         flat, width = rows(x), gate.out_features
-        if torch.compiler.is_compiling():  # which takes no `out` that is part of a row
+        if torch.compiler.is_compiling():  # torch.compile does not support `out` on half a row
             gate_up = torch.cat([gate(flat), up(flat)], dim=1)
-        else:  # to concatenate would cost what the op saves
+        else:  # torch.cat would cost what the op saves
             gate_up = flat.new_empty(flat.shape[0], 2 * width)
             _linear(flat, gate_weight, gate.bias, out=gate_up[:, :width])
             _linear(flat, up_weight, up.bias, out=gate_up[:, width:])
@@ -149,20 +149,20 @@ def swiglu_forward(_: ModuleType, original: Forward) -> Forward:
 
 
 def approximation(activation: nn.Module) -> str | None:
-    """What our op calls the model's activation, None where it is no GELU."""
+    """The ``approximate`` of our `gelu` for the model's activation, None if it is not GELU."""
     if type(activation) is nn.GELU:
         return activation.approximate
     return _APPROXIMATIONS.get(type(activation))
 
 
 def linear_gelu(linear: nn.Module, activation: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The activation of the linear layer, whose bias is added in the same pass."""
+    """activation(linear(x)), with the bias added in the pass of the activation if possible."""
     if not is_itself(activation, GELU):
         return activation(linear(x))
     bias = None
     if is_itself(linear, LINEAR) and fits(x, weight := linear.weight):
         y, bias = F.linear(x, weight), linear.bias
-    else:  # it adds its bias itself
+    else:  # the call adds the bias itself
         y = linear(x)
         if not fits(y):
             return activation(y)

@@ -1,4 +1,4 @@
-"""What `report` of a model or a family gives back."""
+"""The result of `report` for a model or a family."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ class Row:
 
     Attributes:
         part: Name of the class.
-        ops: Ops of ours that its forward calls, or would call.
-        replaced: Modules that call them; for a family 0 or 1.
-        modules: Modules of that class; for a family 1.
-        note: Why not, or what to know.
+        ops: Our ops that its forward calls, or would call if it were replaced.
+        replaced: Number of modules that call them; for a family 0 or 1.
+        modules: Number of modules of that class; for a family 1.
+        note: Why some are not replaced, or what a user should know.
     """
 
     part: str
@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found; ``str()`` of it is a table."""
+    """The rows of a report; ``str()`` of it is a table."""
 
     target: str
     rows: tuple[Row, ...]

@@ -1,8 +1,8 @@
-"""Rotation by positions, in models that hand cosines and sines from one module to the next.
+"""Rotation by positions, in models whose modules pass cosines and sines to each other.
 
-A rotary embedding with our forward hands positions down in their place. The function of the
-modeling module that applies them gets a second way in, for these; who hands it cosines notices
-nothing.
+A rotary embedding with our forward returns positions instead. The modeling module's
+`apply_rotary_pos_emb` functions then accept positions too; for callers that pass cosines they do
+what they did before.
 """
 
 import functools
@@ -18,9 +18,9 @@ from keye_kernels.integrations._layers import Forward, Maker
 
 
 class Rotation(NamedTuple):
-    """What a decoder's rotary embedding hands its layers in the place of sines.
+    """What our rotary embedding returns to a decoder's layers instead of sines.
 
-    In the place of cosines go the positions, [3, batch_size * length] int64.
+    Instead of cosines it returns the positions, [3, batch_size * length] int64.
     """
 
     section: tuple[int, int, int]
@@ -29,7 +29,7 @@ class Rotation(NamedTuple):
 
 
 def vision_rotary_forward(_: ModuleType, original: Forward) -> Forward:
-    """Positions [num_tokens, 2] twice: towers only permute both and pass them on."""
+    """Return positions [num_tokens, 2] as cosines and as sines: towers only permute these."""
 
     def forward(
         self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor
@@ -61,7 +61,7 @@ def decoder_rotary(*, interleaved: bool = False) -> Maker:
 
 
 def mrope_section(rotary: nn.Module) -> tuple[int, int, int]:
-    """Pairs per axis. Where there is only one axis, all are its own."""
+    """Pairs per axis; a model with 1D positions has all its pairs on the first."""
     section = getattr(rotary, "mrope_section", None) or _rope(rotary.config).get("mrope_section")
     return tuple(section) if section else (rotary.inv_freq.shape[0], 0, 0)
 
@@ -72,12 +72,12 @@ def rope_theta(config: Any) -> float:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, `rope_scaling` of 4."""
+    """The config's `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
     return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
 
 def rotate_vision(original: Forward) -> Forward:
-    """apply_rotary_pos_emb_vision, for cosines and for positions."""
+    """`apply_rotary_pos_emb_vision` that accepts positions as well as cosines."""
 
     @functools.wraps(original)
     def apply(
@@ -92,7 +92,7 @@ def rotate_vision(original: Forward) -> Forward:
 
 
 def rotate_decoder(original: Forward) -> Forward:
-    """apply_rotary_pos_emb, for cosines and for a `Rotation`."""
+    """`apply_rotary_pos_emb` that accepts positions and a `Rotation` as well as cosines."""
 
     @functools.wraps(original)
     def apply(
@@ -100,8 +100,8 @@ def rotate_decoder(original: Forward) -> Forward:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(sin, Rotation):
             return original(q, k, cos, sin, *args, **kwargs)
-        # [batch_size, heads, length, head_dim], a transposed view of what the projection or the
-        # norm gave: no copy.
+        # q, k: [batch_size, heads, length, head_dim], transposed views of the projection's or the
+        # norm's output, so reshape does not copy.
         packed = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k)]
         section, theta, interleaved = sin
         mrope_(*packed, cos, mrope_section=section, theta=theta, interleaved=interleaved)

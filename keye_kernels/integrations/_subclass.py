@@ -1,9 +1,9 @@
-"""Another forward for single modules, by another class.
+"""Replace the forward of single modules by giving them a subclass made here.
 
-The class is a subclass that is made here and looks like the one before: name, module, `isinstance`.
-As the forward is the class's and not the instance's, nothing is bound: copies and replicas run on
-their own weights. A pickle names the class before and is given ours again when it is loaded. What
-is built by calling the class is the library's: only `apply` changes a module.
+The subclass looks like its base: same name, module and `isinstance`. The forward belongs to the
+class, so it is not bound to an instance: copies and replicas run on their own weights. A pickle
+stores how to make the subclass again. Calling the subclass builds an instance of the base: only
+`apply` changes a module.
 """
 
 import functools
@@ -17,8 +17,8 @@ from keye_kernels.integrations._guard import FORWARDS, OURS
 
 
 def subclass(base: type, forward: Callable[..., Any], remake: tuple[Callable, ...]) -> type:
-    """A class like ``base`` with this forward. ``remake``: a function and its arguments, by which a
-    pickle gets the class again."""
+    """A subclass of ``base`` with this forward. ``remake``: a function and its arguments, which a
+    pickle calls to get the class again."""
 
     def reduce(self: nn.Module, protocol: int) -> tuple:
         _, _, *state = base.__reduce_ex__(self, protocol)
@@ -49,13 +49,13 @@ def _blank(make: Callable[..., type], *args: Any) -> nn.Module:
 
 def put(module: nn.Module, cls: type) -> None:
     """Give the module our class."""
-    # transformers 4.57 leaves the forward of the class on a module whose outputs it recorded.
+    # transformers 4.57 sets the class's forward on modules whose outputs it recorded.
     vars(module).pop("forward", None)
     module.__class__ = cls
 
 
 def take_back(module: nn.Module) -> None:
-    """Give the module the class it had, and to accelerate's hooks the forward they had wrapped."""
+    """Give the module its class back, and accelerate's hooks the forward that they wrapped."""
     cls = type(module)
     base = module.__class__ = OURS[cls]
     own = vars(module)

@@ -21,7 +21,7 @@ from keye_kernels.integrations._layers import (
 SEQUENTIAL = known(nn.Sequential)
 CONV = known(nn.Conv2d)
 EMBEDDING = known(nn.Embedding)
-_STARTS = "keye_kernels_starts"  # what the encoder of SigLIP2 hands its layers beside the mask
+_STARTS = "keye_kernels_starts"  # keyword by which SigLIP2's encoder passes starts to its layers
 
 
 def qwen2_5_merger_forward(*_: Any) -> Forward:
@@ -109,18 +109,18 @@ def _attend_frames(
     """q, k, v: [num_tokens, num_heads, head_dim]. Returns [num_tokens, hidden_size]."""
     check_dropout(self.attention_dropout if self.training else 0.0)
     starts = cu_seqlens.to(q.device, torch.int32)
-    if max_seqlen is None:  # the tower was not changed: a layer runs by itself
+    if max_seqlen is None:  # the tower's forward, which passes it, is not ours
         max_seqlen = int(starts.diff().max())
     return varlen_attention(q, k, v, starts, starts, max_seqlen, max_seqlen).flatten(1)
 
 
 def _is_ours(self: nn.Module, x: torch.Tensor) -> bool:
-    """Whether our attention serves: the one that is asked for by "eager" returns its weights."""
+    """Whether our attention serves; "eager" must return attention weights, which ours does not."""
     return fits(x) and self.config._attn_implementation != "eager"
 
 
 def _writable(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Its output, which the rotation writes to: what a hook has seen is left as it was."""
+    """linear(x), which rope may overwrite: a copy if a hook may hold the output."""
     y = linear(x)
     return y if is_itself(linear, LINEAR) else y.clone()
 
@@ -178,7 +178,7 @@ def _longest_frame(grid_thw: torch.Tensor) -> int:
 
 
 def qwen_tower(*, windows: bool) -> Maker:
-    """Hand the tower its longest segment, so that no layer has to ask the device for it."""
+    """Pass the tower its longest segment, so that no layer has to read it from the device."""
 
     def make(_: ModuleType, original: Forward) -> Forward:
         def forward(
@@ -197,7 +197,7 @@ def qwen_tower(*, windows: bool) -> Maker:
 
 
 def paddle_encoder(_: ModuleType, original: Forward) -> Forward:
-    """The same for PaddleOCR-VL, where the encoder knows the grid."""
+    """Pass the longest segment, as `qwen_tower` does: in PaddleOCR-VL the encoder has the grid."""
 
     def forward(
         self: nn.Module,
@@ -219,9 +219,7 @@ def siglip2_attention(_: ModuleType, original: Forward) -> Forward:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        starts = kwargs.pop(
-            _STARTS, None
-        )  # int32 [2, n + 1]; the mask as `siglip2_encoder` read it
+        starts = kwargs.pop(_STARTS, None)  # int32 [2, n + 1], from `siglip2_encoder`
         if starts is None or not _is_ours(self, hidden_states):
             return original(self, hidden_states, attention_mask, **kwargs)
         check_dropout(self.dropout if self.training else 0.0)
@@ -237,7 +235,7 @@ def siglip2_attention(_: ModuleType, original: Forward) -> Forward:
 
 
 def siglip2_encoder(modeling: ModuleType, original: Forward) -> Forward:
-    """Make sequence starts of the mask, once for all layers."""
+    """Compute sequence starts from the mask, once for all layers."""
 
     def forward(
         self: nn.Module,
@@ -246,7 +244,7 @@ def siglip2_encoder(modeling: ModuleType, original: Forward) -> Forward:
         **kwargs: Any,
     ) -> Any:
         parts = (part for layer in self.layers for part in (layer, getattr(layer, "self_attn", 0)))
-        if not _is_ours(self, inputs_embeds) or any(  # others may not take starts
+        if not _is_ours(self, inputs_embeds) or any(  # other layers may not accept _STARTS
             type(part).__module__ != modeling.__name__ for part in parts
         ):
             return original(self, inputs_embeds, attention_mask, **kwargs)
@@ -255,8 +253,8 @@ def siglip2_encoder(modeling: ModuleType, original: Forward) -> Forward:
         starts_k = segments(mask, batch_size, length, inputs_embeds.device)
         starts_q = starts_k
         if mask is not None:
-            # Queries at padding see the tokens too: the text tower's answer is read from the last
-            # place of a row, padding or not. So the segments of padding have keys and no queries.
+            # Queries at padding see the tokens too, since the text tower's answer is read from the
+            # last position of a row, padding or not. So padding segments have keys and no queries.
             row = torch.arange(batch_size, device=starts_k.device)[:, None]
             ends = row + torch.tensor([0, 0, 1], device=starts_k.device)
             starts_q = F.pad(ends.flatten() * length, (0, 1), value=batch_size * length).int()
@@ -267,9 +265,9 @@ def siglip2_encoder(modeling: ModuleType, original: Forward) -> Forward:
 
 
 def _tokens(mask: torch.Tensor) -> torch.Tensor:
-    """[batch_size, length], true at tokens, of a mask [batch_size, 1, any, length].
+    """Reduce a mask [batch_size, 1, any, length] to [batch_size, length], true at tokens.
 
-    Either bool, or a float that is 0 at tokens.
+    The mask is bool, or float with 0 at tokens.
     """
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -281,11 +279,11 @@ def _tokens(mask: torch.Tensor) -> torch.Tensor:
 def segments(
     mask: torch.Tensor | None, batch_size: int, length: int, device: torch.device
 ) -> torch.Tensor:
-    """Sequence starts int32 of padded rows laid end to end: [batch_size + 1] without a mask.
+    """Sequence starts, int32, of padded rows laid end to end: [batch_size + 1] without a mask.
 
-    With a mask [batch_size, length], true at tokens, [3 * batch_size + 1]: what lies before and
-    behind a row's tokens are sequences of their own. So all shapes are known without asking the
-    device, and nothing has to be gathered.
+    With a mask [batch_size, length], true at tokens, [3 * batch_size + 1]: the padding before and
+    after a row's tokens are sequences of their own. So all shapes are known without reading from
+    the device, and nothing has to be gathered.
 
     Raises:
         ValueError: The tokens of a row are not consecutive.
@@ -305,6 +303,6 @@ def segments(
 
 
 def is_consecutive(mask: torch.Tensor) -> torch.Tensor:
-    """Whether the tokens of each row of [batch_size, length] are one run: one bool, not read."""
+    """Whether each row of [batch_size, length] has its tokens in one run: a bool on the device."""
     edges = F.pad(mask.int(), (1, 1)).diff(dim=1).abs().sum(dim=1)
     return (edges <= 2).all()

@@ -6,10 +6,10 @@
     print(report(model))    # what was replaced, what was not, and why
     revert(model)
 
-Modules get another `forward` and keep everything else: weights, names, state_dict, device. What is
-added to them later, such as adapters and hooks, works as without us: a module whose children are no
-longer what we know takes its own forward. Forward only: call the model under
-`torch.inference_mode()` or `torch.no_grad()`.
+Modules get another `forward` and keep everything else: weights, names, state_dict, device. Adapters
+and hooks that are added later work as usual: a module whose children have been changed uses its
+original forward. Ops are forward-only: call the model under `torch.inference_mode()` or
+`torch.no_grad()`.
 """
 
 import functools
@@ -33,7 +33,7 @@ _MAJOR, _MINOR = (
     int(part) for part in re.match(r"(\d+)\.(\d+)", transformers.__version__).groups()
 )
 _DECODER_ATTENTION = "varlen_attention"
-_MARK = "_keye_kernels_replaces"  # on a forward of ours: the forward of the class before
+_MARK = "_keye_kernels_replaces"  # attribute of our forwards: the original forward
 _ROTATE = {"mrope_": _rotary.rotate_decoder, "rope_2d_": _rotary.rotate_vision}
 
 
@@ -41,20 +41,19 @@ def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = Non
     """Let a model, or all models of a family, run on our ops.
 
     Args:
-        model_or_family: A model or any part of one, which alone is changed; or the name of a
-            family ("paddleocr_vl", "qwen2_5_vl", "qwen3_vl", "siglip2", "qwen3"), whose classes
-            are changed: all its models, those built later too. A model with parts of several
-            families (a SigLIP2 tower before a Qwen3 decoder) gets them all. The attention of a
-            decoder is changed in models only: a family's take
-            ``attn_implementation="keye_kernels"``.
-        ops: Names of the ops to use. None: all that the family has a place for.
+        model_or_family: A model or a part of one, and only that is changed. Or the name of a family
+            ("paddleocr_vl", "qwen2_5_vl", "qwen3_vl", "siglip2", "qwen3"): its classes are changed,
+            so all its models, also those built later. In a model with parts of several families
+            (a SigLIP2 tower before a Qwen3 decoder) all are changed. Decoder attention is changed
+            in models only; models of a family take ``attn_implementation="keye_kernels"``.
+        ops: Names of the ops to use. None: all that the family can use.
 
     Raises:
-        ValueError: The family or an op is unknown here; or a module is configured in a way our op
-            does not serve, which the message names with the op to leave out.
+        ValueError: The family or an op is unknown; or our op does not serve the configuration of a
+            module (the message names both).
         RuntimeError: The release of transformers is not supported; or the model, its family or a
-            part of it is changed already; or a module, which is named, has a forward of somebody
-            else (hooks of accelerate): `revert` first, or apply to the model before them.
+            part of it is changed already: `revert` first; or a module has a forward of its own
+            (hooks of accelerate): apply before they are added.
     """
     _check_release()
     if isinstance(model_or_family, str):
@@ -89,7 +88,7 @@ def apply(model_or_family: nn.Module | str, *, ops: Collection[str] | None = Non
     ]
     if any(_is_ours(module) for module in model_or_family.modules()):
         raise RuntimeError("the model, or a part of it, is changed already; call revert first")
-    for name, module in decoders:  # nothing is changed where something is refused
+    for name, module in decoders:  # all is checked before anything is changed
         _refuse(name, module, refuse_attention(module), (_DECODER_ATTENTION,))
     for name, module, replacement, _ in planned:
         _refuse(name, module, replacement.refuse(module), replacement.ops)
@@ -117,7 +116,7 @@ def revert(model_or_family: nn.Module | str) -> None:
     if isinstance(model_or_family, str):
         family, modeling = _family(model_or_family)
         if not _is_family_changed(family, modeling):
-            raise RuntimeError(f"{model_or_family!r} is not changed; apply it first")
+            raise RuntimeError(f"{model_or_family!r} is not changed; call apply first")
         for replacement in family.replacements:
             cls, _ = _resolve(replacement, modeling)
             if _is_marked(cls.forward):
@@ -125,12 +124,12 @@ def revert(model_or_family: nn.Module | str) -> None:
         return
     changed = [module for module in model_or_family.modules() if _is_ours(module)]
     if not changed:
-        raise RuntimeError("the model is not changed by itself; apply it first")
+        raise RuntimeError("the model itself is not changed; call apply first")
     for module in changed:
         if type(module) not in OURS and _has_our_class(module):
             raise RuntimeError(
-                f"{type(module).__name__} must have the class that apply gave it, got another over "
-                "it; remove its parametrizations or wrappers, then call revert"
+                f"{type(module).__name__} must have the class that apply gave it, got another made "
+                "from it; remove its parametrizations or wrappers, then call revert"
             )
     for module in changed:
         if type(module) in OURS:
@@ -202,11 +201,11 @@ def _rows(family: Family, modeling: ModuleType, model: nn.Module | None) -> Iter
 
 
 def _own_forward(module: nn.Module, replacement: Replacement, modeling: ModuleType) -> str | None:
-    """Why the module uses the library's forward, "" if `apply` never changed it; None if ours."""
+    """Why the module runs the library's forward ("" if `apply` never changed it); None if ours."""
     ours = type(module).forward
     if not _is_marked(ours) and type(module) not in OURS:
         return ""
-    if "forward" in vars(module):  # accelerate keeps the forward that its hooks go round
+    if "forward" in vars(module):  # accelerate keeps the forward that its hooks wrap
         inner = vars(module).get("_old_forward", module.forward)
         if getattr(inner, "__func__", None) is not ours:
             return "a forward of its own"
@@ -255,7 +254,7 @@ def _chosen(found: list[Family], ops: Collection[str] | None) -> set[str]:
     known = {op for family in found for row in family.replacements for op in row.ops}
     known |= {_DECODER_ATTENTION for family in found if family.decoder}
     if ops is not None and (isinstance(ops, str) or not ops or set(ops) - known):
-        raise ValueError(f"ops must be names out of {', '.join(sorted(known))}, got {ops!r}")
+        raise ValueError(f"ops must hold names from {', '.join(sorted(known))}, got {ops!r}")
     return known if ops is None else set(ops)
 
 
@@ -283,7 +282,7 @@ def _available(
 
 
 def _owned(cls: type, modeling: ModuleType) -> bool:
-    """Whether a change of the class stays within the family."""
+    """Whether the class is the family's own, so that changing it affects no other family."""
     return cls.__module__ == modeling.__name__
 
 
@@ -294,7 +293,7 @@ def _of_class(model: nn.Module, cls: type) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _called(name: str) -> str:
-    """The name of a module, before what is said of it."""
+    """The name of a module as the prefix of a message."""
     return f"{name}: " if name else ""
 
 
@@ -308,7 +307,7 @@ def _refuse(name: str, module: nn.Module, why: str | None, ops: tuple[str, ...])
 
 @functools.cache
 def _ours(modeling: str, name: str) -> type:
-    """Our subclass of a modeling module's class; unpickling calls this too."""
+    """Our subclass of the class ``name`` of a modeling module; unpickling calls this too."""
     _check_release()
     module = importlib.import_module(modeling)
     for family in families(_MAJOR).values():
@@ -326,7 +325,7 @@ def _ours(modeling: str, name: str) -> type:
 def _checked(
     replacement: Replacement, modeling: ModuleType, original: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Our forward for a class; it checks each module when that is called."""
+    """Our forward for a whole class; it checks the module's configuration in each call."""
     inner = replacement.make(modeling, original)
 
     @functools.wraps(original)
@@ -352,7 +351,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # transformers 4.57 leaves the forward of the class on a module whose outputs it recorded.
+    # transformers 4.57 sets the class's forward on modules whose outputs it recorded.
     return getattr(module.forward, "__func__", None) is type(module).forward
 
 
@@ -363,7 +362,7 @@ def _is_family_changed(family: Family, modeling: ModuleType) -> bool:
 def _install(family: Family, modeling: ModuleType, chosen: set[str]) -> None:
     """Let the rotation functions accept positions as well as cosines, once per process.
 
-    It is never undone: callers with cosines are not affected.
+    `revert` does not undo it: callers that pass cosines are not affected.
     """
     for name, op in family.functions.items():
         function = getattr(modeling, name, None)

@@ -2,10 +2,10 @@
 
     VLLM_PLUGINS=keye_kernels vllm serve <any model>
 
-Layers are replaced where vLLM builds them: they keep their weights, names and sharding, and call an
-op of ours instead. As that changes every model vLLM serves, it happens only when VLLM_PLUGINS
-names this plugin. `report(model)` tells what was replaced and why the rest was not. The Keye models
-of `keye_model.integrations.vllm` are built with these layers in any case.
+vLLM builds our subclasses of its layers: they keep weights, names and sharding, and call our ops.
+This changes every model vLLM serves, so it happens only if VLLM_PLUGINS names this plugin.
+`report(model)` tells which layers were replaced and why the others were not. The Keye models of
+`keye_model.integrations.vllm` are always built with these layers.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from keye_kernels import _backends, backends, mrope_, rms_norm, silu_mul, varlen_attention
 
 PLUGIN = "keye_kernels"
-# Of vLLM: its layers have no stable interface, so no other is assumed to fit.
+# Releases of vLLM that are supported: its layers have no stable interface.
 RELEASES = ("0.32", "0.33")
 
-logger = init_logger(f"vllm.{__name__}")  # below "vllm", whose handler prints it
+logger = init_logger(f"vllm.{__name__}")  # the handler of the logger "vllm" prints it
 
 
 class KeyeEncoderAttention(MMEncoderAttention):
@@ -51,7 +51,7 @@ class KeyeEncoderAttention(MMEncoderAttention):
                 f"keye_kernels, got {self.head_size}"
             )
 
-    @torch.no_grad()  # on a CPU vLLM measures the memory of a step in grad mode
+    @torch.no_grad()  # on a CPU, vLLM measures the memory of a step with gradients enabled
     def forward(
         self,
         query: torch.Tensor,
@@ -68,9 +68,9 @@ class KeyeEncoderAttention(MMEncoderAttention):
             key, value: The same, with num_kv_heads and a seqlen of their own.
             cu_seqlens: [num_sequences + 1], where each sequence of the flattened batch starts.
                 None: each row of the batch is one.
-            max_seqlen: The longest of them or more. None and 0, which vLLM's own PyTorch backend
-                is given, mean unknown. A GPU tensor is read back, as vLLM's backends do.
-            sequence_lengths: What another backend needs; not read.
+            max_seqlen: Upper bound of their lengths. None and 0, which vLLM passes its own PyTorch
+                backend, mean unknown. A GPU tensor is read back, as in vLLM's backends.
+            sequence_lengths: Not read; for another backend.
 
         Returns:
             A tensor like query.
@@ -87,7 +87,7 @@ class KeyeEncoderAttention(MMEncoderAttention):
             max_seqlen_q, max_seqlen_k = query.shape[1], key.shape[1]
         else:
             cu_seqlens_q = cu_seqlens_k = cu_seqlens.to(torch.int32)
-            # While an encoder is compiled no value can be read.
+            # torch.compile cannot read the value of a tensor.
             unknown = max_seqlen is None or torch.compiler.is_compiling()
             known = 0 if unknown else int(max_seqlen)
             max_seqlen_q = max_seqlen_k = known or len(q)
@@ -97,7 +97,7 @@ class KeyeEncoderAttention(MMEncoderAttention):
         )  # fmt: skip
         return out.view(query.shape)
 
-    # What vLLM prepares for its FlashInfer backend, ours takes as it is.
+    # Skip what vLLM prepares for its FlashInfer backend: our op takes plain cu_seqlens.
 
     @classmethod
     def maybe_compute_seq_lens(cls, *_args: object, **_kwargs: object) -> None:
@@ -112,7 +112,7 @@ class KeyeEncoderAttention(MMEncoderAttention):
 
 
 class KeyeRMSNorm(RMSNorm):
-    """RMSNorm over all channels with a weight, the residual added in the same pass."""
+    """RMSNorm with a weight over all channels; adds the residual in the same pass."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -126,11 +126,11 @@ class KeyeRMSNorm(RMSNorm):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x, residual: [..., hidden_size]. Returns (norm of the sum, the sum), or the norm."""
+        """x, residual: [..., hidden_size]. Returns norm(x), or (norm of the sum, the sum)."""
         if kept_because(self):
             return super().forward(x, residual)
-        rows = x.reshape(-1, self.hidden_size)  # a copy where heads lie in a packed qkv
-        weight = self.weight.data  # the parameter itself would need gradients while compiling
+        rows = x.reshape(-1, self.hidden_size)  # copies heads that are slices of a packed qkv
+        weight = self.weight.data  # under torch.compile the parameter would require gradients
         if residual is None:
             return rms_norm(rows, weight, self.variance_epsilon).view(x.shape)
         residual = residual.reshape(rows.shape)
@@ -165,9 +165,9 @@ class KeyeMRotaryEmbedding(MRotaryEmbedding):
         key: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Turn query and key [num_tokens, heads * head_size] by positions [3, num_tokens].
+        """Rotate query and key [num_tokens, heads * head_size] by positions [3, num_tokens].
 
-        Positions [num_tokens] count for all three axes.
+        Positions [num_tokens] are used for all three axes.
 
         Raises:
             NotImplementedError: There is no key, or there are offsets.
@@ -203,7 +203,7 @@ _REPLACEMENTS = (
 
 
 def register() -> None:
-    """Replace layers in every model that vLLM builds from here on; may be called again.
+    """Replace layers in every model that vLLM builds after this call; may be called again.
 
     vLLM calls this in each of its processes (entry point ``vllm.general_plugins``).
 
@@ -225,7 +225,7 @@ def register() -> None:
 
 @contextmanager
 def our_layers() -> Iterator[None]:
-    """Build vLLM's layers as ours inside the block, and as they were after it."""
+    """Let vLLM build our layers inside the block only."""
     check_release()
     entries = _new_entries()
     op_registry_oot.update(entries)
@@ -250,10 +250,10 @@ class Row:
     """One kind of layer in a model.
 
     Attributes:
-        layer: vLLM's name of it.
-        op: The op of ours that takes its place.
-        replaced, modules: How many call it, of how many there are.
-        note: Which backend serves the op, and why the others were not replaced.
+        layer: Name of vLLM's class.
+        op: Our op that replaces it.
+        replaced, modules: Number of modules that call our op, and of all modules of the class.
+        note: The backend that serves the op, and why the other modules were not replaced.
     """
 
     layer: str
@@ -267,7 +267,7 @@ class Row:
 
 
 def report(model: nn.Module) -> list[Row]:
-    """What of a vLLM model runs on our ops; `LLM.apply_model` calls it where the model is."""
+    """The layers of a vLLM model that run on our ops, to be called through `LLM.apply_model`."""
     rows = []
     for replacement in _REPLACEMENTS:
         modules = [m for m in model.modules() if isinstance(m, replacement.layer)]
@@ -297,7 +297,7 @@ def kept_because(module: nn.Module) -> str | None:
 
 
 def _keep(module: nn.Module, reason: str) -> None:
-    """Let a layer that our op does not serve be as it was, and say so."""
+    """Let a layer that our op does not serve run vLLM's code, and log the reason."""
     module._keye_kernels_kept = reason
     logger.warning_once(
         "keye_kernels does not replace one kind of %s: %s", type(module).__name__, reason
@@ -305,7 +305,7 @@ def _keep(module: nn.Module, reason: str) -> None:
 
 
 def _new_entries() -> dict[str, type[CustomOp]]:
-    """What to add to vLLM's registry of foreign layers, by the name of the layer replaced."""
+    """Our entries for vLLM's registry of replaced layers: name of vLLM's class to our class."""
     return {
         r.layer.__name__: r.ours
         for r in _REPLACEMENTS
@@ -314,7 +314,7 @@ def _new_entries() -> dict[str, type[CustomOp]]:
 
 
 def _state(replacement: _Replacement) -> str:
-    """Who builds a kind of layer from here on, in words."""
+    """What vLLM builds for this layer now, in words."""
     taken = op_registry_oot.get(replacement.layer.__name__)
     if taken is replacement.ours:
         return f"{replacement.op} by {_served(replacement.op).backend}"
@@ -328,7 +328,7 @@ def _served(op: str) -> _backends.ServedBy:
 
 
 def _obstacle(op: str) -> str | None:
-    """Why an op of ours cannot take a layer's place on this machine, or None."""
+    """Why our op cannot replace a layer of vLLM on this machine, or None."""
     device = current_platform.device_type
     if device not in ("cuda", "cpu"):
         return f"{op} runs on cuda and cpu tensors, not on {device}"

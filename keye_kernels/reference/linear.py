@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from keye_kernels.reference.layers import rms_norm, silu_mul
+from keye_kernels.reference.activation import silu_mul
+from keye_kernels.reference.norm import rms_norm
 
 
 def linear(

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from keye_kernels._checks import check_each
-from keye_kernels.reference.layers import Pair
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def philox(tokens: torch.Tensor, step: torch.Tensor, seed: torch.Tensor) -> Pair:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from keye_model.checkpoint.hub import added_tokens, locate, read_json
+from keye_model.checkpoint.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class KeyeConfig:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike, *, local_files_only: bool = False
+        cls, path_or_id: str | os.PathLike | Checkpoint, *, local_files_only: bool = False
     ) -> KeyeConfig:
         """Read `config.json`, and what it lacks from the files beside it, if they are there.
 
@@ -171,9 +171,9 @@ class KeyeConfig:
             FileNotFoundError: No such checkpoint, or it has no `config.json`.
             ValueError: A key is missing or wrong, or the file describes another model.
         """
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
-        config = cls.from_dict(read_json(directory, "config.json"))
-        pixels = read_json(directory, "preprocessor_config.json", required=False) or {}
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
+        config = cls.from_dict(checkpoint.json("config.json"))
+        pixels = checkpoint.json("preprocessor_config.json", required=False) or {}
         statistics = {}
         for key in ("image_mean", "image_std"):
             value = pixels.get(key)
@@ -182,7 +182,7 @@ class KeyeConfig:
         vision = dataclasses.replace(config.vision_config, **statistics)
         fast = config.fast_video_token_id
         if fast is None and config.variant.timestamped_frames:
-            fast = added_tokens(directory).get("<|fast_video_pad|>")
+            fast = checkpoint.added_tokens.get("<|fast_video_pad|>")
         return dataclasses.replace(config, vision_config=vision, fast_video_token_id=fast)
 
     @classmethod

@@ -19,7 +19,13 @@ CONFIG_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 
 
-def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bool = False) -> Path:
+def locate(
+    path_or_id: str | os.PathLike,
+    *,
+    weights: bool,
+    local_files_only: bool = False,
+    **download: Any,
+) -> Path:
     """Return the directory that holds a checkpoint's files, downloading them if they are not here.
 
     Args:
@@ -27,6 +33,7 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
         weights: Whether the safetensors files are wanted too, or only configuration and tokenizer.
             Code files are never fetched.
         local_files_only: Never touch the network. ``HF_HUB_OFFLINE=1`` does the same.
+        download: Other options of `huggingface_hub.snapshot_download`, ``revision`` for one.
 
     Raises:
         FileNotFoundError: The directory does not exist, or the Hub (or its cache) has no such
@@ -49,12 +56,9 @@ def locate(path_or_id: str | os.PathLike, *, weights: bool, local_files_only: bo
             f"path_or_id must be an existing directory or a Hub id 'owner/name', got {name!r}{hint}"
         )
     patterns = CONFIG_FILES + (WEIGHT_FILES if weights else ())
+    options = {"allow_patterns": list(patterns), "local_files_only": local_files_only}
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=list(patterns), local_files_only=local_files_only
-            )
-        )
+        return Path(snapshot_download(name, **options, **download))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"path_or_id {name!r} is no directory here, is not in the local Hub cache, and the Hub "
@@ -121,53 +125,3 @@ def is_lfs_pointer(path: Path) -> bool:
     """Whether a file only says which large file a clone without Git LFS left out."""
     with open(path, "rb") as file:
         return file.read(23) == b"version https://git-lfs"
-
-
-def added_tokens(directory: Path) -> dict[str, int]:
-    """Ids of the tokens that `tokenizer.json` adds to its vocabulary; empty without the file.
-
-    Raises:
-        ValueError: The file's list of them is broken.
-    """
-    raw = read_json(directory, "tokenizer.json", required=False) or {}
-    try:
-        return {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{directory / 'tokenizer.json'} must list 'added_tokens' as objects with 'id' and "
-            f"'content', got {type(error).__name__}: {error}"
-        ) from error
-
-
-def end_ids(directory: Path) -> tuple[tuple[int, ...], int]:
-    """Ids that end an answer, and the id that fills batches up.
-
-    `generation_config.json` decides. What it leaves open has the published values, looked up by
-    string in `tokenizer.json`: ``<|im_end|>`` and ``<|endoftext|>`` end, ``<|endoftext|>`` fills.
-    Only without these does `config.json` count, which names one end id of the two.
-
-    Raises:
-        ValueError: No file names an end id, so that generation would never end by itself; or what
-            is named is no id.
-    """
-    generation = read_json(directory, "generation_config.json", required=False) or {}
-    eos, pad = generation.get("eos_token_id"), generation.get("pad_token_id")
-    if eos is None or pad is None:
-        added = added_tokens(directory)
-        config = read_json(directory, "config.json", required=False) or {}
-        if eos is None:
-            eos = [added[token] for token in ("<|im_end|>", "<|endoftext|>") if token in added]
-            eos = eos or config.get("eos_token_id")
-        if pad is None:
-            pad = added.get("<|endoftext|>", config.get("pad_token_id"))
-    if eos is None:
-        raise ValueError(
-            f"generation_config.json must contain 'eos_token_id', or tokenizer.json the token "
-            f"'<|im_end|>', {directory} has neither"
-        )
-    ends = tuple(eos) if isinstance(eos, list) else (eos,)
-    pad = ends[-1] if pad is None and ends else pad
-    for name, ids, given in (("eos_token_id", ends, eos), ("pad_token_id", (pad,), pad)):
-        if not ids or not all(type(one) is int and one >= 0 for one in ids):
-            raise ValueError(f"{name} of {directory} must be a token id, got {given!r}")
-    return ends, pad

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig
 from keye_model.checkpoint.hub import LFS_POINTER, check_file, is_lfs_pointer, read_json
 
+# Parts of the model, by what the published names of their tensors start with.
+TOWER, PROJECTOR, DECODER_LAYERS = "visual.", "mlp_AR.", "model.layers."
 _PREFIXES = (  # published -> ours; the first that fits counts
     ("visual.vision_model.embeddings.", "model.visual."),
     ("visual.vision_model.encoder.", "model.visual."),

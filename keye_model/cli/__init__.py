@@ -1,7 +1,7 @@
 """The command line: `keye generate | chat | demo | info | plan`.
 
-Only what parses it is imported here. torch takes seconds, which `--help` and mistakes need not
-wait for.
+Only the parser is imported here: importing torch takes seconds, and `--help` and mistakes need not
+wait for it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from keye_model.cli.options import (
     number,
     with_flags,
 )
+from keye_model.engine.options import SamplingOptions
 
 _DEFAULT_MODEL = "Kwai-Keye/Keye-VL-8B-Preview"
 _EXAMPLES = """\
@@ -36,7 +37,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; mistakes are one line, not a traceback.
+    """Run one command; an error is printed as one line, without a traceback.
 
     Returns:
         The exit status: 1 after an error, 2 if the command line is wrong, 130 after Ctrl-C, and 141
@@ -70,12 +71,15 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     _check(arguments)
+    if "thinking" in arguments:
+        arguments.thinking = {"on": True, "off": False}.get(arguments.thinking, "auto")
     if arguments.model is not None:
         with terminal.interrupt_exits():
-            from keye_model.checkpoint.hub import locate, read_json
+            from keye_model.checkpoint.checkpoint import Checkpoint
 
-        where = {"local_files_only": getattr(arguments, "local_files_only", False)}
-        read_json(locate(arguments.model, weights=False, **where), "config.json")
+        offline = getattr(arguments, "local_files_only", False)
+        arguments.model = Checkpoint.at(arguments.model, local_files_only=offline)
+        arguments.model.json("config.json")
     with terminal.interrupt_exits():
         from keye_model.cli import commands
 
@@ -83,7 +87,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What concerns more than one option, and the question."""
+    """Check the question, and options that depend on each other."""
     command, text = arguments.command, getattr(arguments, "text", None)
     if command in ("generate", "plan") and not arguments.video:
         for name in ("fps", "max_frames", "total_pixels"):
@@ -119,7 +123,7 @@ class _Version(argparse.Action):
 
 def _parser() -> Parser:
     parser = Parser(prog="keye", description="Keye-VL on keye-kernels.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print it and leave")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(name: str, text: str, epilog: str | None = None) -> Parser:
@@ -141,31 +145,25 @@ def _parser() -> Parser:
     _add_model(generate, _DEFAULT_MODEL, loaded=True)
     generate.add_argument("--json", action="store_true", help="print the whole answer as JSON")
 
-    chat = command("chat", "talk about images and videos; /help there tells how")
+    chat = command("chat", "talk about images and videos; /help lists the commands")
     _add_inputs(chat)
     _add_answer(chat)
     _add_model(chat, _DEFAULT_MODEL, loaded=True)
 
     demo = command("demo", "show a picture, a video and a mixed batch")
     demo.add_argument("--model", help="directory or Hub id; without it random weights")
-    demo.add_argument("--max-new-tokens", type=POSITIVE_INT, default=32, metavar="N")
+    _add_max_new_tokens(demo, "of each answer (%(default)s)", 32)
 
     info = command("info", "print versions, backends and a checkpoint's facts")
     _add_model(info, None)
 
     plan = command("plan", "print tokens, memory and least time of a request")
-    _add_text(plan, "the question, if its tokens shall count")
+    _add_text(plan, "the question, to count its tokens too")
     _add_inputs(plan)
     costs = plan.add_argument_group("costs")
-    costs.add_argument(
-        "--max-new-tokens",
-        type=POSITIVE_INT,
-        default=512,
-        metavar="N",
-        help="of each request (%(default)s)",
-    )
+    _add_max_new_tokens(costs, "of each request (%(default)s)")
     for name, kind, default, text in (
-        ("batch", POSITIVE_INT, 1, "as many equal requests (1)"),
+        ("batch", POSITIVE_INT, 1, "number of equal requests (1)"),
         ("matmul", POSITIVE, 790.0, "TFLOP/s of the GPU (H200: 790)"),
         ("copy", POSITIVE, 4.3, "TB/s of the GPU (H200: 4.3)"),
     ):
@@ -188,8 +186,8 @@ def _add_inputs(parser: Parser) -> None:
     add_frames(group)
     add_pixels(group, "a picture or a frame")
     group.description = (
-        "A video that would not fit is taken with the most frames that do, unless --fps\n"
-        "or --max-frames says how many to take."
+        "A video too long for the context is sampled to the most frames that fit, unless\n"
+        "--fps or --max-frames says how many to take."
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
 
@@ -197,29 +195,42 @@ def _add_inputs(parser: Parser) -> None:
 def _add_answer(parser: Parser) -> None:
     group = parser.add_argument_group("the answer")
     not_negative = number(int, "an integer of at least 0", lambda x: x >= 0)
+    _add_max_new_tokens(group, "most tokens of an answer (%(default)s)")
     group.add_argument(
-        "--max-new-tokens",
-        type=POSITIVE_INT,
-        default=512,
-        metavar="N",
-        help="most tokens of an answer (%(default)s)",
+        "--thinking", choices=("auto", "on", "off"), default="auto", help="auto: the model decides"
     )
     group.add_argument(
-        "--thinking", choices=("auto", "on", "off"), default="auto", help="ask for it or not"
+        "--greedy",
+        action="store_const",
+        const=False,
+        dest="do_sample",
+        help="always the most likely token",
     )
-    group.add_argument("--greedy", action="store_true", help="always the most likely token")
     for name, kind, metavar, off in (
         ("temperature", number(float, "at least 0", lambda x: x >= 0), "T", "0 is greedy"),
         ("top-k", not_negative, "K", "0 is off"),
         ("top-p", number(float, "in (0, 1]", lambda x: 0 < x <= 1), "P", "1 is off"),
         ("repetition-penalty", POSITIVE, "R", "1 is off"),
     ):
-        text = f"{off}; as the checkpoint says if left out"
+        text = f"{off}; default: the checkpoint's"
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     seed = number(int, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
     group.add_argument("--seed", type=seed, metavar="N", help="makes a sampled answer repeatable")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+        "--stop",
+        action="append",
+        default=[],
+        dest="stop_strings",
+        metavar="TEXT",
+        help="end before TEXT; repeatable",
+    )
+
+
+def _add_max_new_tokens(
+    parser: argparse._ActionsContainer, text: str, default: int = SamplingOptions.max_new_tokens
+) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=POSITIVE_INT, default=default, metavar="N", help=text
     )
 
 

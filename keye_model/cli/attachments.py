@@ -1,10 +1,9 @@
-"""Pictures and videos of the command line: message items from options, EXIF, and what fits."""
+"""Pictures and videos of the command line: message items from options, EXIF turns, fitting."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from keye_model.cli import terminal
-from keye_model.inputs.request import Progress, Request
+from keye_model.inputs.request import Progress, Request, num_patches
 from keye_model.processing.chat import Thinking
 from keye_model.processing.fetch import describe
 from keye_model.processing.picture import FETCH_TIMEOUT, MAX_IMAGE_BYTES
@@ -20,11 +19,11 @@ from keye_model.processing.processor import KeyeProcessor
 from keye_model.processing.source import read_source
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_HOW_MANY = {"fps", "max_frames"}  # keys with which a video is not made to fit
+_HOW_MANY = {"fps", "max_frames"}  # a video with one of these keys is not sampled to fit
 
 
 def image_item(source: str, options: argparse.Namespace, processor: KeyeProcessor) -> dict:
-    """A picture as a message item, turned if ``options.exif``; a hint if it should perhaps be."""
+    """A picture as a message item; ``options.exif`` applies its EXIF turn, else a note names it."""
     item = {"type": "image", "image": source, **_pixels(options, processor)}
     picture = _turned(source, processor, remote=options.exif)
     if picture is not None and options.exif:
@@ -38,16 +37,16 @@ def image_item(source: str, options: argparse.Namespace, processor: KeyeProcesso
 
 
 def video_item(source: str, options: argparse.Namespace, processor: KeyeProcessor) -> dict:
-    """A video as a message item, the options under the keys of the checkpoint's line."""
-    preview = processor.config.variant.video_version == "1.0"
-    if preview:  # whose frames go through the image processor, too
+    """A video as a message item, with its options under the keys of the checkpoint's model line."""
+    rules = processor.rules
+    if rules.max_frame_pixels is None:  # the image processor's bounds hold for frames too
         _pixels(options, processor)
     settings = {
         "fps": options.fps,
         "max_frames": options.max_frames,
         "min_pixels": options.min_pixels,
         "max_pixels": options.max_pixels,
-        "total_pixels" if preview else "video_total_pixels": options.total_pixels,
+        rules.total_pixels_key: options.total_pixels,
     }
     given = {key: value for key, value in settings.items() if value is not None}
     return {"type": "video", "video": source, **given}
@@ -71,17 +70,17 @@ def prepare(
     note: Callable[[str], None] = terminal.note,
     progress: Progress | None = None,
 ) -> Request:
-    """Turn a conversation into what the model reads; its videos are made to fit.
+    """Turn a conversation into a request, with videos sampled to fit the context.
 
-    An answer of ``max_new_tokens``, or of half the context if that is less, then fits too. A video
-    whose item says how many frames to take is left as it is.
+    Room is left for an answer of ``max_new_tokens``, or half the context if that is less. A video
+    whose item says how many frames to take is not changed.
 
     Args:
         used: Tokens of the context that are taken already.
-        strict: Refuse a longer prompt.
-        shapes_only: As `KeyeProcessor.request` has it; refuses nothing for its length.
-        note: Told in one line what was taken of a video that does not fit.
-        progress: As `Keye.stream` has it.
+        strict: Refuse a prompt that does not fit.
+        shapes_only: As in `KeyeProcessor.request`, which then refuses nothing for its length.
+        note: Called with a line for each video that was sampled to fit.
+        progress: As in `Keye.stream`.
     """
     content = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
     fit = any(item["type"] == "video" and not _HOW_MANY & set(item) for item in content)
@@ -108,14 +107,14 @@ def prepare(
 def vision_tokens(request: Request, processor: KeyeProcessor) -> int:
     """Tokens of a request's pictures and videos."""
     merge = processor.config.vision_config.spatial_merge_size**2
-    return sum(map(math.prod, request.image_grid_thw + request.video_grid_thw)) // merge
+    return num_patches(request.image_grid_thw + request.video_grid_thw) // merge
 
 
 def _pixels(options: argparse.Namespace, processor: KeyeProcessor) -> dict[str, int]:
-    """The bounds of a picture that are not the image processor's own anyway.
+    """The pixel bounds in ``options`` that differ from the image processor's.
 
     Raises:
-        ValueError: They exceed the image processor's, by which it would be resized once more.
+        ValueError: A bound lies outside the image processor's, which would resize the picture too.
     """
     least, most = processor.image_processor.min_pixels, processor.image_processor.max_pixels
     given = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
@@ -123,7 +122,7 @@ def _pixels(options: argparse.Namespace, processor: KeyeProcessor) -> dict[str, 
         if value is not None and not least <= value <= most:
             raise ValueError(
                 f"{name} must be in [{least}, {most}], got {value}; "
-                f"keye chat --{name.replace('_', '-')} moves the bound"
+                f"keye chat --{name.replace('_', '-')} sets the bound"
             )
     own = {"min_pixels": least, "max_pixels": most}
     return {name: value for name, value in given.items() if value not in (None, own[name])}
@@ -133,7 +132,7 @@ def _turned(source: str, processor: KeyeProcessor, *, remote: bool) -> Image.Ima
     """The picture turned by its EXIF orientation; None if it has none.
 
     Args:
-        remote: Look at pictures on the web too, which are fetched for it.
+        remote: Fetch pictures from the web too.
     """
     if not remote and source.strip().lower().startswith(("http:", "https:")):
         return None
@@ -145,9 +144,9 @@ def _turned(source: str, processor: KeyeProcessor, *, remote: bool) -> Image.Ima
             with Image.open(found if isinstance(found, str) else io.BytesIO(found)) as picture:
                 if picture.getexif().get(_ORIENTATION) not in range(2, 9):
                     return None
-                picture.load()  # where Pillow applies a TIFF's orientation, and forgets it
+                picture.load()  # Pillow applies a TIFF's orientation here and drops the tag
                 if picture.getexif().get(_ORIENTATION) not in range(2, 9):
                     return None
                 return ImageOps.exif_transpose(picture)
-    except Exception:  # broken, missing or no picture: the processor says so
+    except Exception:  # broken, missing or not a picture: the processor raises that
         return None

@@ -24,9 +24,9 @@ from keye_model.processing.processor import KeyeProcessor
 _HELP = """\
 /image PATH_OR_URL [--max-pixels N] [--min-pixels N] [--exif]
 /video PATH_OR_URL [--fps F] [--max-frames N] [--max-pixels N] [--min-pixels N] [--total-pixels N]
-            add to the next message; a video without options is made to fit
-/undo       take the last attachment back, else the last question with its answer
-/reset      forget all
+            add to the next message; --fps and --max-frames keep a video from being sampled to fit
+/undo       remove the last attachment, else the last question and its answer
+/reset      forget everything but the system message
 /save FILE  write the conversation as JSON
 /quit       leave, as do exit, quit and Ctrl-D
 Ctrl-C stops an answer. A space before / makes it text."""
@@ -34,7 +34,7 @@ Ctrl-C stops an answer. A space before / makes it text."""
 
 @dataclass
 class _Turn:
-    """A question and its answer, and the tokens of the context up to here."""
+    """A question and its answer, and the tokens of the context up to its end."""
 
     attached: list[dict[str, Any]]
     messages: list[dict[str, Any]]
@@ -42,15 +42,15 @@ class _Turn:
 
 
 class Conversation:
-    """What was said, and what waits for the next message.
+    """The turns of a conversation, and the attachments of the next message.
 
     Args:
-        processor: Of the checkpoint.
-        arguments: Of the command line: the system message, and defaults for videos.
-        options: Of `Keye.stream`, with ``thinking``.
+        processor: The checkpoint's.
+        arguments: The command line's: the system message, thinking, and defaults for videos.
+        options: Options of `Keye.stream`.
 
     Attributes:
-        keye: Answers; attachments need none.
+        keye: The model that answers; not needed to attach.
     """
 
     def __init__(
@@ -59,8 +59,7 @@ class Conversation:
         self.keye: Keye | None = None
         self._processor = processor
         self._arguments = arguments
-        self._options = dict(options)
-        self._thinking = self._options.pop("thinking")
+        self._options = options
         system = arguments.system
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[_Turn] = []
@@ -77,8 +76,7 @@ class Conversation:
         """Read lines until the input ends.
 
         Returns:
-            The exit status: 130 after Ctrl-C, which a person at a terminal is asked to repeat; 1 if
-            a line of a script failed.
+            The exit status: 130 after Ctrl-C (at a terminal, twice); 1 if a script's line failed.
         """
         interactive = self._interactive = sys.stdin.isatty()
         leaving = failed = False
@@ -123,14 +121,14 @@ class Conversation:
         item = make(source, options, self._processor)
         used = self._turns[-1].tokens if self._turns else 0
         used += sum(tokens for _, tokens in self._attached)
-        # Which frames of 1.5 are slow, only decoding tells.
+        # In 1.5 only decoding tells which frames are slow, so counting shapes is not enough.
         header = kind == "video" and not self._processor.config.variant.timestamped_frames
         tokens = self._count(item, used, shapes_only=header)
         self._attached.append((item, tokens))
         note(f"attached, {tokens:,} tokens")
 
     def _obey(self, line: str) -> bool:
-        """Do what a line says; whether to leave."""
+        """Carry out one line; return whether to leave."""
         command, rest = [*line.split(maxsplit=1), "", ""][:2] if line.startswith("/") else ("", "")
         if command in ("/quit", "/exit") or line.strip() in ("quit", "exit"):
             return True
@@ -151,7 +149,7 @@ class Conversation:
                 self._ask(line.strip())
             except (KeyboardInterrupt, *ERRORS):
                 if self._attached:
-                    note("what is attached waits for the next message; /undo drops the last")
+                    note("attachments are kept for the next message; /undo drops the last one")
                 elif self._turns:
                     note(
                         "the message is forgotten; /undo forgets the last question too, /reset all"
@@ -207,7 +205,7 @@ class Conversation:
             self._processor,
             messages,
             self._options["max_new_tokens"],
-            thinking=self._thinking,
+            thinking=self._arguments.thinking,
             used=used,
             shapes_only=shapes_only,
             note=self._note_once,
@@ -215,14 +213,14 @@ class Conversation:
         )
 
     def _count(self, item: dict[str, Any], used: int = 0, shapes_only: bool = False) -> int:
-        """Tokens of one picture or video; raises what showing it would."""
+        """Tokens of one picture or video; raises if it cannot be processed."""
         messages = [{"role": "user", "content": [item]}]
         with Progress() as progress:
             request = self._prepare(messages, progress, used, shapes_only)
         return vision_tokens(request, self._processor)
 
     def _drop_broken(self) -> None:
-        """Keep of what is attached only what can be shown: the rest would spoil every message."""
+        """Drop the attachments that cannot be processed: with them every message would fail."""
         kept = []
         for item, tokens in self._attached:
             try:
@@ -239,7 +237,7 @@ class Conversation:
             note(f"{_name(item)} is dropped")
         elif self._turns:
             self._attached = self._turns.pop().attached
-            waits = "; what was attached to it waits again" if self._attached else ""
+            waits = "; its attachments go to the next message" if self._attached else ""
             note(f"the last question and its answer are forgotten{waits}")
         else:
             raise ValueError("there is nothing to undo")
@@ -260,7 +258,7 @@ class Conversation:
         note(f"saved {len(self.messages)} messages to {words[0]}")
 
     def _note_once(self, text: str) -> None:
-        """Say what was taken of a video, unless it was said with another room in the prompt."""
+        """Print how a video was sampled, once, even if the room left in the prompt has changed."""
         change = text.partition(", to fit")[0]
         if change not in self._noted:
             self._noted.add(change)
@@ -268,7 +266,7 @@ class Conversation:
 
 
 def why_cut(answer: Answer, processor: KeyeProcessor) -> str | None:
-    """A line on an answer that was cut off; None if it ended by itself."""
+    """Say in a line why an answer was cut off; None if it ended by itself."""
     if answer.finish_reason != "length":
         return None
     usage, context = answer.usage, processor.config.text_config.max_position_embeddings
@@ -279,7 +277,7 @@ def why_cut(answer: Answer, processor: KeyeProcessor) -> str | None:
 
 
 def write_answer(stream: Stream, progress: Progress, pieces: list[str]) -> None:
-    """Write an answer to standard output as it is made; what was written stands in ``pieces``."""
+    """Write an answer to standard output as it is made; add what was written to ``pieces``."""
     try:
         for piece in stream:
             progress.close()
@@ -292,14 +290,14 @@ def write_answer(stream: Stream, progress: Progress, pieces: list[str]) -> None:
 
 def _read_line(interactive: bool) -> str:
     prompt = "> " if interactive else ""
-    if interactive and not sys.stdout.isatty():  # where input() would write the prompt to
+    if interactive and not sys.stdout.isatty():  # input() would write the prompt to it
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     return input(prompt).removeprefix("\ufeff").rstrip("\r")
 
 
 def _words(rest: str) -> list[str]:
-    """What stands behind a command, split as a shell does; a file's name may hold spaces."""
+    """Split a command's arguments as a shell does; the name of an existing file may have spaces."""
     if os.path.isfile(os.path.expanduser(rest)):
         return [rest]
     try:

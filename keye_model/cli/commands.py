@@ -1,4 +1,4 @@
-"""What the commands of the command line do; `keye_model.cli` reads their options."""
+"""The commands of the command line; `keye_model.cli` parses their options."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ import keye_kernels
 from keye_model import demo as demonstration
 from keye_model.answer import Answer
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import locate
+from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.cli import attachments
 from keye_model.cli.chat import Conversation, why_cut, write_answer
 from keye_model.cli.terminal import Progress, note, say
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.engine.detokenizer import Detokenizer
+from keye_model.engine.options import SamplingOptions
 from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
-from keye_model.engine.sampling import GenerationDefaults
+from keye_model.engine.sampling import sampling_params
 from keye_model.engine.workspace import KEPT_TOKENS
 from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
-
-_THINKING = {"auto": "auto", "on": True, "off": False}
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -42,7 +41,7 @@ def generate(arguments: argparse.Namespace) -> int:
             processor,
             _messages(arguments, processor),
             arguments.max_new_tokens,
-            thinking=_THINKING[arguments.thinking],
+            thinking=arguments.thinking,
             progress=progress,
         )
         processing = time.perf_counter() - started
@@ -64,7 +63,6 @@ def generate(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     """Talk until the input ends."""
     processor, options = _checked(arguments)
-    options["thinking"] = _THINKING[arguments.thinking]
     conversation = Conversation(processor, arguments, options)
     for kind in ("image", "video"):
         for source in getattr(arguments, kind):
@@ -80,7 +78,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Print what is installed, what serves, and a checkpoint's facts."""
+    """Print versions, the backend of each op, and a checkpoint's facts."""
     cuda = torch.cuda.is_available()
     say(f"keye-kernels  {keye_kernels.__version__}")
     say(f"python        {platform.python_version()}")
@@ -92,9 +90,7 @@ def info(arguments: argparse.Namespace) -> int:
     why_not = why_no_graphs(torch.device("cuda" if cuda else "cpu"))
     say(f"cuda graphs   {f'no: {why_not}' if why_not else 'yes'}")
     if arguments.model:
-        config = KeyeConfig.from_pretrained(
-            arguments.model, local_files_only=arguments.local_files_only
-        )
+        config = KeyeConfig.from_pretrained(arguments.model)
         weight_bytes = Costs.of(config).weight_bytes
         say(f"model         {config.variant.name}")
         say(f"parameters    {weight_bytes // config.dtype.itemsize:,}")
@@ -119,7 +115,7 @@ def plan(arguments: argparse.Namespace) -> int:
     counts = count(config, [request] * batch, new_tokens)
     seconds = counts.floor_seconds(arguments.matmul * 1e12, arguments.copy * 1e12)
     context = config.text_config.max_position_embeddings
-    # Which frames of a video are slow, and which fast, only decoding tells.
+    # Only decoding tells which frames of a video are slow and which are fast.
     at_most = "at most " * bool(config.variant.timestamped_frames and counts.video_tokens)
     tokens = f"{at_most}{counts.prompt_tokens[0]:,} tokens each"
     if counts.prompt_tokens[0] >= context:
@@ -155,30 +151,23 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[KeyeProcessor, dict[str, Any]]:
-    """The processor and the options of an answer: what can be wrong before weights are read."""
-    options = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "do_sample": False if arguments.greedy else None,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "repetition_penalty": arguments.repetition_penalty,
-        "seed": arguments.seed,
-    }
+    """Load the processor and check the options of an answer, before weights are read."""
+    options = SamplingOptions(
+        **{
+            field.name: getattr(arguments, field.name)
+            for field in dataclasses.fields(SamplingOptions)
+        }
+    )
     check_backend(arguments.backend, resolve_device("device", arguments.device))
     processor = _processor(arguments)
-    directory = locate(arguments.model, weights=False, local_files_only=arguments.local_files_only)
-    GenerationDefaults.from_directory(directory).params(**options)
-    Detokenizer(processor.tokenizer, arguments.stop)
-    return processor, options | {"stop_strings": arguments.stop}
+    sampling_params(options, GenerationDefaults.from_pretrained(arguments.model), 1)
+    Detokenizer(processor.tokenizer, options.stop_strings)
+    return processor, dataclasses.asdict(options)
 
 
 def _processor(arguments: argparse.Namespace) -> KeyeProcessor:
     return KeyeProcessor.from_pretrained(
-        arguments.model,
-        min_pixels=arguments.min_pixels,
-        max_pixels=arguments.max_pixels,
-        local_files_only=arguments.local_files_only,
+        arguments.model, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
     )
 
 
@@ -187,7 +176,6 @@ def _load(arguments: argparse.Namespace, processor: KeyeProcessor) -> Keye:
         arguments.model,
         dtype=arguments.dtype,
         device_map=resolve_device("device", arguments.device),
-        local_files_only=arguments.local_files_only,
     )
     return Keye(model, processor, backend=arguments.backend)
 
@@ -201,7 +189,7 @@ def _messages(arguments: argparse.Namespace, processor: KeyeProcessor) -> list[d
 
 
 def _with_processing(answer: Answer, seconds: float) -> Answer:
-    """The answer to a request that took so long to prepare before the model was loaded."""
+    """Add ``seconds`` to an answer: its request was processed before the model was loaded."""
     t = answer.timings
     t = dataclasses.replace(
         t, processing=t.processing + seconds, first_token=t.first_token + seconds

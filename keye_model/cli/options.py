@@ -1,4 +1,4 @@
-"""Options of the command line, those of `/image` and `/video` in a conversation among them."""
+"""Options of the command line, and of `/image` and `/video` in a conversation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-# What a wrong request raises.
+# Exceptions that a wrong request raises.
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, NotImplementedError)
 
 
@@ -17,7 +17,7 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises mistakes, its own and those of writing, instead of leaving the process."""
+    """Raises errors in the arguments, and in writing help, instead of ending the process."""
 
     def print_help(self, file: TextIO | None = None) -> None:
         print(self.format_help(), end="", file=file)
@@ -57,7 +57,7 @@ def add_exif(parser: argparse._ActionsContainer) -> None:
 
 
 def add_frames(parser: argparse._ActionsContainer) -> None:
-    """What a video takes beside its pixels; without the first two it is made to fit."""
+    """Options of a video besides its pixels; without the first two it is sampled to fit."""
     parser.add_argument("--fps", type=POSITIVE, help="frames per second taken of a video (2)")
     parser.add_argument("--max-frames", type=POSITIVE_INT, metavar="N", help="most frames of it")
     parser.add_argument(
@@ -66,7 +66,7 @@ def add_frames(parser: argparse._ActionsContainer) -> None:
 
 
 def attachment_parser(kind: str) -> Parser:
-    """Of the words behind `/image` or `/video`."""
+    """Parser for the arguments of `/image` or `/video`."""
     parser = Parser(prog=f"/{kind}", add_help=False)
     parser.add_argument("source", metavar="PATH_OR_URL")
     add_pixels(parser, "it" if kind == "image" else "a frame")
@@ -101,5 +101,5 @@ _NAMED = re.compile(
 
 
 def with_flags(message: str) -> str:
-    """An error of the library, in the words of the command line: ``max_frames`` is a flag here."""
+    """Replace argument names in a library error by flags: ``max_frames`` by ``--max-frames``."""
     return _NAMED.sub(lambda found: _FLAGS[found[0]], message)

@@ -1,4 +1,4 @@
-"""What the commands write: text without control characters on a terminal, notes, and progress."""
+"""Output of the commands: text without control characters on a terminal, notes, and progress."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TextIO
 
-# The characters that a terminal obeys: C0 but for tab and line feed, DEL, C1; and those that
-# reorder what is read, so that a file's name may look like another's.
+# Control characters: C0 except tab and line feed, DEL, C1; and characters that reorder text, which
+# can make one file's name look like another's.
 _CODES = {*range(0x20), *range(0x7F, 0xA0)} - {0x09, 0x0A}
 _SHOWN = {code: f"\\x{code:02x}" for code in _CODES}
 _SHOWN |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
-INTERVAL = 1.0  # seconds until progress is shown, and between two looks at it
+INTERVAL = 1.0  # seconds until progress is shown, and between two updates
 
 
 def prepare() -> None:
     """Make the standard streams safe to use.
 
-    Characters that the output's encoding lacks are escaped; bytes of the input that are none of its
-    encoding's survive as they would in a file's name; a closed standard error swallows.
+    Characters that the output's encoding lacks are escaped. Invalid bytes in the input become
+    surrogates, as in a file's name. Output to a closed standard error is discarded.
 
     Raises:
         OSError: Standard output is closed.
     """
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors=errors)
@@ -78,14 +78,14 @@ def give_up_stdout() -> None:
 
 
 class Progress:
-    """A line that says what is going on, from the second second on; nothing if no terminal sees it.
+    """A progress line on a terminal, from the second second on; elsewhere nothing.
 
-    Called as ``progress(stage, done, total)``. A thread draws, so that a stage of one long step is
-    seen too.
+    Called as ``progress(stage, done, total)``. A thread draws the line, so it also appears in a
+    stage of one long step.
 
     Args:
         stream: Standard error if None.
-        interval: Seconds until the line appears, and between two drawings.
+        interval: Seconds until the line appears, and between two updates.
     """
 
     def __init__(self, stream: TextIO | None = None, *, interval: float | None = None) -> None:
@@ -110,7 +110,7 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Clear the line; nothing is drawn any more."""
+        """Clear the line and stop drawing."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -127,7 +127,7 @@ class Progress:
                 unit = "frame" if stage == "frames" else "token"
                 options = {"leave": False, "dynamic_ncols": True, "file": self._stream}
                 bar = tqdm(total=total, initial=done, desc=stage, unit=unit, **options)
-                if bar.ncols is not None and bar.ncols < 1:  # a terminal that knows no size
+                if bar.ncols is not None and bar.ncols < 1:  # a terminal of unknown size
                     bar.ncols, bar.nrows, bar.dynamic_ncols = 79, 24, None
             bar.total, bar.n = total, done
             bar.refresh()

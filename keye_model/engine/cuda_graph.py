@@ -1,7 +1,8 @@
-"""CUDA graphs of steps: a step is captured the second time it runs, and replayed from then on.
+"""CUDA graphs of forward passes: captured the second time a pass runs, replayed from then on.
 
-A graph stores addresses and numbers. So the inputs of a step must lie in buffers that never move,
-and its shapes must come in few sizes.
+A pass is a decode step, or the tower's layers for small images. A graph fixes addresses, sizes and
+scalar arguments. So the inputs of a pass must lie in buffers that never move, and its shapes must
+be rounded up to few sizes.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from keye_kernels import backends
 _MAX_GRAPHS = 64
 
 # The cache leaves this much memory free for graphs: activations of 2048 patches, logits of up to
-# 256 rows (240 MB if the numbers of rows come up in ascending order), cuBLAS's workspace, and the
-# lists of launches.
+# 256 rows (240 MB if steps are captured with ascending numbers of rows), cuBLAS's workspace, and
+# the lists of launches.
 GRAPH_BYTES = 512 << 20
 
 # The definitions of these ops read lengths, slots or parameters back to the host; a graph cannot.
 _READ_BACK = ("varlen_attention", "qk_norm_mrope_store", "paged_decode_attention", "sample")
 
-Step = Callable[[], None]
+Forward = Callable[[], None]
 
 _capturing = threading.Lock()
 
 
 def why_no_graphs(device: torch.device) -> str:
-    """Why steps on `device` are not captured, given the backend in force; "" if they are."""
+    """Why passes on `device` are not captured with the current backend; "" if they are."""
     if device.type != "cuda":
         return "needs a GPU"
     served = backends(device.type)
@@ -46,8 +47,8 @@ def why_no_graphs(device: torch.device) -> str:
 def padded_rows(num_rows: int) -> int:
     """Round ``num_rows`` up to one of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ….
 
-    Less than half of the rows are padding, above 16 less than a third. Up to about 190 rows a step
-    is bound by reading the weights, so padding costs little time.
+    Padding is less than half of the rows, and less than a third above 16. Up to about 190 rows a
+    decode step is bound by reading the weights, so padding costs little time.
     """
     power = 1 << (num_rows - 1).bit_length()
     middle = power * 3 // 4
@@ -56,22 +57,22 @@ def padded_rows(num_rows: int) -> int:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures; PyTorch's pool of 32 streams hands one out many times."""
+    """The stream of all captures: a new one each time could be one of PyTorch's 32 in use."""
     return torch.cuda.Stream(device)
 
 
 class CudaRecorder:
-    """Captures steps into its own memory pool."""
+    """Captures passes into its own memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, step: Step) -> torch.cuda.CUDAGraph:
-        """Record the launches of a step, which must have run before, without running them.
+    def capture(self, forward: Forward) -> torch.cuda.CUDAGraph:
+        """Record the launches of a pass, which must have run before, without running them.
 
         Raises:
-            RuntimeError: The step cannot be captured.
+            RuntimeError: The pass cannot be captured.
             torch.OutOfMemoryError: There is no memory for it.
         """
         graph = torch.cuda.CUDAGraph()
@@ -80,19 +81,19 @@ class CudaRecorder:
         # Restores the current stream if the capture fails.
         current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
         with _capturing, current, _no_garbage_collection():
-            torch.cuda.current_blas_handle()  # creates this thread's; a capture cannot
+            torch.cuda.current_blas_handle()  # creates this thread's handle, which a capture cannot
             # cuBLAS keeps a workspace per stream. Clearing it before and after the capture puts it
             # into this pool and hides it from graphs of other pools.
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 with torch.cuda.graph(graph, self._pool, self._stream, **mode):
-                    step()
+                    forward()
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 raise RuntimeError(
-                    f"a step could not be captured as a CUDA graph ({error}); start again with "
-                    "cuda_graphs=False, which launches steps one by one"
+                    f"a forward pass could not be captured as a CUDA graph ({error}); start again "
+                    "with cuda_graphs=False, which launches its kernels one by one"
                 ) from error
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
@@ -112,7 +113,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class CudaGraphs:
-    """The captured steps of one run, at most 64; the least recently used one is dropped.
+    """The captured passes of one run, at most 64; the least recently used one is dropped.
 
     They share one memory pool: only one is replayed at a time, and no result stays in the pool.
     """
@@ -122,18 +123,18 @@ class CudaGraphs:
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
         self._seen: set[Hashable] = set()
 
-    def run(self, key: Hashable, step: Step) -> None:
-        """Run ``step``, whose launches depend on nothing but ``key``.
+    def run(self, key: Hashable, forward: Forward) -> None:
+        """Run ``forward``, whose launches depend on nothing but ``key``.
 
         The first run of a key launches its kernels: they must be compiled before a capture, and
         many keys come up only once. The second run captures, later ones replay.
         """
         if key not in self._seen:
             self._seen.add(key)
-            step()
+            forward()
             return
         if key not in self._graphs:
-            self._graphs[key] = self._recorder.capture(step)
+            self._graphs[key] = self._recorder.capture(forward)
             # Only after the capture: the memory pool is freed with its last graph.
             if len(self._graphs) > _MAX_GRAPHS:
                 self._graphs.popitem(last=False)

@@ -1,7 +1,7 @@
-"""The decode step: buffers on the device with a row per running sequence, and one token for each.
+"""The decode step, one token for each running sequence, on device buffers with a row for each.
 
 A captured step can be replayed, because its tensors lie in buffers that never move and their shapes
-depend only on a number of rows and a capacity. A step neither reads from the device nor uploads:
+depend only on a number of rows and a capacity. It neither reads from the device nor uploads:
 the device counts tokens itself. The host rewrites the rows when sequences come or go.
 """
 
@@ -32,11 +32,11 @@ _CAPACITY_FACTOR = 4
 
 @dataclass(eq=False)
 class Sequence:
-    """A running request, as the host knows it.
+    """Host state of a running request.
 
     Attributes:
         request: Index of the request.
-        handle: Its handle in the cache, which owns pages for all its tokens.
+        handle: Its handle in the cache, which has pages for all its tokens.
         prompt: [num_tokens], int64, on the host.
         params: How its tokens are sampled.
         next_position: Position of its first generated token.
@@ -54,8 +54,8 @@ class Sequence:
 class DecodeBatch:
     """A row of state for each running sequence, then rows of padding.
 
-    A padding row has no tokens and no pages: it stores nothing, attends to nothing and stays as it
-    is; its sampled token is ignored.
+    A padding row has no tokens and no pages: it stores nothing, attends to nothing and does not
+    change; its sampled token is ignored.
 
     Args:
         cache: Keys and values of the sequences.
@@ -76,11 +76,11 @@ class DecodeBatch:
         self._ints = torch.zeros(7, MAX_ROWS, dtype=torch.int64, device=device)
         # A step adds `active` to each of the three counters: 1, or 0 for padding.
         self.counters, self._active = self._ints[:3], self._ints[3]
-        self._stored, self._positions, self._step = self.counters
+        self._stored, self._positions, self._generated = self.counters
         self.token_ids, self._top_k, self._seed = self._ints[4:]
         self._floats = torch.ones(3, MAX_ROWS, device=device)
         self._temperature, self._top_p, self._penalty = self._floats
-        self._seen: torch.Tensor | None = None  # [MAX_ROWS, vocab_size], once a penalty asks for it
+        self._seen: torch.Tensor | None = None  # [MAX_ROWS, vocab_size], from the first penalty on
         self._max_capacity = cache.pages_needed(max_position_embeddings) * cache.page_size
         pages = self.capacity(cache.num_pages * cache.page_size) // cache.page_size
         self._block_table = torch.full((MAX_ROWS, pages), -1, dtype=torch.int32, device=device)
@@ -120,10 +120,10 @@ class DecodeBatch:
         self._seen[upload(rows, device), upload(torch.cat(said), device)] = True
 
     def capacity(self, longest: int) -> int:
-        """Most tokens of a sequence in a step, at least ``longest``.
+        """Upper bound of a sequence's tokens in a step, at least ``longest``.
 
-        Whole pages, bounded by the model's context and not by the size of the cache: results
-        depend on the capacity.
+        Whole pages, limited by the model's context and not by the cache's size, since the bits of a
+        result depend on the capacity.
         """
         capacity = _MIN_CAPACITY
         while capacity < longest:
@@ -180,7 +180,7 @@ class DecodeBatch:
             self._top_k[rows],
             self._top_p[rows],
             self._seed[rows],
-            self._step[rows],
+            self._generated[rows],
             repetition_penalty=self._penalty[rows] if penalised else None,
             seen=self._seen[rows] if penalised else None,
             out=self.token_ids[rows],

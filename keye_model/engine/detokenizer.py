@@ -1,4 +1,4 @@
-"""Tokens to text as they are made: whole characters only, cut at a stop string."""
+"""Text from tokens as they are generated: whole characters only, cut at a stop string."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tokenizers.decoders import DecodeStream
 class Detokenizer:
     """The text of one growing answer.
 
-    A piece is held back while it could still change: bytes of an unfinished UTF-8 character, and an
-    end that may become a stop string. Special tokens leave no text.
+    Text is held back while it could still change: bytes of an unfinished UTF-8 character, and an
+    end that may become a stop string. Special tokens give no text.
 
     Args:
-        tokenizer: Of the checkpoint.
+        tokenizer: The checkpoint's.
         stop_strings: The text ends before the first of these.
 
     Raises:
-        ValueError: A stop string is empty or no string.
+        ValueError: A stop string is empty or not a string.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All text handed out so far."""
+        """All text returned so far."""
         return self._decoded[: self._emitted]
 
     def add(self, token_id: int) -> str:
@@ -73,7 +73,7 @@ class Detokenizer:
         return new
 
     def _held(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest end of the text that is the start of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(self._decoded) - self._emitted), 0, -1):
             if any(stop.startswith(self._decoded[-length:]) for stop in self._stops):

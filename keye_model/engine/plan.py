@@ -12,63 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.weights import tensor_shapes
-from keye_model.engine.decode_batch import MAX_ROWS
-from keye_model.inputs.request import GridTHW, Request
+from keye_model.checkpoint.weights import DECODER_LAYERS, PROJECTOR, TOWER, tensor_shapes
+from keye_model.engine.memory import Limits, activation_bytes, attention_segments, cache_pages
+from keye_model.inputs.request import Request, num_patches
 from keye_model.network.cache import PAGE_SIZE
-from keye_model.network.features import MAX_PATCHES_PER_CALL
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds memory, whatever the inputs.
-
-    Attributes:
-        max_prefill_tokens: Prompt tokens per forward pass of the decoder.
-        max_patches_per_call: Patches per forward pass of the vision tower. A segment of attention
-            (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
-        max_cache_tokens: Tokens of all running requests together. None: as many as the requests
-            need, and on a GPU at most what fits into 90 % of the free memory beside the widest
-            activations and 512 MB for CUDA graphs.
-    """
-
-    max_prefill_tokens: int = 8192
-    max_patches_per_call: int = MAX_PATCHES_PER_CALL
-    max_cache_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def cache_pages(num_tokens: Sequence[int]) -> int:
-    """Pages of the cache that requests need together, each of so many tokens with its answer.
-
-    The last generated token is never stored, and at most MAX_ROWS requests run at once.
-    """
-    pages = sorted(-(-(count - 1) // PAGE_SIZE) for count in num_tokens)
-    return sum(pages[-MAX_ROWS:])
-
-
-def activation_bytes(
-    config: KeyeConfig, requests: Sequence[Request], limits: Limits, itemsize: int
-) -> int:
-    """Bytes of the widest activations of one pass: tower or decoder, whichever needs more."""
-    text, vision = config.text_config, config.vision_config
-    grids = [grid for r in requests for grid in r.image_grid_thw + r.video_grid_thw]
-    segments = [_segment(config, grid) for grid in grids]
-    patches = sum(count * length for count, length in segments)
-    longest = max((length for _, length in segments), default=0)
-    patches = min(patches, max(limits.max_patches_per_call, longest))
-    tokens = min(sum(r.input_ids.numel() for r in requests), limits.max_prefill_tokens)
-    # Tower: input, residual, norm, qkv (3) and attention, beside the widest part of the MLP.
-    # Decoder: residual stream, norm and one more, beside gate, up and their product.
-    tower = patches * (7 * vision.hidden_size + 2 * vision.intermediate_size)
-    decoder = tokens * (3 * text.hidden_size + 3 * text.intermediate_size)
-    # Logits twice, as fp32 too, and the tokens seen.
-    logits = len(requests) * text.vocab_size
-    return max(tower, decoder, logits) * itemsize + logits * (4 + 1)
 
 
 @dataclass(frozen=True)
@@ -91,27 +38,24 @@ class Costs:
         shapes = tensor_shapes(config)
         itemsize = config.dtype.itemsize
 
-        def matmul_flops(prefix: str) -> int:
-            matrices = (s for n, s in shapes.items() if n.startswith(prefix) and len(s) > 1)
+        def matmul_flops(part: str) -> int:
+            matrices = (s for n, s in shapes.items() if n.startswith(part) and len(s) > 1)
             return sum(2 * math.prod(shape) for shape in matrices)
 
         position_table = 2 * vision.position_grid**2 * vision.hidden_size
         head = 2 * text.vocab_size * text.hidden_size
-        layers = matmul_flops("model.layers.")
+        layers = matmul_flops(DECODER_LAYERS)
+        kv_width = text.num_key_value_heads * text.head_dim
         return cls(
-            vision_linear=matmul_flops("visual.") - position_table,
+            vision_linear=matmul_flops(TOWER) - position_table,
             vision_attention=4 * vision.num_hidden_layers * vision.hidden_size,
-            projector=matmul_flops("mlp_AR."),
+            projector=matmul_flops(PROJECTOR),
             text_linear=layers,
             text_attention=4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim,
             lm_head=head,
             weight_bytes=sum(map(math.prod, shapes.values())) * itemsize,
             decode_bytes=(layers + head) // 2 * itemsize,
-            cache_bytes=2
-            * text.num_hidden_layers
-            * text.num_key_value_heads
-            * text.head_dim
-            * itemsize,
+            cache_bytes=2 * text.num_hidden_layers * kv_width * itemsize,
         )
 
 
@@ -158,7 +102,7 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     merge = config.vision_config.spatial_merge_size**2
     images = [grid for request in requests for grid in request.image_grid_thw]
     videos = [grid for request in requests for grid in request.video_grid_thw]
-    segments = [_segment(config, grid) for grid in images + videos]
+    segments = [attention_segments(config, grid) for grid in images + videos]
     patches = sum(count * length for count, length in segments)
     squares = sum(count * length**2 for count, length in segments)
     prompts = tuple(request.input_ids.numel() for request in requests)
@@ -176,8 +120,8 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     step = (costs.text_linear + costs.lm_head) * len(prompts)
     return Plan(
         prompt_tokens=prompts,
-        image_tokens=sum(math.prod(grid) for grid in images) // merge,
-        video_tokens=sum(math.prod(grid) for grid in videos) // merge,
+        image_tokens=num_patches(images) // merge,
+        video_tokens=num_patches(videos) // merge,
         patches=patches,
         longest_segment=max((length for _, length in segments), default=0),
         vision_flops=vision + costs.projector * (patches // merge),
@@ -189,11 +133,3 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
         activation_bytes=activation_bytes(config, requests, limits, itemsize) + waiting * itemsize,
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )
-
-
-def _segment(config: KeyeConfig, grid: GridTHW) -> tuple[int, int]:
-    """(number of attention segments, patches in each) of one grid row."""
-    frames, rows, columns = grid
-    if config.variant.joint_video_attention:
-        return 1, frames * rows * columns
-    return frames, rows * columns

@@ -1,33 +1,27 @@
-"""How the next token is chosen: one request's parameters, and a checkpoint's defaults for them."""
+"""How the next token is chosen: the parameters of each request."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from keye_model.checkpoint.hub import end_ids, read_json
+from keye_model.checkpoint.generation import GenerationDefaults
+from keye_model.engine.options import SamplingOptions
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """One request's parameters.
+    """One request's parameters: fields of `SamplingOptions` with a value each, 0 for top_k off.
 
-    Attributes:
-        max_new_tokens: At most this many tokens are generated.
-        temperature: Divides the logits; 0 is greedy.
-        top_k: Keep the k most likely tokens; 0 keeps all.
-        top_p: Keep the most likely tokens that together reach this probability; 1 keeps all.
-        repetition_penalty: Logits of tokens seen in prompt or answer are divided by it when
-            positive, multiplied when negative; 1 changes nothing.
-        seed: Drives a counter-based generator, so that a request's tokens depend on its own seed
-            and never on its neighbours in the batch.
+    The seed drives a counter-based generator, so that a request's tokens depend on its own seed and
+    never on its neighbours in the batch.
 
     Raises:
         ValueError: A value is out of its range.
@@ -49,7 +43,7 @@ class SamplingParams:
         _check("top_p", self.top_p, Real, "in (0, 1]", lambda x: 0 < x <= 1)
         _check("repetition_penalty", self.repetition_penalty, Real, "positive", lambda x: x > 0)
         _check("seed", self.seed, Integral, "an integer in [0, 2^63)", lambda x: 0 <= x < 2**63)
-        # A step keeps them in tensors of int64 and fp32.
+        # A decode step keeps them in tensors of int64 and fp32.
         _check("top_k", self.top_k, Integral, "an integer below 2^63", lambda x: x < 2**63)
         _check("temperature", self.temperature, Real, "at most 3.4e38", lambda x: x <= _LARGEST)
         _check(
@@ -58,76 +52,51 @@ class SamplingParams:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """What `generation_config.json` says; the published values where it is silent."""
+def sampling_params(
+    options: SamplingOptions, defaults: GenerationDefaults, num_requests: int
+) -> list[SamplingParams]:
+    """Each request's parameters: what the caller gave, else the checkpoint's defaults.
 
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    do_sample: bool = True
-    temperature: float = 0.6
-    top_k: int = 20
-    top_p: float = 0.95
-    repetition_penalty: float = 1.0
+    ``do_sample=False`` is greedy: top_k and top_p, which keep the most likely token, change nothing
+    then, nor does a temperature of 0 or 1. Left out, sampling is on when the caller gives any of
+    the three, else as the checkpoint says. ``top_k=-1`` is off, like 0. A seed left out is drawn
+    from torch's global generator.
 
-    @classmethod
-    def from_directory(cls, directory: Path) -> GenerationDefaults:
-        """Read `generation_config.json`; `end_ids` says what holds where it names no ids.
+    Raises:
+        ValueError: A value is out of its range, ``do_sample=True`` with temperature 0,
+            ``do_sample=False`` with one that asks for sampling, or another number of seeds.
+    """
+    seed, temperature, do_sample = options.seed, options.temperature, options.do_sample
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * num_requests
+    if len(seeds) != num_requests:
+        raise ValueError(f"seed must be one value or {num_requests} values, got {len(seeds)}")
+    if do_sample not in (None, True, False):
+        raise ValueError(f"do_sample must be True, False or None, got {do_sample!r}")
+    if do_sample and temperature == 0:
+        raise ValueError("temperature must be positive when do_sample is True, got 0")
+    if do_sample is None:
+        given = (temperature, options.top_k, options.top_p)
+        do_sample = defaults.do_sample or given != (None, None, None)
 
-        Raises:
-            ValueError: No file names an id that ends an answer.
-        """
-        raw = read_json(directory, "generation_config.json", required=False) or {}
-        names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-        given = {name: raw[name] for name in names if raw.get(name) is not None}
-        return cls(*end_ids(directory), **given)
+    def value(name: str) -> Any:
+        given = getattr(options, name)
+        return getattr(defaults, name) if given is None else given
 
-    def params(
-        self,
-        *,
-        max_new_tokens: int,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-    ) -> SamplingParams:
-        """One request's parameters: what the caller gave, else these defaults.
-
-        ``do_sample=False`` is greedy: top_k and top_p, which keep the most likely token, change
-        nothing then, nor does a temperature of 0 or 1. Left out, sampling is on when the caller
-        gives any of the three, else as the checkpoint says. ``top_k=-1`` is off, like 0. A seed
-        left out is drawn from torch's global generator.
-
-        Raises:
-            ValueError: A value is out of its range, ``do_sample=True`` with temperature 0, or
-                ``do_sample=False`` with one that asks for sampling.
-        """
-        if do_sample not in (None, True, False):
-            raise ValueError(f"do_sample must be True, False or None, got {do_sample!r}")
-        if do_sample and temperature == 0:
-            raise ValueError("temperature must be positive when do_sample is True, got 0")
-        if do_sample is None:
-            do_sample = self.do_sample or (temperature, top_k, top_p) != (None, None, None)
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
-        penalty = self.repetition_penalty if repetition_penalty is None else repetition_penalty
-        params = SamplingParams(
-            max_new_tokens,
-            self.temperature if temperature is None else temperature,
-            self.top_k if top_k is None else 0 if top_k == -1 else top_k,
-            self.top_p if top_p is None else top_p,
-            penalty,
-            seed,
-        )
-        if do_sample:
-            return params
+    params = SamplingParams(
+        options.max_new_tokens,
+        value("temperature"),
+        0 if options.top_k == -1 else value("top_k"),
+        value("top_p"),
+        value("repetition_penalty"),
+    )
+    if not do_sample:
         if temperature not in (None, 0, 1):
             raise ValueError(
                 f"temperature must be left out when do_sample is False, got {temperature!r}"
             )
-        return SamplingParams(max_new_tokens, repetition_penalty=penalty, seed=seed)
+        params = replace(params, temperature=0.0, top_k=0, top_p=1.0)
+    drawn = (int(torch.randint(2**63 - 1, ())) if one is None else one for one in seeds)
+    return [replace(params, seed=one) for one in drawn]
 
 
 def _check(name: str, value: object, kind: type, rule: str, holds: Callable) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.engine.decode_batch import MAX_ROWS, Sequence
-from keye_model.engine.plan import Limits, activation_bytes, cache_pages
+from keye_model.engine.memory import Limits, activation_bytes, cache_pages
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.workspace import Workspace, WorkspacePool
 from keye_model.inputs.packing import pack
@@ -57,14 +57,14 @@ class Scheduler:
         params: Sampling parameters of each request.
         eos_token_ids: A request ends after any of these.
         limits: Bounds of memory.
-        workspaces: The model's pool: steps are captured where that is possible, and the graphs kept
-            for the next run. None: steps are launched one by one.
+        workspaces: The model's pool: passes are captured where that is possible, and the graphs
+            kept for the next run. None: kernels are launched one by one.
         progress: Called as ``progress(stage, done, total)`` while prompts are launched: tokens of
             "vision" and of "prefill".
 
     Attributes:
         timings: Seconds of the run so far.
-        cuda_graphs: Whether steps are captured; known with the first token.
+        cuda_graphs: Whether passes are captured; known with the first token.
 
     Raises:
         ValueError: There is no request, a prompt is longer than the context, or one request needs

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from keye_model.engine.cuda_graph import CudaGraphs, padded_rows
-from keye_model.inputs.request import Grid
+from keye_model.inputs.request import Grid, num_patches
 from keye_model.network.upload import upload
 from keye_model.network.vision import KeyeVisionModel, VisionLayout, segments_of
 
-# Larger calls are launched: their arithmetic, 2 ms or more on an H200, can hide the launches.
+# Larger calls are not captured: their arithmetic, 2 ms or more on an H200, can hide the launches.
 MAX_PATCHES = 2048
 _MIN_PATCHES = 64
-_MAX_SEGMENTS = 64  # the padding's included
+_MAX_SEGMENTS = 64  # including that of the padding
 
 
 class VisionBatch:
@@ -46,30 +46,30 @@ class VisionBatch:
 
         More patches or segments than the buffers hold go to ``visual.encode`` itself.
         """
-        num_patches = sum(t * h * w for t, h, w in grid)
+        count = num_patches(grid)
         num_segments = len(grid) if visual.joint_video_attention else sum(t for t, _, _ in grid)
         num_segments = padded_rows(num_segments + 1)
-        if num_patches > MAX_PATCHES or num_segments > _MAX_SEGMENTS:
+        if count > MAX_PATCHES or num_segments > _MAX_SEGMENTS:
             return visual.encode(pixel_values, grid)
         positions, lengths = segments_of(grid, visual.joint_video_attention)
-        num_rows = max(padded_rows(num_patches), _MIN_PATCHES)
+        num_rows = max(padded_rows(count), _MIN_PATCHES)
         cu_seqlens = np.full(num_segments + 1, num_rows, np.int32)
         cu_seqlens[0] = 0
         cu_seqlens[1 : len(lengths) + 1] = np.cumsum(lengths)
 
         device = self._x.device
-        patches = slice(num_patches)
+        patches = slice(count)
         visual.embed(pixel_values, grid, out=self._x[patches])
         self._positions[patches].copy_(upload(torch.from_numpy(positions), device))
         self._cu_seqlens[: len(cu_seqlens)].copy_(upload(torch.from_numpy(cu_seqlens), device))
-        step = partial(self._step, visual, num_rows, num_segments)
+        forward = partial(self._forward, visual, num_rows, num_segments)
         if self._graphs is None:
-            step()
+            forward()
         else:
-            self._graphs.run(("vision", num_rows, num_segments), step)
+            self._graphs.run(("vision", num_rows, num_segments), forward)
         return self._x[patches], self._residual[patches]
 
-    def _step(self, visual: KeyeVisionModel, num_rows: int, num_segments: int) -> None:
+    def _forward(self, visual: KeyeVisionModel, num_rows: int, num_segments: int) -> None:
         rows = slice(num_rows)
         # No schedule: its number of tiles depends on the lengths, so it cannot be captured.
         layout = VisionLayout(

@@ -1,4 +1,4 @@
-"""What a run works with: the cache, the buffers of its steps, and the graphs captured on them.
+"""Memory of a run: the cache, the buffers of its passes, and the graphs captured on them.
 
 A graph stores the addresses of the weights, the cache's pages and the buffers. So a `Workspace`
 holds all of these together, and a model keeps one idle workspace between runs.
@@ -23,20 +23,20 @@ from keye_model.network.model import KeyeModel
 from keye_model.network.vision import KeyeVisionModel
 
 # Tokens in the cache of the kept workspace: 1.2 GB at the 8B model's widths. A run that needs more
-# gets its own workspace and drops it with its graphs; it is long enough to capture new ones.
+# gets its own workspace and drops it with its graphs: it runs long enough to pay for new ones.
 KEPT_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Cache, buffers and captured steps of one run.
+    """Cache, buffers and captured passes of one run.
 
     Attributes:
         cache: Keys and values of the run's sequences.
         batch: Buffers of the decode step.
         vision: Buffers for small images; None on a CPU, where padding only costs time.
-        graphs: Captured steps. None: steps are launched one by one, on a GPU with the same padding,
-            so both give the same bits.
+        graphs: Captured passes. None: kernels are launched one by one, on a GPU with the same
+            padding, so both give the same bits.
         identity: The weights and kernels that the graphs were captured with. PyTorch's settings for
             matrix products are not part of it: they must not change.
     """
@@ -66,7 +66,7 @@ class Workspace:
 
     @property
     def encode(self) -> Encode:
-        """How the tower runs: on the buffers for small images where there are any."""
+        """The function that runs the tower: on the buffers for small images if there are any."""
         return KeyeVisionModel.encode if self.vision is None else self.vision.run
 
     def step(self, model: KeyeModel, lm_head: nn.Module, num_rows: int, longest: int) -> None:
@@ -87,7 +87,7 @@ class Workspace:
 
 
 class WorkspacePool:
-    """Hands a model's runs their workspaces, and keeps one idle between runs for its graphs.
+    """Gives each run of a model a workspace, and keeps one idle between runs for its graphs.
 
     Several threads may share it: a run that finds no idle workspace makes one.
     """
@@ -106,10 +106,10 @@ class WorkspacePool:
     def take(
         self, model: KeyeModel, lm_head: nn.Module, num_pages: int, max_pages: int
     ) -> Workspace:
-        """Take a workspace with an empty cache; it has graphs where steps can be captured.
+        """Take a workspace with an empty cache; it has graphs if passes can be captured.
 
         Args:
-            model, lm_head: Of the run's steps.
+            model, lm_head: The modules that the run calls.
             num_pages: Pages that the run needs.
             max_pages: Pages that the cache may have.
         """

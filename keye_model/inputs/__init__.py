@@ -1,1 +1,1 @@
-"""What the processor makes and the model reads. Imports neither of them."""
+"""The inputs that the processor makes and the model reads. Imports neither of them."""

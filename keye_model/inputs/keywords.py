@@ -1,7 +1,7 @@
-"""Keywords that programs written for transformers pass: what changes nothing here is taken.
+"""Keywords of transformers that are accepted because their values change nothing here.
 
-Each table names the keywords of one call that are no argument of ours, with the values that ask for
-what is done anyway. Any other value is refused by name.
+Each table lists the keywords of one call that are not arguments of ours, with the values that ask
+for what we do anyway. Any other value raises an error that names the keyword.
 """
 
 from __future__ import annotations
@@ -9,157 +9,90 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_Table = Mapping[str, Sequence[Any] | None]  # None: whatever the value
+_Table = Mapping[str, Sequence[Any] | None]  # None: any value
+
+
+def _each(names: str, taken: Sequence[Any] | None) -> _Table:
+    """The same values for several keywords."""
+    return dict.fromkeys(names.split(), taken)
+
 
 _FILES: _Table = {
-    "trust_remote_code": None,
-    "use_safetensors": (True,),
-    "resume_download": None,
+    **_each("trust_remote_code resume_download code_revision", None),
+    **_each("cache_dir proxies token use_auth_token variant", ()),
     "force_download": (False,),
-    "cache_dir": (),
-    "proxies": (),
     "revision": ("main",),
-    "code_revision": None,
     "subfolder": ("",),
-    "token": (),
-    "use_auth_token": (),
-    "variant": (),
+    "use_safetensors": (True,),
 }
 
 # KeyeForConditionalGeneration.from_pretrained
-LOADING: _Table = _FILES | {
-    "attn_implementation": None,
-    "_attn_implementation": None,
-    "use_flash_attention_2": None,
-    "low_cpu_mem_usage": None,
-    "weights_only": None,
+LOADING: _Table = {
+    **_FILES,
+    **_each("attn_implementation _attn_implementation use_flash_attention_2", None),
+    **_each("low_cpu_mem_usage weights_only", None),
+    **_each("quantization_config max_memory offload_folder tp_plan config state_dict", ()),
+    **_each("gguf_file", ()),
+    **_each("ignore_mismatched_sizes output_loading_info load_in_8bit load_in_4bit", (False,)),
+    **_each("offload_state_dict offload_buffers from_tf from_flax", (False,)),
     "use_cache": (True,),
-    "ignore_mismatched_sizes": (False,),
-    "output_loading_info": (False,),
-    "load_in_8bit": (False,),
-    "load_in_4bit": (False,),
-    "quantization_config": (),
-    "max_memory": (),
-    "offload_folder": (),
-    "offload_state_dict": (False,),
-    "offload_buffers": (False,),
-    "tp_plan": (),
-    "config": (),
-    "state_dict": (),
-    "from_tf": (False,),
-    "from_flax": (False,),
-    "gguf_file": (),
 }
 
 # KeyeProcessor.from_pretrained
-LOADING_PROCESSOR: _Table = _FILES | {"use_fast": None, "backend": None, "padding_side": ("left",)}
+LOADING_PROCESSOR: _Table = {**_FILES, **_each("use_fast backend", None), "padding_side": ("left",)}
 
 # KeyeProcessor.__call__
 PROCESSING: _Table = {
-    "truncation": (False, "do_not_truncate"),
-    "max_length": (),
-    "pad_to_multiple_of": (),
+    **_each("max_length pad_to_multiple_of", ()),
+    **_each("return_attention_mask do_convert_rgb do_resize do_rescale do_normalize", (True,)),
+    **_each("return_token_type_ids return_mm_token_type_ids return_overflowing_tokens", (False,)),
+    **_each("return_special_tokens_mask return_offsets_mapping return_length", (False,)),
+    **_each("return_row_ids do_sample_frames", (False,)),
     "add_special_tokens": None,  # the tokenizer of Keye has none to add
-    "return_attention_mask": (True,),
-    "return_token_type_ids": (False,),
-    "return_mm_token_type_ids": (False,),
-    "return_overflowing_tokens": (False,),
-    "return_special_tokens_mask": (False,),
-    "return_offsets_mapping": (False,),
-    "return_length": (False,),
-    "return_row_ids": (False,),
+    "truncation": (False, "do_not_truncate"),
     "verbose": None,
-    "do_convert_rgb": (True,),
-    "do_resize": (True,),
-    "do_rescale": (True,),
-    "do_normalize": (True,),
-    "do_sample_frames": (False,),
     "audio": ([],),
 }
 
 # KeyeProcessor.apply_chat_template
 TEMPLATING: _Table = {
-    "return_assistant_tokens_mask": (False,),
+    **_each("return_assistant_tokens_mask load_audio_from_video", (False,)),
+    "sanitize_control_tokens": (False,),
     "truncation": (False, "do_not_truncate"),
     "max_length": (),
     "add_special_tokens": None,
     "return_attention_mask": (True,),
-    "load_audio_from_video": (False,),
     "tokenizer_kwargs": ({},),
-    "sanitize_control_tokens": (False,),
 }
 
 # KeyeForConditionalGeneration.generate
 GENERATING: _Table = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "early_stopping": None,  # of beams
-    "length_penalty": None,  # of beams
-    "diversity_penalty": None,  # of beams
-    "use_cache": (True,),
+    **_each("early_stopping length_penalty diversity_penalty", None),  # for beam search only
+    **_each("disable_compile return_legacy_cache use_model_defaults", None),
+    "bos_token_id": None,  # for an empty prompt only
+    "tokenizer": None,  # for stop_strings, which use the checkpoint's
+    **_each("generation_config inputs inputs_embeds past_key_values negative_prompt_ids", ()),
+    **_each("max_length max_time forced_bos_token_id forced_eos_token_id", ()),
+    **_each("cache_config compile_config custom_generate streamer watermarking_config", ()),
+    **_each("sequence_bias exponential_decay_length_penalty prefix_allowed_tokens_fn top_h", ()),
+    **_each("dola_layers prompt_lookup_num_tokens max_matching_ngram_size", ()),
+    **_each("assistant_model assistant_tokenizer", ()),
+    **_each("num_beams num_beam_groups num_return_sequences", (1,)),
+    **_each("typical_p guidance_scale encoder_repetition_penalty", (1,)),
+    **_each("min_length min_new_tokens min_p epsilon_cutoff eta_cutoff penalty_alpha", (0,)),
+    **_each("no_repeat_ngram_size encoder_no_repeat_ngram_size", (0,)),
+    **_each("bad_words_ids force_words_ids constraints suppress_tokens", ([],)),
+    **_each("begin_suppress_tokens logits_processor stopping_criteria", ([],)),
+    **_each("renormalize_logits remove_invalid_values token_healing low_memory", (False,)),
+    **_each("synced_gpus return_dict_in_generate", (False,)),
+    **_each("output_attentions output_hidden_states output_scores output_logits", (False,)),
     "cache_implementation": ("dynamic", "static"),
-    "cache_config": (),
-    "disable_compile": None,
-    "compile_config": (),
-    "bos_token_id": None,  # of an empty prompt
-    "tokenizer": None,  # for stop_strings: the checkpoint's is read
-    "generation_config": (),
-    "inputs": (),
-    "inputs_embeds": (),
-    "past_key_values": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "max_length": (),
-    "max_time": (),
-    "min_p": (0,),
-    "typical_p": (1,),
-    "top_h": (),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "penalty_alpha": (0,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
-    "force_words_ids": ([],),
-    "constraints": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": (),
-    "exponential_decay_length_penalty": (),
-    "renormalize_logits": (False,),
-    "remove_invalid_values": (False,),
-    "token_healing": (False,),
-    "guidance_scale": (1,),
-    "low_memory": (False,),
-    "watermarking_config": (),
-    "dola_layers": (),
-    "prompt_lookup_num_tokens": (),
-    "max_matching_ngram_size": (),
-    "assistant_model": (),
-    "assistant_tokenizer": (),
-    "streamer": (),
-    "logits_processor": ([],),
-    "stopping_criteria": ([],),
-    "prefix_allowed_tokens_fn": (),
-    "negative_prompt_ids": (),
-    "synced_gpus": (False,),
-    "custom_generate": (),
-    "return_dict_in_generate": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    "return_legacy_cache": None,
-    "use_model_defaults": None,
+    "use_cache": (True,),
 }
 
 
 def without_idle(given: Mapping[str, Any], table: _Table) -> dict[str, Any]:
-    """Drop the keywords of ``table``, whose values must change nothing here; None never does.
+    """Drop the keywords of ``table``; their values must change nothing here, as None never does.
 
     Raises:
         NotImplementedError: A value would change something.
@@ -175,6 +108,6 @@ def without_idle(given: Mapping[str, Any], table: _Table) -> dict[str, Any]:
 
 
 def refuse(unknown: Mapping[str, Any], known: str) -> None:
-    """Raise a TypeError for the first keyword, if there is one; ``known`` lists the others."""
+    """Raise a TypeError for the first keyword, if there is one; ``known`` lists the valid ones."""
     for name in unknown:
         raise TypeError(f"unknown keyword {name!r}; known: {known}")

@@ -13,7 +13,7 @@ import torch
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs.positions import place, placeholders, rope_positions
-from keye_model.inputs.request import Grid, PackedInputs, Request, host_grid
+from keye_model.inputs.request import Grid, PackedInputs, Request, host_grid, num_patches
 
 
 def pack(requests: Sequence[Request], config: KeyeConfig) -> PackedInputs:
@@ -82,7 +82,7 @@ def get_rope_index(
     Args:
         config: As for `rope_positions`.
         input_ids: [batch_size, padded_length], int64.
-        image_grid_thw, video_grid_thw: [num_rows, 3]; rows run on across the batch.
+        image_grid_thw, video_grid_thw: [num_rows, 3], of the whole batch in reading order.
         second_per_grid_ts: [num_video_rows], seconds; None means 1.0.
         num_frames: [num_videos], frames of each video; only their sum is checked.
         attention_mask: [batch_size, padded_length], 0 at padding; None means no padding.
@@ -94,15 +94,8 @@ def get_rope_index(
     Raises:
         ValueError: A shape is wrong, or placeholders and grids disagree.
     """
-    rows = split_batch(
-        config,
-        input_ids,
-        host_grid("image_grid_thw", image_grid_thw),
-        host_grid("video_grid_thw", video_grid_thw),
-        second_per_grid_ts,
-        num_frames,
-        attention_mask,
-    )
+    grids = (image_grid_thw, video_grid_thw, second_per_grid_ts, num_frames)
+    rows = split_batch(config, input_ids, *grids, attention_mask)
     position_ids = torch.ones((3, *input_ids.shape), dtype=torch.int64)
     deltas = []
     for i, row in enumerate(rows):
@@ -134,20 +127,21 @@ class BatchRow:
 def split_batch(
     config: KeyeConfig,
     input_ids: torch.Tensor,
-    image_grid_thw: Grid,
-    video_grid_thw: Grid,
+    image_grid_thw: torch.Tensor | Sequence | None = None,
+    video_grid_thw: torch.Tensor | Sequence | None = None,
     second_per_grid_ts: torch.Tensor | Sequence | None = None,
     num_frames: torch.Tensor | Sequence | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> list[BatchRow]:
-    """Take the padding off a batch and deal its grid rows out, in reading order.
+    """Remove the padding of a batch and assign its grid rows to batch rows, in reading order.
 
-    Arguments as in `get_rope_index`, grids already as host rows. Tensors on a GPU are copied to
-    the host once.
+    Arguments as in `get_rope_index`. Tensors on a GPU are copied to the host once.
 
     Raises:
-        ValueError: A shape is wrong, or a batch row's placeholders do not end with a grid row.
+        ValueError: A shape is wrong, or a batch row's placeholders end within a grid row.
     """
+    image_grid_thw = host_grid("image_grid_thw", image_grid_thw)
+    video_grid_thw = host_grid("video_grid_thw", video_grid_thw)
     if not isinstance(input_ids, torch.Tensor):
         raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
@@ -194,6 +188,44 @@ def split_batch(
     return rows
 
 
+def requests_of(
+    rows: Sequence[BatchRow], images: torch.Tensor | None, videos: torch.Tensor | None
+) -> list[Request]:
+    """Requests of `split_batch`'s rows, each with its share of the batch's patches.
+
+    Args:
+        images, videos: ``pixel_values`` and ``pixel_values_videos`` of the batch.
+
+    Raises:
+        ValueError: There are more patches than the grids count, or fewer.
+    """
+    requests, taken = [], [0, 0]
+
+    def take(pixels: torch.Tensor | None, kind: int, grid: Grid) -> torch.Tensor | None:
+        start = taken[kind]
+        taken[kind] += num_patches(grid)
+        return pixels[start : taken[kind]] if grid and pixels is not None else None
+
+    for row in rows:
+        requests.append(
+            Request(
+                row.input_ids,
+                take(images, 0, row.image_grid_thw),
+                row.image_grid_thw,
+                take(videos, 1, row.video_grid_thw),
+                row.video_grid_thw,
+                row.second_per_grid_ts,
+            )
+        )
+    for name, grid, pixels, used in (
+        ("pixel_values", "image_grid_thw", images, taken[0]),
+        ("pixel_values_videos", "video_grid_thw", videos, taken[1]),
+    ):
+        if pixels is not None and len(pixels) != used:
+            raise ValueError(f"{name} must hold the {used} patches of {grid}, got {len(pixels)}")
+    return requests
+
+
 def _host_list(values: torch.Tensor | Sequence | None) -> list:
     if values is None:
         return []
@@ -201,12 +233,12 @@ def _host_list(values: torch.Tensor | Sequence | None) -> list:
 
 
 class _Deal:
-    """Deals grid rows out to batch rows by their number of placeholders."""
+    """Assigns grid rows to batch rows by their number of placeholders."""
 
     def __init__(self, kind: str, grid: Grid, merge_size: int) -> None:
         self.kind = kind
         counts = [t * (h // merge_size) * (w // merge_size) for t, h, w in grid]
-        self.ends = np.cumsum([0, *counts])  # merged tokens before each row, and in all
+        self.ends = np.cumsum([0, *counts])  # merged tokens before each row, and in total
         self.row = 0
 
     def take(self, num_placeholders: int, batch_row: int) -> slice:

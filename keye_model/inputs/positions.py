@@ -1,9 +1,10 @@
-"""Where every token of a prompt stands: 3D rope positions, and the token of each vision feature.
+"""3D rope positions of a prompt's tokens, and which token each vision feature replaces.
 
-All of it is host work on ids and grids. Text counts up on three equal axes; a vision block of
-frames x rows x columns merged tokens starts where the text stands, spreads along the axes (time,
-row, column), and the text goes on after its largest position. Rule and rounding are those of
-`get_rope_index` in modeling_keye.py of Keye-VL-8B-Preview and of the transformers port of 1.5.
+All of it is host work on ids and grids. A text token has the same position on all three axes, one
+more than the token before. A vision block of frames x rows x columns merged tokens starts at the
+next position and spreads along the axes (time, row, column); text goes on after its largest one.
+Rule and rounding are those of `get_rope_index` in modeling_keye.py of Keye-VL-8B-Preview and of the
+transformers port of 1.5.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from keye_model.inputs.request import Grid
 
 @dataclass(frozen=True)
 class Placed:
-    """Where the tokens of one prompt stand.
+    """Positions of one prompt's tokens.
 
     Attributes:
         positions: [3, num_tokens], int64: (t, h, w).
-        next_position: Of the first generated token, on all axes.
+        next_position: That of the first generated token, on all axes.
         image_index: [num_image_tokens], int64: the tokens that image features replace.
         video_index: [num_video_tokens], int64: the same for videos.
     """
@@ -74,10 +75,10 @@ def place(
     video_blocks, video_starts = _blocks(
         "video", videos, video_index, merge_size, split_frames=not variant.timed_positions
     )
-    step = np.zeros(len(image_blocks) + len(video_blocks), np.float32)
+    interval = np.zeros(len(image_blocks) + len(video_blocks), np.float32)
     if variant.timed_positions:
-        step[len(image_blocks) :] = np.asarray(seconds or [1.0] * len(videos), np.float32)
-        if not np.all(np.isfinite(step) & (step >= 0)):
+        interval[len(image_blocks) :] = np.asarray(seconds or [1.0] * len(videos), np.float32)
+        if not np.all(np.isfinite(interval) & (interval >= 0)):
             raise ValueError(
                 f"second_per_grid_ts must be finite and not negative, got {tuple(seconds)}"
             )
@@ -85,20 +86,20 @@ def place(
     blocks = np.concatenate([image_blocks, video_blocks])  # [num_blocks, 3]
     starts = np.concatenate([image_starts, video_starts])
     order = np.argsort(starts)
-    blocks, starts, step = blocks[order], starts[order], step[order]
+    blocks, starts, interval = blocks[order], starts[order], interval[order]
     frames, rows, columns = blocks.T
     counts = blocks.prod(axis=1)
     tokens_per_second = np.float32(config.vision_config.tokens_per_second or 0)
 
-    def elapsed(frame: np.ndarray, step: np.ndarray) -> np.ndarray:
-        # fp32, multiplied in this order and truncated, as published: 2.02 fps gives 0 0 1 2 3. With
-        # 2 tokens per second any order gives the same, with 5 it does not.
-        return (frame.astype(np.float32) * step * tokens_per_second).astype(np.int64)
+    def elapsed(frame: np.ndarray, interval: np.ndarray) -> np.ndarray:
+        # fp32, multiplied in this order and truncated, as published: at 2.02 fps frames get 0 0 1 2
+        # 3. The order matters with 5 tokens per second, but not with 2.
+        return (frame.astype(np.float32) * interval * tokens_per_second).astype(np.int64)
 
-    # Text advances by one; a block by its extent, all at once at its last token.
+    # A text token advances the position by one, a block's last token by the block's extent.
     advance = (~(is_image | is_video)).astype(np.int64)
     advance[starts + counts - 1] = np.maximum(
-        elapsed(frames - 1, step) + 1, np.maximum(rows, columns)
+        elapsed(frames - 1, interval) + 1, np.maximum(rows, columns)
     )
     after = np.cumsum(advance)
     before = after - advance
@@ -110,7 +111,7 @@ def place(
     row, column = np.divmod(cell, columns[block])
     token = starts[block] + offset
     positions[:, token] = before[starts][block] + np.stack(
-        [elapsed(frame, step[block]), row, column]
+        [elapsed(frame, interval[block]), row, column]
     )
     return Placed(positions, int(after[-1]), image_index, video_index)
 
@@ -125,7 +126,7 @@ def placeholders(ids: np.ndarray, config: KeyeConfig) -> tuple[np.ndarray, np.nd
 def _blocks(
     kind: str, grid: Grid, index: np.ndarray, merge_size: int, *, split_frames: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks [num_blocks, 3] in merged tokens, one for each row (or frame), and first tokens."""
+    """Sizes in merged tokens of the blocks, one per grid row (or frame), and their first tokens."""
     if any(h % merge_size or w % merge_size for _, h, w in grid):
         raise ValueError(
             f"{kind}_grid_thw must have rows and columns that divide by {merge_size}, got {grid}"

@@ -1,4 +1,4 @@
-"""What the processor makes and the model reads: host tensors, grids and lengths as host values."""
+"""`Request` and `PackedInputs`, which the processor makes and the model reads, all on the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 GridTHW = tuple[int, int, int]  # frames, rows, columns of patches
 Grid = tuple[GridTHW, ...]
-Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
+Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class PackedInputs:
     video_index: torch.Tensor
 
 
+def num_patches(grid: Grid) -> int:
+    """Patches of all rows of a grid."""
+    return sum(t * h * w for t, h, w in grid)
+
+
 def _check_patches(
     name: str, pixels: torch.Tensor | None, grid_name: str, grid_thw: tuple[GridTHW, ...]
 ) -> None:
@@ -91,7 +96,7 @@ def _check_patches(
             raise ValueError(
                 f"{grid_name} must hold rows of three positive integers (t, h, w), got {row}"
             )
-    expected = sum(t * h * w for t, h, w in grid_thw)
+    expected = num_patches(grid_thw)
     if pixels is None and expected == 0:
         return
     shape = None if pixels is None else tuple(pixels.shape)
@@ -103,7 +108,7 @@ def _check_patches(
 
 
 def host_grid(name: str, grid_thw: torch.Tensor | Sequence[Sequence[int]] | None) -> Grid:
-    """A grid argument of any public spelling as host rows: the one place where grids are read.
+    """Convert a grid argument in any accepted form to host rows; every grid is read here.
 
     Args:
         name: The argument's name, for the error.

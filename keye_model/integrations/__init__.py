@@ -1,1 +1,1 @@
-"""The model behind other libraries' doors. Nothing here is imported by `keye_model` itself."""
+"""Keye-VL in other libraries. Nothing here is imported by `keye_model` itself."""

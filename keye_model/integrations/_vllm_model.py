@@ -1,6 +1,6 @@
 """Keye-VL as a vLLM model: our tower and projector over vLLM's sharded matrices, its Qwen3 decoder.
 
-What differs from the Keye models that come with vLLM:
+Differences from the Keye models that come with vLLM:
 
 - all images and videos of a step go through the tower as one packed sequence, the projector too,
   and no length is read back from the device between the layers;
@@ -49,7 +49,7 @@ from keye_kernels.integrations.vllm import KeyeEncoderAttention, our_layers, rep
 from keye_model.checkpoint.config import KeyeConfig, KeyeVisionConfig
 from keye_model.checkpoint.weights import published_name
 from keye_model.inputs.positions import rope_positions
-from keye_model.inputs.request import Grid, host_grid
+from keye_model.inputs.request import Grid, host_grid, num_patches
 from keye_model.integrations._vllm_processor import (
     KeyeDummyInputsBuilder,
     KeyeMultiModalProcessor,
@@ -59,15 +59,15 @@ from keye_model.network.features import vision_features
 from keye_model.network.projector import KeyeProjector
 from keye_model.network.vision import KeyeVisionModel, VisionAttention, VisionLayout
 
-logger = init_logger(f"vllm.{__name__}")  # below "vllm", whose handler prints it
+logger = init_logger(f"vllm.{__name__}")  # the handler of the logger "vllm" prints it
 
-_TEXT = -1  # stands for every token that no picture or video fills
+_TEXT = -1  # the id of every token that no picture or video fills
 
 
 class TowerAttention(VisionAttention):
-    """The tower's attention, its heads split between the processes.
+    """The tower's attention, with its heads split between the processes.
 
-    Where `our_layers` leaves vLLM's attention in place, that one is called.
+    If `our_layers` has not replaced vLLM's attention layer, that one is called.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class TowerAttention(VisionAttention):
     def forward(self, x: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """x: [num_patches, hidden_size]. Returns a tensor like x."""
         if isinstance(self.attn, KeyeEncoderAttention):
-            return super().forward(x, layout)  # the same op, with the plan that all layers share
+            return super().forward(x, layout)  # the same op, with the schedule all layers share
         qkv = self.qkv_proj(x).view(1, -1, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
         rope_2d_(q[0], k[0], layout.positions, theta=self.theta)
@@ -146,7 +146,7 @@ class Projector(KeyeProjector):
 def _column_and_row(
     widths: tuple[int, int, int], quant_config: QuantizationConfig | None, names: tuple[str, str]
 ) -> tuple[ColumnParallelLinear, RowParallelLinear]:
-    """Two layers with biases, the width between them split between the processes."""
+    """Two linear layers with biases; the width between them is split between the processes."""
     outer, inner, last = widths
     shared = {"quant_config": quant_config, "return_bias": False}
     return (
@@ -161,7 +161,7 @@ def _column_and_row(
 class KeyeForConditionalGeneration(
     nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP, SupportsMRoPE
 ):
-    """Both model lines; `config.variant` is the difference."""
+    """Keye-VL-8B-Preview and 1.5, which differ in `config.variant`."""
 
     packed_modules_mapping = {  # noqa: RUF012 - vLLM's shape
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -199,7 +199,7 @@ class KeyeForConditionalGeneration(
                     architectures=["Qwen3ForCausalLM"],
                 )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
-        self.requires_grad_(False)  # on a CPU vLLM measures the memory of a step in grad mode
+        self.requires_grad_(False)  # on a CPU, vLLM measures memory with gradients enabled
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -218,13 +218,13 @@ class KeyeForConditionalGeneration(
         num_rows: torch.Tensor | None = None,
         **unused: object,
     ) -> MultiModalEmbeddings:
-        """Features of the images, or of the videos, of a step, one tensor for each.
+        """Features of the images or videos of a step, one tensor for each.
 
         Args:
             pixel_values, pixel_values_videos: [num_patches, 3, patch, patch] uint8.
             image_grid_thw, video_grid_thw: [num_rows, 3], on the host.
             num_rows: [num_videos], rows of video_grid_thw that each video has, on the host.
-            unused: What the prompt needed of them.
+            unused: Values that only the prompt needs.
 
         Returns:
             For each item [num_tokens, text hidden_size].
@@ -242,12 +242,12 @@ class KeyeForConditionalGeneration(
     def _encode(
         self, pixels: torch.Tensor, grid: Grid, rows_of_items: Sequence[int]
     ) -> Sequence[torch.Tensor]:
-        """Tower and projector over all rows of `grid`, dealt out to the items they belong to."""
+        """Run tower and projector over all rows of `grid` and split the features by item."""
         parts = list(vision_features(self.visual, self.mlp_AR, pixels, grid))
         merged = self.mlp_AR.merge_size**2
         sizes, row = [], 0
         for count in rows_of_items:
-            sizes.append(sum(t * h * w for t, h, w in grid[row : row + count]) // merged)
+            sizes.append(num_patches(grid[row : row + count]) // merged)
             row += count
         return torch.cat(parts).split(sizes)
 
@@ -255,7 +255,7 @@ class KeyeForConditionalGeneration(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
         """Positions [3, num_tokens] of a prompt, and the next one minus num_tokens."""
-        # Only what a feature fills counts as a placeholder, whatever ids a prompt may hold.
+        # Only tokens that a feature fills count as placeholders, whatever ids the prompt holds.
         ids = torch.full((len(input_tokens),), _TEXT)
         grids: dict[str, list[tuple[int, ...]]] = {"image": [], "video": []}
         seconds: list[float] = []

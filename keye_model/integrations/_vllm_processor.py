@@ -1,4 +1,4 @@
-"""Pictures and videos of a vLLM request → patches, grids and the ids of their placeholders."""
+"""Turns pictures and videos of a vLLM request into patches, grids and placeholder ids."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ from vllm.multimodal.processing import (
 import keye_model
 from keye_model.processing.expansion import Placeholders
 from keye_model.processing.patches import VideoPatches
-from keye_model.processing.video_processor import VIDEO_KEYWORDS
-from keye_model.processing.video_sampling import V1_5_MAX_PIXELS
+from keye_model.processing.rules import VIDEO_KEYWORDS
 
 _MODALITIES = ("image", "video")
 
 
 class KeyeProcessor(ProcessorMixin):
-    """`keye_model.KeyeProcessor` in the shape that vLLM and `AutoProcessor` expect.
+    """`keye_model.KeyeProcessor` with the interface that vLLM and `AutoProcessor` expect.
 
-    Pixels stay raw bytes: a quarter of the bytes between vLLM's processes and to the GPU, where the
-    patch embedding normalises them.
+    Pixels stay uint8, a quarter of fp32 between vLLM's processes and to the GPU, where the patch
+    embedding normalises them.
     """
 
     def __init__(self, processor: keye_model.KeyeProcessor) -> None:
@@ -45,7 +44,7 @@ class KeyeProcessor(ProcessorMixin):
             processor.tokenizer,
             processor.token_ids,
             processor.config.vision_config.spatial_merge_size,
-            processor.config.variant,
+            processor.rules,
         )
 
     @classmethod
@@ -57,11 +56,11 @@ class KeyeProcessor(ProcessorMixin):
         max_pixels: int | None = None,
         **loading: Any,
     ) -> KeyeProcessor:
-        """As `keye_model.KeyeProcessor.from_pretrained`; vLLM hands in a directory.
+        """As `keye_model.KeyeProcessor.from_pretrained`; vLLM passes a directory.
 
         Args:
             min_pixels, max_pixels: From ``mm_processor_kwargs``.
-            loading: What else the Auto classes pass (revision, tokenizer, …); not read.
+            loading: Not read: other keywords of the Auto classes (revision, tokenizer, …).
         """
         del loading
         return cls(
@@ -80,14 +79,14 @@ class KeyeProcessor(ProcessorMixin):
         max_pixels: int | None = None,
         **options: Any,
     ) -> BatchFeature:
-        """Resize and cut up what one request shows.
+        """Resize the pictures and videos of one request and cut them into patches.
 
         Args:
             images: PIL images.
             videos: (frames, metadata) as vLLM decodes them; metadata may be empty.
             min_pixels, max_pixels: Not read: `from_pretrained` got the same.
-            options: Of the videos, as in `keye_model.KeyeProcessor.__call__`. Without any, a
-                video's metadata give its times.
+            options: For the videos, as in `keye_model.KeyeProcessor.__call__`. Without any, the
+                times of a video come from its metadata.
 
         Returns:
             pixel_values, pixel_values_videos: [num_patches, 3, patch, patch] uint8.
@@ -98,10 +97,10 @@ class KeyeProcessor(ProcessorMixin):
                 vLLM casts floats to the model's dtype.
 
         Raises:
-            TypeError: An unknown option, or one of the other line.
+            TypeError: An unknown option, or one of the other model line.
         """
         del return_tensors, min_pixels, max_pixels
-        known = VIDEO_KEYWORDS[self.inner.video_processor.version]
+        known = self.inner.rules.video_keywords
         if unknown := sorted(options.keys() - known):
             raise TypeError(
                 f"mm_processor_kwargs must be among max_pixels, min_pixels, "
@@ -144,11 +143,11 @@ class KeyeProcessor(ProcessorMixin):
 
 
 class KeyeVL1_5Processor(KeyeProcessor):
-    """Under the name that a 1.5 checkpoint's files ask for."""
+    """`KeyeProcessor` under the name in a 1.5 checkpoint's files."""
 
 
 def _times(metadata: Mapping[str, Any], num_frames: int) -> list[float] | None:
-    """Seconds of each frame, if vLLM's video loader told them."""
+    """Seconds of each frame, if the metadata of vLLM's video loader have them."""
     indices, fps = metadata.get("frames_indices"), metadata.get("fps")
     if indices is None or not fps or len(indices) != num_frames:
         return None
@@ -156,7 +155,7 @@ def _times(metadata: Mapping[str, Any], num_frames: int) -> list[float] | None:
 
 
 class _DataParser(MultiModalDataParser):
-    """Keeps a video's metadata beside its frames, empty where there are none."""
+    """Keeps a video's metadata beside its frames, an empty dict without any."""
 
     def _get_video_with_metadata(self, video: Any) -> tuple[Any, dict[str, Any]]:
         frames, metadata = super()._get_video_with_metadata(video)
@@ -167,8 +166,8 @@ class KeyeProcessingInfo(BaseProcessingInfo):
     """How many tokens pictures and videos may have."""
 
     def get_hf_processor(self, **options: object) -> KeyeProcessor:
-        # vLLM keeps one processor for each set of options: those of one request's videos, which
-        # the processor does not keep, would make a new one every time.
+        # vLLM caches one processor per set of options. Options of one request's videos are not the
+        # processor's and would make a new one every time.
         kept = {key: options[key] for key in ("min_pixels", "max_pixels") if key in options}
         return super().get_hf_processor(**kept)
 
@@ -196,8 +195,8 @@ class KeyeProcessingInfo(BaseProcessingInfo):
         """Rows and columns, in tokens, of the largest picture or frame."""
         inner = self.get_hf_processor().inner
         max_pixels = inner.image_processor.max_pixels
-        if modality == "video" and inner.video_processor.version == "1.5":
-            max_pixels = V1_5_MAX_PIXELS
+        if modality == "video":
+            max_pixels = inner.rules.max_frame_pixels or max_pixels
         most = max_pixels // inner.image_processor.factor**2
         side = math.isqrt(most)
         rows = max(range(side, side // 2, -1), key=lambda rows: rows * (most // rows))
@@ -205,7 +204,7 @@ class KeyeProcessingInfo(BaseProcessingInfo):
 
 
 class KeyeDummyInputsBuilder(BaseDummyInputsBuilder[KeyeProcessingInfo]):
-    """The largest request there can be, from which vLLM measures the memory it needs."""
+    """Makes the largest possible request, with which vLLM measures the memory it needs."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         inner = self.info.get_hf_processor().inner
@@ -290,12 +289,13 @@ class KeyeMultiModalProcessor(BaseMultiModalProcessor[KeyeProcessingInfo]):
     def _get_cache_missing_processor_kwargs(
         self, inputs: Any, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:
-        """Options that name a value for each video, for those that vLLM has not seen before."""
+        """The options; lists with a value per video keep those of videos not in vLLM's cache."""
         cached = mm_is_cached.get("video", [])
-        named = set().union(*VIDEO_KEYWORDS.values())
         return {
             key: [one for one, known in zip(value, cached, strict=True) if not known]
-            if key in named and isinstance(value, (list, tuple)) and len(value) == len(cached)
+            if key in VIDEO_KEYWORDS
+            and isinstance(value, (list, tuple))
+            and len(value) == len(cached)
             else value
             for key, value in inputs.hf_processor_mm_kwargs.items()
         }

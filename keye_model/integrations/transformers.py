@@ -7,18 +7,15 @@
     processor = AutoProcessor.from_pretrained("Kwai-Keye/Keye-VL-8B-Preview")
 
 The model is a `keye_model.KeyeForConditionalGeneration` and the processor a
-`keye_model.KeyeProcessor`, with what these can do. A checkpoint's own code is never run, whatever
-`trust_remote_code` says.
+`keye_model.KeyeProcessor`. A checkpoint's own code is never run, whatever `trust_remote_code` says.
 """
 
 import os
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,9 +30,9 @@ from transformers.models.auto import configuration_auto, processing_auto
 
 import keye_model
 from keye_model import KeyeForConditionalGeneration
-from keye_model.checkpoint.hub import CONFIG_FILES, WEIGHT_FILES, locate
+from keye_model.checkpoint.checkpoint import Checkpoint
 
-# What the Auto classes hand on that says nothing about a checkpoint whose code is never run.
+# Options of the Auto classes that mean nothing for a checkpoint whose code is never run.
 _NOT_OURS = (
     "_from_auto",
     "_commit_hash",
@@ -46,24 +43,17 @@ _NOT_OURS = (
 )
 _OLD = transformers.__version__.startswith("4.")
 _ROPE = "rope_scaling" if _OLD else "rope_parameters"
-# Public programs load Keye by the first of these, as the published code registers itself.
+# Public programs load Keye by AutoModel, with which the published code registers itself.
 _AUTO_MODELS = (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM)
-_DOWNLOAD = ("cache_dir", "force_download", "revision", "token")
+_DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def _directory(path_or_id: str | os.PathLike, options: dict[str, Any], *, weights: bool) -> Path:
-    """The checkpoint's directory; takes the options out that only matter to find it."""
+def _checkpoint(path_or_id: str | os.PathLike, options: dict[str, Any]) -> Checkpoint:
+    """Find the checkpoint; removes from ``options`` those that only serve to find it."""
     for name in _NOT_OURS:
         options.pop(name, None)
-    download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
-    given = {name: value for name, value in download.items() if value}
-    local = options.get("local_files_only", False)
-    if not given or os.path.isdir(path_or_id):
-        return locate(path_or_id, weights=weights, local_files_only=local)
-    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
-    return Path(
-        snapshot_download(path_or_id, allow_patterns=patterns, local_files_only=local, **given)
-    )
+    given = {name: options.pop(name) for name in _DOWNLOAD if name in options}
+    return Checkpoint.at(path_or_id, **{name: value for name, value in given.items() if value})
 
 
 class _AutoConfig(PretrainedConfig):
@@ -71,7 +61,7 @@ class _AutoConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """All keys as attributes, untouched; ``kwargs`` are the model's to judge."""
+        """Set all keys as attributes, unchanged; the model checks ``kwargs``."""
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         config = cls()
         for name, value in config_dict.items():
@@ -100,35 +90,35 @@ class KeyeVL1_5AutoConfig(_AutoConfig):
 
 
 class _ConvertedAutoConfig(_AutoConfig):
-    """The same, in the layout of the transformers port of 1.5."""
+    """Configuration of a Keye-VL-1.5 checkpoint in the layout of its transformers port."""
 
     model_type = "keye_vl_1_5"
 
 
 class _Model:
-    """What the Auto classes ask of a model class."""
+    """The method that the Auto classes call on a model class."""
 
     @classmethod
     def from_pretrained(
         cls, path_or_id: str | os.PathLike, **options: Any
     ) -> KeyeForConditionalGeneration:
-        directory = _directory(path_or_id, options, weights=True)
-        return KeyeForConditionalGeneration.from_pretrained(directory, **options)
+        checkpoint = _checkpoint(path_or_id, options)
+        return KeyeForConditionalGeneration.from_pretrained(checkpoint, **options)
 
 
 class KeyeProcessor(keye_model.KeyeProcessor):
-    """Under the name that a published `preprocessor_config.json` asks for."""
+    """`keye_model.KeyeProcessor` under the name in a published `preprocessor_config.json`."""
 
     @classmethod
     def from_pretrained(
         cls, path_or_id: str | os.PathLike, **options: Any
     ) -> keye_model.KeyeProcessor:
-        directory = _directory(path_or_id, options, weights=False)
-        return keye_model.KeyeProcessor.from_pretrained(directory, **options)
+        checkpoint = _checkpoint(path_or_id, options)
+        return keye_model.KeyeProcessor.from_pretrained(checkpoint, **options)
 
 
 class KeyeVL1_5Processor(KeyeProcessor):
-    """Under the name of 1.5."""
+    """The same under the name in 1.5's files."""
 
 
 _LINES = (
@@ -159,9 +149,9 @@ def register() -> None:
 
 
 def _registered_goes_first(module: ModuleType) -> None:
-    """Let a registered class go before a checkpoint's code, as transformers 5 does by itself.
+    """Prefer our registered classes to a checkpoint's code, as transformers 5 does by itself.
 
-    transformers 4 runs that code when ``trust_remote_code=True``, registered or not.
+    transformers 4 runs that code if ``trust_remote_code=True``, even for registered classes.
     """
     resolve = module.resolve_trust_remote_code
     if getattr(resolve, "_keeps_keye", False):
@@ -171,7 +161,7 @@ def _registered_goes_first(module: ModuleType) -> None:
         if trust_remote_code:
             try:
                 found, _ = PretrainedConfig.get_config_dict(name)
-            except OSError:  # no config.json here: none of ours
+            except OSError:  # no config.json, so not a Keye checkpoint
                 found = {}
             if found.get("model_type") in {config.model_type for config, _ in _LINES}:
                 return False

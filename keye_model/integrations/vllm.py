@@ -19,10 +19,10 @@ from keye_kernels.integrations.vllm import check_release
 from keye_model.integrations._vllm_processor import KeyeProcessor, KeyeVL1_5Processor
 
 PLUGIN = "keye_model"
-# By name: importing it here would initialise CUDA in processes that still fork.
+# A name: importing the class here would initialise CUDA in processes that still fork.
 _MODEL = "keye_model.integrations._vllm_model:KeyeForConditionalGeneration"
 
-logger = init_logger(f"vllm.{__name__}")  # below "vllm", whose handler prints it
+logger = init_logger(f"vllm.{__name__}")  # the handler of the logger "vllm" prints it
 
 
 class KeyeVisionConfig(PretrainedConfig):
@@ -55,8 +55,8 @@ def register() -> None:
     """Let vLLM load both model lines, with our tower and position rule; may be called again.
 
     Raises:
-        RuntimeError: VLLM_PLUGINS names this plugin and the release of vLLM is not supported. If
-            it does not, so that the plugin was only found, a warning says the same.
+        RuntimeError: The release of vLLM is not supported and VLLM_PLUGINS names this plugin. If it
+            does not name it, a warning is logged instead.
     """
     try:
         check_release()
@@ -71,7 +71,7 @@ def register() -> None:
 
 
 def register_checkpoints() -> None:
-    """Let transformers' Auto classes, through which vLLM reads checkpoints, know both lines."""
+    """Register both lines with transformers' Auto classes, by which vLLM reads checkpoints."""
     for config, processor in ((KeyeConfig, KeyeProcessor), (KeyeVL1_5Config, KeyeVL1_5Processor)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoProcessor.register(config, processor, exist_ok=True)

@@ -1,1 +1,1 @@
-"""What the model is: vision tower, projector, text decoder, and the cache it reads."""
+"""The network: vision tower, projector, text decoder, and its key/value cache."""

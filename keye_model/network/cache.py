@@ -73,9 +73,9 @@ class PagedCache:
             config: Gives the number of layers, of key/value heads, and their size.
             num_pages: Pages of each layer.
             page_size: Tokens in a page, a multiple of 16.
-            dtype, device: Of the pages; those of the model.
-            num_layers: Layers with pages of their own; 1 makes all layers share one set, which
-                serves a single pass over whole sequences. None: every layer.
+            dtype, device: Those of the model.
+            num_layers: Layers with pages of their own; 1 makes all layers share one set, which is
+                enough for a single pass over whole sequences. None: every layer.
         """
         if num_pages < 1:
             raise ValueError(f"num_pages must be positive, got {num_pages}")
@@ -106,8 +106,8 @@ class PagedCache:
     ) -> tuple[PagedCache, CacheLayout]:
         """A cache that all layers share, for one pass over whole sequences, and its layout.
 
-        Each layer writes all its keys and values before it reads them, so what the layer before
-        it left there is never seen.
+        Each layer writes all its keys and values before it reads any, so it never reads those of
+        the layer before.
         """
         num_pages = sum(-(-length // PAGE_SIZE) for length in seqlens)
         cache = cls(config, num_pages, dtype=dtype, device=device, num_layers=1)
@@ -128,7 +128,7 @@ class PagedCache:
         return self.k.nbytes + self.v.nbytes
 
     def pages_needed(self, num_tokens: int) -> int:
-        """Pages of a sequence of `num_tokens` tokens."""
+        """Pages that a sequence of `num_tokens` tokens takes."""
         return -(-num_tokens // self.page_size)
 
     def num_tokens(self, handle: int) -> int:
@@ -183,14 +183,14 @@ class PagedCache:
         return self._describe(sequences, np.array(new_tokens, np.int64))
 
     def advance(self, handles: Sequence[int]) -> int:
-        """Count one more token of each sequence, which the device places by itself.
+        """Count one more token for each sequence; the decode step finds its slot on the device.
 
         Returns:
             Tokens of the longest of them.
 
         Raises:
             ValueError: A handle is unknown.
-            RuntimeError: A sequence has no room in the pages it owns; it takes none here.
+            RuntimeError: The pages of a sequence are full; it gets no new ones here.
         """
         sequences = [self._sequence(handle) for handle in handles]
         for handle, sequence in zip(handles, sequences, strict=True):
@@ -204,7 +204,7 @@ class PagedCache:
         return max(sequence.num_tokens for sequence in sequences)
 
     def _take(self, sequences: Sequence[_Sequence], new_tokens: Sequence[int]) -> None:
-        """Give each sequence the pages it lacks for so many new tokens."""
+        """Give each sequence the pages that it still needs for its new tokens."""
         wanted = [
             max(self.pages_needed(s.num_tokens + new) - len(s.pages), 0)
             for s, new in zip(sequences, new_tokens, strict=True)
@@ -227,7 +227,7 @@ class PagedCache:
         cu_seqlens_q = np.concatenate([[0], np.cumsum(new_tokens)])
 
         batch = np.repeat(np.arange(len(sequences)), new_tokens)  # sequence of each new token
-        index = np.arange(len(batch)) + (lengths - cu_seqlens_q[1:])[batch]  # its place in it
+        index = np.arange(len(batch)) + (lengths - cu_seqlens_q[1:])[batch]  # its index there
         page = table[batch, index // self.page_size].astype(np.int64)
         slots = page * self.page_size + index % self.page_size
 
@@ -244,7 +244,7 @@ class PagedCache:
 
     def _upload(self, *arrays: np.ndarray) -> list[torch.Tensor]:
         """Several arrays as int32 on the device, in one copy."""
-        # Each starts at 16 bytes: kernels are compiled for aligned pointers.
+        # Each array starts at a multiple of 16 bytes: kernels are compiled for aligned pointers.
         ends = np.cumsum([-(-a.size // 4) * 4 for a in arrays])
         buffer = np.zeros(ends[-1], np.int32)
         starts = [0, *ends[:-1]]

@@ -1,4 +1,4 @@
-"""From pixels to what the text decoder reads: tower and projector, one part of a grid at a time."""
+"""Vision features from pixels: tower and projector, on one part of the grid at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from keye_model.inputs.request import Grid, GridTHW
+from keye_model.inputs.request import Grid, GridTHW, num_patches
 from keye_model.network.projector import KeyeProjector
 from keye_model.network.upload import upload
 from keye_model.network.vision import KeyeVisionModel
@@ -27,15 +27,15 @@ def vision_features(
     max_patches: int = MAX_PATCHES_PER_CALL,
     encode: Encode = KeyeVisionModel.encode,
 ) -> Iterator[torch.Tensor]:
-    """Features of consecutive parts of ``grid``; only a part's pixels lie on the device.
+    """Features of consecutive parts of ``grid``; one part's pixels are on the device at a time.
 
     Args:
-        visual, projector: Of one model.
+        visual, projector: Of the same model.
         pixels: [num_patches, 3, patch_size, patch_size], uint8 or normalised float, on any device;
             None for an empty grid.
         grid: (frames, rows, columns) in patches.
-        max_patches: Patches of a call of the tower. Calls are cut between attention segments only,
-            so the result stays the same; a longer segment is not cut.
+        max_patches: Most patches in a call of the tower. The grid is cut between attention segments
+            only, so the result does not depend on it; a longer segment is one call.
         encode: Runs the tower up to its final norm.
 
     Yields:
@@ -48,7 +48,7 @@ def vision_features(
         raise ValueError(f"max_patches_per_call must be positive, got {max_patches}")
     device, first = visual.post_layernorm.weight.device, 0
     for part in split_grid(grid, visual.joint_video_attention, max_patches):
-        last = first + sum(t * h * w for t, h, w in part)
+        last = first + num_patches(part)
         patches = upload(pixels[first:last], device)
         branch, residual = encode(visual, patches, part)
         norm = visual.post_layernorm

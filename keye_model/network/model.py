@@ -13,7 +13,7 @@ from torch import nn
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs import packing
-from keye_model.inputs.request import PackedInputs, host_grid
+from keye_model.inputs.request import PackedInputs, host_grid, num_patches
 from keye_model.network.cache import CacheLayout, PagedCache
 from keye_model.network.features import MAX_PATCHES_PER_CALL, Encode, vision_features
 from keye_model.network.projector import KeyeProjector
@@ -55,13 +55,13 @@ class KeyeModel(nn.Module):
         encode: Encode = KeyeVisionModel.encode,
         progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
-        """Embed packed requests, vision features in the place of their placeholders.
+        """Embed packed requests, with vision features instead of their placeholders.
 
         Args:
             packed: From `pack`; its tensors may lie on the host.
             max_patches_per_call, encode: `max_patches` and `encode` of `vision_features`.
-            progress: Called around each call of the tower with the image and video tokens that were
-                launched, and those there are.
+            progress: Called before and after each call of the tower with the number of image and
+                video tokens launched so far, and of all.
 
         Returns:
             [num_tokens, hidden_size], in the model's dtype, on its device.
@@ -134,21 +134,14 @@ class KeyeModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """3D positions of a padded batch; see `keye_model.inputs.packing.get_rope_index`."""
-        return packing.get_rope_index(
-            self.config,
-            input_ids,
-            image_grid_thw,
-            video_grid_thw,
-            second_per_grid_ts,
-            num_frames,
-            attention_mask,
-        )
+        grids = (image_grid_thw, video_grid_thw, second_per_grid_ts, num_frames)
+        return packing.get_rope_index(self.config, input_ids, *grids, attention_mask)
 
     def _features(self, name: str, pixels: torch.Tensor, grid_thw: GridLike) -> torch.Tensor:
         grid = host_grid(name, grid_thw)
-        num_patches = sum(t * h * w for t, h, w in grid)
-        if num_patches == 0 or pixels.shape[0] != num_patches:
+        total = num_patches(grid)
+        if total == 0 or pixels.shape[0] != total:
             raise ValueError(
-                f"{name} must add up to the {pixels.shape[0]} patches given, got {num_patches}"
+                f"{name} must add up to the {pixels.shape[0]} patches given, got {total}"
             )
         return torch.cat(list(vision_features(self.visual, self.mlp_AR, pixels, grid)))

@@ -1,4 +1,4 @@
-"""The projector `mlp_AR`: each 2x2 square of patch features to one token of the text decoder.
+"""The projector `mlp_AR`: turns each 2x2 square of patch features into one text-decoder token.
 
 Source: Projector in modeling_keye.py of Keye-VL-8B-Preview (norm before the merge); the
 transformers and vLLM ports of Keye-VL-1.5 (norm after it).
@@ -14,7 +14,7 @@ from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs.request import Grid
 from keye_model.network.vision import LayerNorm
 
-_NORM_EPS = 1e-5  # nn.LayerNorm's default: the published code names no other
+_NORM_EPS = 1e-5  # nn.LayerNorm's default: the published code sets no other
 
 
 class KeyeProjector(nn.Module):
@@ -43,8 +43,8 @@ class KeyeProjector(nn.Module):
         Args:
             x: [num_patches, vision hidden_size], features; with `tower_norm` the last branch.
             grid_thw: (frames, rows, columns) in patches.
-            residual, tower_norm: The residual stream, like x, and the tower's last norm, to take in
-                the same pass; the result is the same to the last bit.
+            residual, tower_norm: The residual stream, shaped like x, and the tower's last norm,
+                applied in the same pass with the same bits.
 
         Returns:
             [num_patches / 4, text hidden_size].

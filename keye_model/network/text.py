@@ -1,7 +1,7 @@
 """The text decoder: Qwen3 with 3D rope, over a paged cache.
 
 Source: KeyeDecoderLayer and KeyeAttention in modeling_keye.py of Keye-VL-8B-Preview. Keys enter the
-cache normalised and rotated. Causality is that of the sequence, never of the 3D positions.
+cache normalised and rotated. The causal mask follows the order of tokens, not the 3D positions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class KeyeTextModel(nn.Module):
             hidden: [num_tokens, hidden_size], embedded tokens of all sequences, packed. It is
                 overwritten.
             positions: [3, num_tokens], int64, on the device of `hidden`: (t, h, w).
-            cache: Holds what the sequences said before.
+            cache: Holds keys and values of the sequences' earlier tokens.
             layout: From `cache.append`, for exactly these tokens.
 
         Returns:
@@ -99,7 +99,7 @@ class Attention(nn.Module):
     def attend(
         self, qkv: torch.Tensor, positions: torch.Tensor, cache: PagedCache, layout: CacheLayout
     ) -> torch.Tensor:
-        """What lies between the projections: [num_tokens, num_heads * head_dim]."""
+        """From the qkv projection to the input of o_proj, [num_tokens, num_heads * head_dim]."""
         config = self.config
         k_cache, v_cache = cache.layer(self.index)
         q = qk_norm_mrope_store(
@@ -155,14 +155,14 @@ class MLP(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix whose product is our `linear`."""
+    """nn.Linear that calls our `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, bias=self.bias)
 
 
 class RMSNorm(nn.Module):
-    """Weight and eps of an RMSNorm; the op that takes them applies it."""
+    """Weight and eps of an RMSNorm; the next op applies it."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Host tensors on their way to the device."""
+"""Copies of host tensors to the device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _PINNED_BYTES = 64 << 20
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Host values on `device`; to a GPU from pinned memory, without waiting for its queue.
+    """Copy a host tensor to `device`; to a GPU through pinned memory, without waiting for it.
 
-    A long video goes piece by piece: pinned memory is scarce, and PyTorch keeps it for reuse.
+    A long video is copied in pieces: pinned memory is scarce, and PyTorch keeps it for reuse.
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)  # waits: the host may read what a GPU copies to it
+        return tensor.to(device)  # blocking: the host may read a copy from a GPU at once
     if tensor.nbytes <= _PINNED_BYTES:
         return tensor.pin_memory().to(device, non_blocking=True)
     uploaded = torch.empty_like(tensor, device=device)

@@ -1,4 +1,4 @@
-"""The vision tower: patches of any number of images and videos to one feature per patch.
+"""The vision tower: one feature for each patch of any number of images and videos.
 
 SigLIP's encoder at native resolution: a bilinearly sampled position table at the entry, 2D RoPE in
 every layer, attention within segments. Source: modeling_keye.py of Keye-VL-8B-Preview on its
@@ -30,13 +30,13 @@ from keye_model.network.upload import upload
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """Where the patches of one call of the tower lie; made once on the host, read by all layers.
+    """Positions and segments of the patches of one tower call, made once on the host.
 
     Attributes:
         positions: [num_patches, 2], int64, device: (row, column) of each patch in its own frame.
         cu_seqlens: [num_segments + 1], int32, device: where each attention segment starts.
         max_seqlen: Patches of the longest segment.
-        schedule: Tiles of the segments, for attention in all layers. None: each finds its own.
+        schedule: Tiles of the segments, for attention in all layers. None: the kernels find them.
     """
 
     positions: torch.Tensor
@@ -82,10 +82,10 @@ class KeyeVisionModel(nn.Module):
         return self.norm(*self.encode(pixel_values, host_grid("grid_thw", grid_thw)))
 
     def encode(self, pixel_values: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everything before the final norm: the last layer's branch and its residual stream.
+        """Run all layers; returns the last branch and the residual stream.
 
-        The final norm adds the two, [num_patches, hidden_size] each. The projector does both in its
-        own pass over the patches, so it takes this pair.
+        Both are [num_patches, hidden_size]; the final norm adds them. The projector takes the pair,
+        since it applies that norm in its own pass over the patches.
         """
         x = self.embed(pixel_values, grid)
         num_heads = self.config.num_attention_heads
@@ -95,7 +95,7 @@ class KeyeVisionModel(nn.Module):
     def embed(
         self, pixel_values: torch.Tensor, grid: Grid, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the first layer takes: [num_patches, hidden_size], also that of `out`."""
+        """The input of the first layer; it and `out` are [num_patches, hidden_size]."""
         return patch_embed(
             pixel_values,
             self.patch_embedding.weight,
@@ -126,7 +126,7 @@ class KeyeVisionModel(nn.Module):
 class VisionLayer(nn.Module):
     """Attention and MLP, each behind a LayerNorm and added to the residual stream.
 
-    Takes and returns (branch, residual): the branch is added by the next norm, in the same pass.
+    Takes and returns (branch, residual): the next norm adds them in its own pass.
     """
 
     def __init__(self, config: KeyeVisionConfig) -> None:
@@ -194,7 +194,7 @@ class LayerNorm(nn.Module):
 
 
 def segments_of(grid: Grid, joint_video_attention: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The patches of `grid`: [num_patches, 2] positions and [num_segments] lengths, both int64."""
+    """Patch positions [num_patches, 2] and segment lengths [num_segments] of `grid`, int64."""
     frames, rows, columns = np.array(grid, np.int64).reshape(-1, 3).T
     frame_size = rows * columns
     lengths = frames * frame_size if joint_video_attention else np.repeat(frame_size, frames)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from keye_model.processing.patches import Frame, Sample
 
 
 class TokenBudget:
@@ -21,9 +24,9 @@ class TokenBudget:
         self.used = 0
         self.enforced = enforced
 
-    def take(self, tokens: int, what: str) -> None:
+    def take(self, tokens: int, what: str, advice: str = "") -> None:
         """Count ``tokens`` more, those of ``what``; raises as `check`."""
-        self.check(tokens, what)
+        self.check(tokens, what, advice)
         self.used += tokens
 
     def check(self, tokens: int, what: str, advice: str = "") -> None:
@@ -71,3 +74,36 @@ class TokenBudget:
 
     def _fits(self, tokens: int) -> bool:
         return self.limit is None or self.used + tokens <= self.limit
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a video must fit into: the prompt it is part of.
+
+    Attributes:
+        budget: Of the prompt.
+        layout: Sample → the `Frame` of each of its frames, and the seconds between two.
+        count_tokens: Frames → tokens of a video of them, marks and times included.
+        room: Tokens to which frames are dropped or shrunk; None leaves the video as published.
+    """
+
+    budget: TokenBudget
+    layout: Callable[[Sample], tuple[tuple[Frame, ...], float]]
+    count_tokens: Callable[[Sequence[Frame]], int]
+    room: int | None = None
+
+    def tokens(self, sample: Sample) -> int:
+        return self.count_tokens(self.layout(sample)[0])
+
+    def most(self, fitting: int | None, published: int, name: str) -> int:
+        """How many frames to sample: ``fitting``, the most that fit, or else ``published``.
+
+        Raises:
+            ValueError: ``fitting`` is None, as no frame fits, and the budget is enforced.
+        """
+        if fitting is None and self.budget.enforced:
+            raise ValueError(
+                f"prompt must have at most {self.budget.limit} tokens, got {self.room} left for "
+                f"{name}, which hold none of its frames; a lower max_pixels may fit"
+            )
+        return published if fitting is None else fitting

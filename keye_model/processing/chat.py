@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keye_model.processing.items import TYPES, checked_item, kind_of, source_of
+from keye_model.processing.items import TYPES, checked_item, kind_of
+from keye_model.processing.rules.base import Rules
+from keye_model.processing.source import source_of
 
 ROLES = ("system", "user", "assistant")
 Messages = Sequence[dict[str, Any]]  # one conversation
@@ -45,7 +47,7 @@ def normalize_messages(
     keys: Collection[str] = (),
     roles: Collection[str] = (),
     sources: bool,
-    version: str,
+    rules: Rules,
 ) -> list[dict[str, Any]]:
     """Check a conversation and return a copy in which every item of a content list has a type.
 
@@ -54,8 +56,8 @@ def normalize_messages(
             ``type`` text, image or video (or one of `TYPES`). Without a ``type``, an item is what
             its only key among these says. A picture or video is named under its type or under
             ``url``, ``path`` or ``base64``. Other keys: see `fetch_image` for images,
-            `sample_preview` and `sample_1_5` for videos; ``detail`` and ``cache_control`` are
-            passed over. A key with None counts as absent.
+            `rules.preview.sample` and `rules.v1_5.sample` for videos; ``detail`` and
+            ``cache_control`` are passed over. A key with None counts as absent.
         reserved: Strings that no text may hold, because as special tokens they would open a turn
             or claim a picture's place.
         marks: Strings that only the assistant's text may hold: it may have repeated the marks of a
@@ -65,7 +67,7 @@ def normalize_messages(
             content.
         sources: Whether each image and video must name its source; else it may be a bare
             placeholder such as ``{"type": "image"}``.
-        version: "1.0" (8B-Preview) or "1.5": the line whose keys a video may have.
+        rules: Of the line whose keys a video may have.
 
     Raises:
         ValueError: Something is missing, unknown or reserved; the message says where.
@@ -77,7 +79,7 @@ def normalize_messages(
         raise ValueError("messages must hold at least one message, got none")
     keys, roles = sorted(set(keys) - _OF_ITEMS), (*ROLES, *sorted(set(roles) - _OF_ITEMS))
     return [
-        _message(message, f"messages[{index}]", reserved, marks, keys, roles, sources, version)
+        _message(message, f"messages[{index}]", reserved, marks, keys, roles, sources, rules)
         for index, message in enumerate(messages)
     ]
 
@@ -219,7 +221,7 @@ def _message(
     keys: Sequence[str],
     roles: Sequence[str],
     sources: bool,
-    version: str,
+    rules: Rules,
 ) -> dict[str, Any]:
     check_message_keys(message, where, keys)
     role, content = message.get("role"), message.get("content")
@@ -243,18 +245,18 @@ def _message(
         )
     if not content:
         raise ValueError(f"{where} must not be empty, got an empty list")
-    items = [_item(item, f"{where}[{i}]", sources, version) for i, item in enumerate(content)]
+    items = [_item(item, f"{where}[{i}]", sources, rules) for i, item in enumerate(content)]
     # Neighbouring texts are joined without a separator, so they are searched as one.
     pieces = (item["text"] if item["type"] == "text" else "\0" for item in items)
     _check_text("".join(pieces), where, reserved)
     return {"role": role, "content": items, **checked}
 
 
-def _item(item: Any, where: str, sources: bool, version: str) -> dict[str, Any]:
+def _item(item: Any, where: str, sources: bool, rules: Rules) -> dict[str, Any]:
     kind = kind_of(item, where)
     if kind == "text" and not isinstance(item.get("text"), str):
         raise ValueError(f"{where}['text'] must be a string, got {item.get('text')!r}")
-    checked = checked_item(item, kind, where, version)
+    checked = checked_item(item, kind, where, rules)
     if sources and kind != "text" and source_of(checked) is None:
         raise ValueError(f"{where} must name its source under {kind!r}, got none")
     return checked

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from keye_model.checkpoint.config import Variant
 from keye_model.processing.patches import Frame, ImagePatches, VideoPatches
+from keye_model.processing.rules.base import Rules
 from keye_model.processing.tokenizer import TokenIds, encode
 
 
@@ -24,7 +24,7 @@ class Placeholders:
     tokenizer: Tokenizer
     ids: TokenIds
     merge_size: int
-    variant: Variant
+    rules: Rules
 
     def expand(
         self,
@@ -76,20 +76,9 @@ class Placeholders:
         return len(self._video(frames))
 
     def _video(self, frames: Sequence[Frame]) -> list[int]:
-        """Placeholders alone (8B-Preview), or each frame behind its mark and its time (1.5)."""
-        ids = self.ids
         counts = [self._num_tokens(frame.rows, frame.columns) for frame in frames]
-        if not self.variant.timestamped_frames:
-            return [ids.video] * sum(counts)
-        tokens: list[int] = []
-        for frame, count in zip(frames, counts, strict=True):
-            tokens.append(ids.frame)
-            if frame.timestamp is not None:
-                # As published: the fp32 time, widened, to one decimal; ties go to even.
-                tokens += encode(self.tokenizer, f"{float(np.float32(frame.timestamp)):.1f}")
-            places = [ids.video] * count
-            tokens += [ids.fast_start, *places, ids.fast_end] if frame.fast else places
-        return tokens
+        to_ids = partial(encode, self.tokenizer)
+        return self.rules.placeholders(frames, counts, self.ids, to_ids)
 
     def _num_tokens(self, rows: int, columns: int) -> int:
         return (rows // self.merge_size) * (columns // self.merge_size)

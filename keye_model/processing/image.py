@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from keye_model.processing.fetch import describe
-from keye_model.processing.items import source_of
 from keye_model.processing.picture import load_image
+from keye_model.processing.source import source_of
+
+if TYPE_CHECKING:
+    from keye_model.processing.rules.base import Rules
 
 MAX_RATIO = 200  # longer side / shorter side, in both rules
 MIN_PIXELS = 4 * 28 * 28  # helper's default bound for images, both releases
-MAX_PIXELS = {"1.0": 16384 * 28 * 28, "1.5": 20480 * 28 * 28}  # by keye-vl-utils release
 MAX_TOKENS = 1 << 17  # of a picture after either resize: as much as the longest context
 
 
 def fetch_image(
-    item: dict[str, Any], *, version: str, factor: int = 28, local_files_only: bool = False
+    item: dict[str, Any], rules: Rules, *, factor: int = 28, local_files_only: bool = False
 ) -> Image.Image:
     """Load and resize the picture of one message item as keye-vl-utils does.
 
@@ -37,7 +39,7 @@ def fetch_image(
             ``max_pixels`` can lower its 1003520 pixels (1280 tokens) and not raise them; for that
             set ``processor.image_processor.max_pixels``, or pass ``max_pixels`` to
             `KeyeProcessor.from_pretrained`. So for ``min_pixels``.
-        version: "1.0" or "1.5": the release's default ``max_pixels`` and handling of alpha.
+        rules: The line's default ``max_pixels`` and its handling of alpha.
 
     Raises:
         ValueError: No source, or the picture's sides differ by more than a factor of 200; else as
@@ -46,9 +48,8 @@ def fetch_image(
     source = source_of(item)
     if source is None:
         raise ValueError(f"an image item must have 'image' or 'image_url', got {sorted(item)}")
-    alpha = "white" if version == "1.0" else "drop"
-    image = load_image(source, alpha=alpha, local_files_only=local_files_only)
-    min_pixels, max_pixels = MIN_PIXELS, MAX_PIXELS[version]
+    image = load_image(source, alpha=rules.alpha, local_files_only=local_files_only)
+    min_pixels, max_pixels = MIN_PIXELS, rules.max_pixels
     if "resized_height" in item and "resized_width" in item:
         height, width = item["resized_height"], item["resized_width"]
     else:
@@ -82,11 +83,12 @@ def helper_size(
         ValueError: A size is not a positive integer, the ratio of sides exceeds 200, or the result
             has more than 131072 tokens.
     """
-    _check_sizes(height, width, factor, min_pixels, max_pixels)
+    bounds = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    _check_sizes(height=height, width=width, **bounds)
     _check_ratio(height, width)
     high = max(factor, factor * round(height / factor))
     wide = max(factor, factor * round(width / factor))
-    high, wide = _fit(height, width, high, wide, factor, min_pixels, max_pixels)
+    high, wide = _fit(height, width, high, wide, **bounds)
     _check_tokens(high, wide, factor)
     return max(high, factor), max(wide, factor)
 
@@ -98,27 +100,28 @@ def processor_size(
     factor: int = 28,
     min_pixels: int,
     max_pixels: int,
-    version: str = "1.0",
+    enlarge_small: bool = True,
 ) -> tuple[int, int]:
     """Size that the checkpoint's image processor resizes to.
 
     Args:
-        version: "1.0" first enlarges a picture with a side below ``factor`` in proportion
-            (image_processing_keye.py of Keye-VL-8B-Preview); "1.5" does not.
+        enlarge_small: Whether a picture with a side below ``factor`` is first enlarged in
+            proportion, as by image_processing_keye.py of Keye-VL-8B-Preview.
 
     Raises:
         ValueError: A size is not a positive integer, the ratio of sides exceeds 200, the result has
             more than 131072 tokens, or ``max_pixels`` leaves a side of less than one ``factor``.
     """
-    _check_sizes(height, width, factor, min_pixels, max_pixels)
-    if version == "1.0":
+    bounds = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    _check_sizes(height=height, width=width, **bounds)
+    if enlarge_small:
         if height < factor:
             height, width = factor, max(1, round(width * factor / height))
         if width < factor:
             height, width = round(height * factor / width), factor
     _check_ratio(height, width)
     high, wide = factor * round(height / factor), factor * round(width / factor)
-    high, wide = _fit(height, width, high, wide, factor, min_pixels, max_pixels)
+    high, wide = _fit(height, width, high, wide, **bounds)
     if min(high, wide) < factor:
         raise ValueError(
             f"max_pixels must leave both sides of a {height}x{width} picture at least {factor} "
@@ -189,14 +192,7 @@ def _fit(
     return high, wide
 
 
-def _check_sizes(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> None:
-    values = {
-        "height": height,
-        "width": width,
-        "factor": factor,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-    }
+def _check_sizes(**values: float) -> None:
     for name, value in values.items():
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         # Only the upper bound may be infinite.

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import is_number
-from keye_model.checkpoint.hub import locate, read_json
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.fetch import describe
 from keye_model.processing.image import normalize, patchify, processor_size
 from keye_model.processing.patches import ImagePatches
 from keye_model.processing.picture import load_image
+from keye_model.processing.rules import of
 
 
 class KeyeImageProcessor:
@@ -59,7 +60,7 @@ class KeyeImageProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike,
+        path_or_id: str | os.PathLike | Checkpoint,
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -75,8 +76,8 @@ class KeyeImageProcessor:
             FileNotFoundError: No such checkpoint, or it lacks the file.
             ValueError: A value of the file is out of range.
         """
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
-        raw = read_json(directory, "preprocessor_config.json")
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
+        raw = checkpoint.json("preprocessor_config.json")
         if raw.get("temporal_patch_size", 1) != 1:
             raise NotImplementedError(
                 "preprocessor_config.json must have temporal_patch_size 1, got "
@@ -99,7 +100,7 @@ class KeyeImageProcessor:
         processor = cls(
             **{key: value for key, value in found.items() if value is not None},
             version=version,
-            local_files_only=local_files_only,
+            local_files_only=checkpoint.local_files_only,
         )
         processor._check("preprocessor_config.json: ")
         return processor
@@ -108,6 +109,17 @@ class KeyeImageProcessor:
     def factor(self) -> int:
         """Pixels along one side of a token: every side is resized to a multiple of it."""
         return self.patch_size * self.merge_size
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which a picture of such a size is resized; see `processor_size`."""
+        return processor_size(
+            height,
+            width,
+            factor=self.factor,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            enlarge_small=of(self.version).enlarge_small,
+        )
 
     def patches(self, image: Any) -> ImagePatches:
         """Resize one picture and cut it up.
@@ -123,14 +135,7 @@ class KeyeImageProcessor:
         self._check()
         picture = load_image(image, alpha="drop", local_files_only=self.local_files_only)
         try:
-            height, width = processor_size(
-                picture.height,
-                picture.width,
-                factor=self.factor,
-                min_pixels=self.min_pixels,
-                max_pixels=self.max_pixels,
-                version=self.version,
-            )
+            height, width = self.output_size(picture.height, picture.width)
         except ValueError as error:
             raise ValueError(f"image {describe(image)}: {error}") from error
         picture = picture.resize((width, height), resample=self.resample)
@@ -181,5 +186,4 @@ class KeyeImageProcessor:
             raise ValueError(f"{where}image_std must be positive, got {self.image_std!r}")
         if self.resample not in list(Image.Resampling):
             raise ValueError(f"{where}resample must be 0 to 5, got {self.resample!r}")
-        if self.version not in ("1.0", "1.5"):
-            raise ValueError(f"{where}version must be '1.0' or '1.5', got {self.version!r}")
+        of(self.version)  # raises for an unknown one

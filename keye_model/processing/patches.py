@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from keye_model.inputs.request import GridTHW
+
+Size = tuple[int, int]  # height and width
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,25 @@ class ImagePatches:
 
     pixels: torch.Tensor
     grid_thw: GridTHW
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The sampled frames of a video.
+
+    Attributes:
+        frames: Each [3, height, width] uint8; None if they were not decoded.
+        count: Number of frames.
+        size: Height and width of the first frame.
+        keywords: What `process_vision_info` returns beside them.
+        smaller: Whether the keywords ask for smaller frames than published, to fit a prompt.
+    """
+
+    frames: Collection[torch.Tensor] | None
+    count: int
+    size: Size
+    keywords: dict[str, Any]
+    smaller: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,14 @@ from typing import Any
 
 import torch
 
-from keye_model.inputs.keywords import (
-    PROCESSING,
-    TEMPLATING,
-    refuse,
-    without_idle,
-)
+from keye_model.inputs.keywords import PROCESSING, TEMPLATING, refuse, without_idle
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.batch import BatchFeature, pad
 from keye_model.processing.budget import TokenBudget
-from keye_model.processing.chat import (
-    Messages,
-    Thinking,
-    plain_data,
-)
+from keye_model.processing.chat import Messages, Thinking, plain_data
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.request_processor import RequestProcessor, each, joined
-from keye_model.processing.video_processor import VIDEO_KEYWORDS
+from keye_model.processing.rules import VIDEO_KEYWORDS
 from keye_model.processing.vision_info import process_vision_info
 
 
@@ -87,9 +78,9 @@ class KeyeProcessor(RequestProcessor):
                 for one.
         """
         video_kwargs = without_idle(video_kwargs, PROCESSING)
-        if unknown := sorted(set(video_kwargs) - set().union(*VIDEO_KEYWORDS.values())):
+        if unknown := sorted(set(video_kwargs) - VIDEO_KEYWORDS):
             known = "images, text, videos, padding, padding_side, return_tensors"
-            videos_too = ", ".join(sorted(VIDEO_KEYWORDS[self.video_processor.version]))
+            videos_too = ", ".join(sorted(self.rules.video_keywords))
             raise TypeError(
                 f"unknown keyword {unknown[0]!r}; known: {known}, and of videos {videos_too}"
             )
@@ -104,7 +95,8 @@ class KeyeProcessor(RequestProcessor):
         cut = [self.image_processor.patches(image) for image in _flat(images)]
         films = self.video_processor.patches_of_each(videos, **video_kwargs)
         rows = self._placeholders.expand(texts, cut, films)
-        return self._batch(rows, cut, films, padding, padding_side, return_tensors)
+        filling = {"padding_side": padding_side, "return_tensors": return_tensors}
+        return self._batch(rows, cut, films, padding=padding, **filling)
 
     def apply_chat_template(
         self,
@@ -224,17 +216,9 @@ class KeyeProcessor(RequestProcessor):
         rows: list[list[int]],
         images: list[ImagePatches],
         videos: list[VideoPatches],
-        padding: bool | str,
-        padding_side: str,
-        return_tensors: str | None,
+        **filling: Any,
     ) -> BatchFeature:
-        batch = pad(
-            rows,
-            self.token_ids.pad,
-            padding,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-        )
+        batch = pad(rows, self.token_ids.pad, **filling)
         normalize = self.image_processor.normalize
         if images:
             batch["pixel_values"] = normalize(joined(images))
@@ -243,11 +227,7 @@ class KeyeProcessor(RequestProcessor):
             grids = [video.grid_thw for video in videos]
             batch["pixel_values_videos"] = normalize(joined(videos))
             batch["video_grid_thw"] = torch.tensor([row for grid in grids for row in grid])
-            if self.config.variant.timed_positions:
-                seconds = [video.seconds_per_frame for video in videos]
-                batch["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
-            else:
-                batch["num_frames"] = torch.tensor([len(video.frames) for video in videos])
+            batch.update(self.rules.batch(videos))
         return batch
 
 

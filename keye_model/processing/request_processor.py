@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tokenizers import Tokenizer
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import locate, read_json
-from keye_model.inputs.keywords import (
-    LOADING_PROCESSOR,
-    refuse,
-    without_idle,
-)
+from keye_model.checkpoint.generation import GenerationDefaults
+from keye_model.inputs.keywords import LOADING_PROCESSOR, refuse, without_idle
 from keye_model.inputs.request import Progress, Request
 from keye_model.processing import tokenizer as text_side
 from keye_model.processing.budget import TokenBudget
@@ -31,14 +28,10 @@ from keye_model.processing.expansion import Placeholders
 from keye_model.processing.fetch import describe
 from keye_model.processing.image import fetch_image
 from keye_model.processing.image_processor import KeyeImageProcessor
-from keye_model.processing.items import source_of
 from keye_model.processing.patches import ImagePatches, VideoPatches
-from keye_model.processing.template import (
-    choose_template,
-    read_template,
-    render,
-    template_reads,
-)
+from keye_model.processing.rules import of
+from keye_model.processing.source import source_of
+from keye_model.processing.template import choose_template, read_template, render, template_reads
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video_processor import KeyeVideoProcessor
 
@@ -57,6 +50,7 @@ class RequestProcessor:
 
     Attributes:
         config: The checkpoint's `KeyeConfig`.
+        rules: `Rules` of its line.
         tokenizer: A ``tokenizers.Tokenizer``, with ``eos_token_id`` and ``pad_token_id``.
         image_processor, video_processor: Their attributes may be set, ``max_pixels`` for one.
         chat_template: Source of the jinja2 template in use, or several by name; the one called
@@ -79,6 +73,7 @@ class RequestProcessor:
         local_files_only: bool = False,
     ) -> None:
         self.config = config
+        self.rules = of(config.variant.video_version)
         self.tokenizer = tokenizer
         self.token_ids = token_ids
         self.image_processor = image_processor
@@ -92,13 +87,13 @@ class RequestProcessor:
         self._reserved = text_side.reserved_tokens(tokenizer)
         self._marks = text_side.video_marks(tokenizer)
         self._placeholders = Placeholders(
-            tokenizer, token_ids, config.vision_config.spatial_merge_size, config.variant
+            tokenizer, token_ids, config.vision_config.spatial_merge_size, self.rules
         )
 
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike,
+        path_or_id: str | os.PathLike | Checkpoint,
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -122,16 +117,15 @@ class RequestProcessor:
             NotImplementedError, TypeError: An option is not served, or unknown.
         """
         refuse(without_idle(options, LOADING_PROCESSOR), "min_pixels, max_pixels, local_files_only")
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
-        config = KeyeConfig.from_pretrained(directory, local_files_only=local_files_only)
-        tokenizer = text_side.load_tokenizer(directory)
-        token_ids = TokenIds.read(tokenizer, config, directory)
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
+        config = KeyeConfig.from_pretrained(checkpoint)
+        tokenizer = text_side.load_tokenizer(checkpoint.directory)
+        token_ids = TokenIds.read(tokenizer, config, GenerationDefaults.from_pretrained(checkpoint))
         image_processor = KeyeImageProcessor.from_pretrained(
-            directory,
+            checkpoint,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             version=config.variant.video_version,
-            local_files_only=local_files_only,
         )
         vision = config.vision_config
         for name, expected in (
@@ -143,7 +137,7 @@ class RequestProcessor:
                     f"preprocessor_config.json must have {name} {expected} like config.json, got "
                     f"{getattr(image_processor, name)}"
                 )
-        words = read_json(directory, "tokenizer_config.json", required=False) or {}
+        words = checkpoint.json("tokenizer_config.json", required=False) or {}
         return cls(
             config,
             tokenizer,
@@ -152,12 +146,12 @@ class RequestProcessor:
             KeyeVideoProcessor(
                 image_processor,
                 version=config.variant.video_version,
-                local_files_only=local_files_only,
+                local_files_only=checkpoint.local_files_only,
             ),
-            chat_template=read_template(directory),
-            special_tokens=text_side.special_tokens(directory),
+            chat_template=read_template(checkpoint),
+            special_tokens=text_side.special_tokens(checkpoint),
             clean_up_tokenization_spaces=bool(words.get("clean_up_tokenization_spaces")),
-            local_files_only=local_files_only,
+            local_files_only=checkpoint.local_files_only,
         )
 
     @property
@@ -275,7 +269,7 @@ class RequestProcessor:
             keys=keys,
             roles=roles,
             sources=sources,
-            version=self.config.variant.video_version,
+            rules=self.rules,
         )
         checked = add_thinking(checked, thinking)
         return render(template, checked, special_tokens=self.special_tokens, **options), checked
@@ -302,7 +296,7 @@ class RequestProcessor:
         for item in pictures:
             picture = fetch_image(
                 item,
-                version=self.config.variant.video_version,
+                self.rules,
                 factor=self.image_processor.factor,
                 local_files_only=self.local_files_only,
             )

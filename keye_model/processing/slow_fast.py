@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,13 +21,13 @@ from keye_model.processing.image import helper_size
 from keye_model.processing.video_sampling import (
     FACTOR,
     TOKEN_PIXELS,
-    V1_5_MAX_PIXELS,
-    V1_5_MIN_PIXELS,
-    V1_5_TOTAL_PIXELS,
     bounded_size,
     check_video_tokens,
 )
 
+MIN_PIXELS = 48 * TOKEN_PIXELS  # of a frame
+MAX_PIXELS = 768 * TOKEN_PIXELS
+TOTAL_PIXELS = 65536 * TOKEN_PIXELS  # of a video
 MIN_FRAME_SIMILARITY = 0.9
 FAST_TOKEN_RATIO = 0.3
 _COMPARE_MAX_PIXELS = 256 * TOKEN_PIXELS
@@ -161,10 +162,7 @@ def frame_sizes(
     width: int,
     num_slow: int,
     num_fast: int,
-    *,
-    min_pixels: float = V1_5_MIN_PIXELS,
-    max_pixels: float = V1_5_MAX_PIXELS,
-    total_pixels: float = V1_5_TOTAL_PIXELS,
+    options: Mapping[str, float] = MappingProxyType({}),
 ) -> FrameSizes:
     """Sizes of slow and fast frames so that a video of both meets its token budget.
 
@@ -173,17 +171,19 @@ def frame_sizes(
 
     Args:
         height, width: Of the original frames.
-        min_pixels, max_pixels: Bounds of a slow frame; below 48 tokens the minimum is 48 tokens.
-        total_pixels: Budget of the whole video.
+        options: ``min_pixels`` and ``max_pixels`` of a slow frame; below 48 tokens the minimum is
+            48 tokens. ``video_total_pixels``, the budget of the whole video.
 
     Raises:
         ValueError: As `helper_size` and `check_video_tokens`.
     """
-    min_pixels = max(int(min_pixels), V1_5_MIN_PIXELS)
+    min_pixels = max(int(options.get("min_pixels", MIN_PIXELS)), MIN_PIXELS)
+    max_pixels = options.get("max_pixels", MAX_PIXELS)
+    total_pixels = options.get("video_total_pixels", TOTAL_PIXELS)
     tokens = _slow_tokens(num_slow, num_fast, min_pixels, max_pixels, total_pixels)
     slow = bounded_size(height, width, min_pixels, tokens * TOKEN_PIXELS)
     slow_tokens = slow[0] * slow[1] // TOKEN_PIXELS
-    fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, V1_5_MIN_PIXELS)
+    fast_pixels = max(int(slow_tokens * FAST_TOKEN_RATIO) * TOKEN_PIXELS, MIN_PIXELS)
     sizes = FrameSizes(*slow, *bounded_size(height, width, min_pixels, fast_pixels))
     fast_tokens = sizes.fast_height * sizes.fast_width // TOKEN_PIXELS
     check_video_tokens(num_slow * slow_tokens + num_fast * fast_tokens)
@@ -222,7 +222,7 @@ def _looks_ahead(frames: Iterable[torch.Tensor]) -> Iterator[FrameLook]:
 
 
 def _shrink(frame: torch.Tensor) -> torch.Tensor:
-    size = helper_size(*frame.shape[1:], min_pixels=V1_5_MIN_PIXELS, max_pixels=_COMPARE_MAX_PIXELS)
+    size = helper_size(*frame.shape[1:], min_pixels=MIN_PIXELS, max_pixels=_COMPARE_MAX_PIXELS)
     return resize_bilinear(frame, *size)
 
 

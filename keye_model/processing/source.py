@@ -7,6 +7,7 @@ import io
 import os
 import re
 import stat
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -24,6 +25,30 @@ _SIGNATURE = re.compile(
     rb"|\x47.{187}\x47",
     re.DOTALL,
 )
+
+# Where an item may name its source; the first two tell what it is, too.
+SOURCES = {
+    "image": ("image", "image_url", "url", "path", "base64"),
+    "video": ("video", "video_url", "url", "path", "base64"),
+}
+INNER = ("url", "path", "base64")  # where a source that is a dict names it
+_BASE64 = "data:application/octet-stream;base64"
+
+
+def source_of(item: Mapping[str, Any]) -> Any:
+    """What an image or video item points at; None for a bare placeholder."""
+    names = dict.fromkeys((*SOURCES["image"], *SOURCES["video"]))
+    name = next((name for name in names if item.get(name) is not None), None)
+    source = None if name is None else item[name]
+    coded = name == "base64"
+    if isinstance(source, dict):  # {"url": …}
+        name = next((inner for inner in INNER if source.get(inner) is not None), None)
+        source = None if name is None else source[name]
+        coded = coded or name == "base64"
+    if not coded or not isinstance(source, (str, bytes)):
+        return source
+    text = source if isinstance(source, str) else source.decode("ascii", "replace")
+    return text if text.lstrip()[:5].lower() == "data:" else f"{_BASE64},{text}"
 
 
 def read_source(

@@ -11,7 +11,6 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,7 +20,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from keye_model.checkpoint.hub import read_json
+from keye_model.checkpoint.checkpoint import Checkpoint
 
 # What chat_template.json of both published checkpoints renders.
 DEFAULT_TEMPLATE = """\
@@ -54,8 +53,8 @@ DEFAULT_TEMPLATE = """\
 """
 
 
-def read_template(directory: Path) -> str | dict[str, str]:
-    """The checkpoint's chat template, or the published one if the directory holds none.
+def read_template(checkpoint: Checkpoint) -> str | dict[str, str]:
+    """The checkpoint's chat template, or the published one if it has none.
 
     `chat_template.json` goes before `chat_template.jinja`, as in transformers: the first is the
     processor's alone, while a tokenizer that was saved beside it leaves its text-only template in
@@ -68,10 +67,10 @@ def read_template(directory: Path) -> str | dict[str, str]:
     """
     found = {
         path.stem: path.read_text(encoding="utf-8")
-        for path in sorted(directory.glob("additional_chat_templates/*.jinja"))
+        for path in sorted(checkpoint.directory.glob("additional_chat_templates/*.jinja"))
     }
-    path = directory / "chat_template.jinja"
-    raw = read_json(directory, "chat_template.json", required=False)
+    path = checkpoint.directory / "chat_template.jinja"
+    raw = checkpoint.json("chat_template.json", required=False)
     if raw is not None:
         found |= _named(raw.get("chat_template"))
     elif path.is_file():

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import LFS_POINTER, check_file, end_ids, is_lfs_pointer, read_json
+from keye_model.checkpoint.generation import GenerationDefaults
+from keye_model.checkpoint.hub import LFS_POINTER, check_file, is_lfs_pointer
 
 # What the Hugging Face tokenizers call cleaning up: no space before these.
 _CLEAN_UP = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -56,12 +58,13 @@ class TokenIds:
     fast_end: int | None = None
 
     @classmethod
-    def read(cls, tokenizer: Tokenizer, config: KeyeConfig, directory: Path) -> TokenIds:
+    def read(
+        cls, tokenizer: Tokenizer, config: KeyeConfig, defaults: GenerationDefaults
+    ) -> TokenIds:
         """Look the ids up by string, and hold them against those that `config.json` names.
 
         Raises:
-            ValueError: The tokenizer lacks a token or disagrees with the configuration, or no file
-                names an end id.
+            ValueError: The tokenizer lacks a token or disagrees with the configuration.
         """
         named = {
             "<|image_pad|>": config.image_token_id,
@@ -80,12 +83,11 @@ class TokenIds:
         marks = {}
         if config.variant.timestamped_frames:
             marks = {name: f"<|{name}|>" for name in ("frame", "fast_start", "fast_end")}
-        eos, pad = end_ids(directory)
         return cls(
             image=config.image_token_id,
             video=config.video_token_id,
-            pad=pad,
-            eos=eos,
+            pad=defaults.pad_token_id,
+            eos=defaults.eos_token_ids,
             **{name: _id(tokenizer, token) for name, token in marks.items()},
         )
 
@@ -96,7 +98,7 @@ def reserved_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(t.content for t in added if t.special or t.content == "<|fast_video_pad|>")
 
 
-def special_tokens(directory: Path) -> dict[str, Any]:
+def special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
     """Strings that chat templates know by name, ``eos_token`` for one, as the files name them.
 
     `tokenizer_config.json` goes before `special_tokens_map.json`. Tokens that only they name, say
@@ -104,7 +106,7 @@ def special_tokens(directory: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        raw = read_json(directory, file, required=False) or {}
+        raw = checkpoint.json(file, required=False) or {}
         extra = raw.get("extra_special_tokens") or raw.get("additional_special_tokens")
         named = {**raw, **(extra if isinstance(extra, dict) else {})}
         for name, token in named.items():

@@ -1,37 +1,31 @@
-"""Sampled frames → patches: the checkpoint's video processor, for both lines.
+"""The checkpoint's video processor: message items → films → sampled frames → patches.
 
-8B-Preview ("1.0", keye-vl-utils 1.0.0 and image_processing_keye.py) gives all frames of a video one
-size, resized a second time under the image processor's bounds. 1.5 ("1.5", keye-vl-utils 1.5.x and
-the transformers port) gives slow and fast frames a size each and writes times into the prompt.
+What differs between the lines is in `rules`, whose object the processor asks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.checkpoint.hub import locate, read_json
 from keye_model.inputs.request import Progress
 from keye_model.processing.batch import BatchFeature
-from keye_model.processing.budget import TokenBudget
-from keye_model.processing.film import Film, frames_1_5, seconds_between
-from keye_model.processing.image import normalize, patchify, processor_size
+from keye_model.processing.budget import Fit, TokenBudget
+from keye_model.processing.film import Film
+from keye_model.processing.image import normalize, patchify
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.items import checked_item
-from keye_model.processing.patches import Frame, VideoPatches
+from keye_model.processing.patches import Frame, Sample, VideoPatches
 from keye_model.processing.picture import array_pixels, load_image
-from keye_model.processing.slow_fast import FrameSizes, frame_sizes, resize_bilinear
-from keye_model.processing.video_loading import sample_1_5, sample_preview
-from keye_model.processing.video_sampling import DEFAULT_FPS, FACTOR
-
-VIDEO_KEYWORDS = {"1.0": {"fps"}, "1.5": {*FrameSizes._fields, "timestamps", "frame_types"}}
+from keye_model.processing.rules import of
+from keye_model.processing.rules.base import Rules
+from keye_model.processing.video_sampling import FACTOR, TOKEN_PIXELS
 
 
 class KeyeVideoProcessor:
@@ -51,8 +45,7 @@ class KeyeVideoProcessor:
         version: str = "1.0",
         local_files_only: bool = False,
     ) -> None:
-        if version not in VIDEO_KEYWORDS:
-            raise ValueError(f"version must be '1.0' or '1.5', got {version!r}")
+        of(version)  # raises for an unknown one
         self.image_processor = image_processor or KeyeImageProcessor(version=version)
         if self.image_processor.factor != FACTOR:
             raise NotImplementedError(
@@ -64,7 +57,7 @@ class KeyeVideoProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike, *, local_files_only: bool = False
+        cls, path_or_id: str | os.PathLike | Checkpoint, *, local_files_only: bool = False
     ) -> KeyeVideoProcessor:
         """Read `preprocessor_config.json`, and the line from `config.json` if it is there.
 
@@ -72,14 +65,17 @@ class KeyeVideoProcessor:
             FileNotFoundError: No such checkpoint, or it lacks `preprocessor_config.json`.
             ValueError: A value of a file is out of range, or the model is another one.
         """
-        directory = locate(path_or_id, weights=False, local_files_only=local_files_only)
+        checkpoint = Checkpoint.at(path_or_id, local_files_only=local_files_only)
         version = None
-        if read_json(directory, "config.json", required=False) is not None:
-            version = KeyeConfig.from_pretrained(directory).variant.video_version
-        images = KeyeImageProcessor.from_pretrained(
-            directory, version=version, local_files_only=local_files_only
-        )
-        return cls(images, version=images.version, local_files_only=local_files_only)
+        if checkpoint.json("config.json", required=False) is not None:
+            version = KeyeConfig.from_pretrained(checkpoint).variant.video_version
+        images = KeyeImageProcessor.from_pretrained(checkpoint, version=version)
+        return cls(images, version=images.version, local_files_only=images.local_files_only)
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of the line that ``version`` names."""
+        return of(self.version)
 
     def patches(self, item: Mapping[str, Any]) -> VideoPatches:
         """`patches_of_items` of one item."""
@@ -100,9 +96,9 @@ class KeyeVideoProcessor:
         The same as `process_vision_info` followed by `patches_from_frames`.
 
         Args:
-            items: Each ``{"type": "video", "video": source, ...}``; see `sample_preview` and
-                `sample_1_5` for the sources and keys of each line. All are opened before the first
-                frame is decoded.
+            items: Each ``{"type": "video", "video": source, ...}``; see `Film` for the sources,
+                `rules.preview.sample` and `rules.v1_5.sample` for the keys of each line. All are
+                opened before the first frame is decoded.
             budget: What the prompt has left; the videos are counted. One that does not fit is
                 refused before its frames are decoded (8B-Preview, a file) or resized (1.5).
             count_tokens: Tokens of a video of such frames; by default those of the pixels alone.
@@ -114,60 +110,47 @@ class KeyeVideoProcessor:
         """
         budget = budget or TokenBudget()
         count_tokens = count_tokens or self._pixel_tokens
-        films = [
-            Film(
-                checked_item(item, "video", "a video item", self.version),
-                self.version,
-                patch_size=self.image_processor.patch_size,
-                resized=self._preview_size,
-                count_tokens=count_tokens,
-                local_files_only=self.local_files_only,
-            )
-            for item in items
-        ]
+        checked = [checked_item(item, "video", "a video item", self.rules) for item in items]
+        films = [Film(item, local_files_only=self.local_files_only) for item in checked]
+        # Frames by the published rules of the films that may be made to fit.
+        published = {
+            place: self._layout(self.rules.sample(film, decode=False))[0]
+            for place, film in enumerate(films)
+            if fit_videos is not None and film.elastic
+        }
+        needs = {place: count_tokens(frames) for place, frames in published.items()}
+
         done: dict[int, VideoPatches] = {}
-        # Those of a fixed length come first; what they leave is shared among the others.
-        fitted = [fit_videos is not None and film.elastic for film in films]
-        waiting = sorted(range(len(films)), key=fitted.__getitem__)
+        # Films of a fixed length come first; the others share what is left.
+        waiting = sorted(range(len(films)), key=published.__contains__)
         for at, place in enumerate(waiting):
-            film, room = films[place], None
-            if fitted[place]:
-                room = budget.share([films[other].tokens for other in waiting[at:]])
-            if shapes_only and film.file is not None:
-                frames, seconds = film.frames(room)
-                video = VideoPatches(self._empty(frames, "meta"), frames, seconds)
-            else:
-                video = self._sampled(film, budget, room, progress)
-            budget.take(count_tokens(video.frames), film.name)
-            if room is not None and (change := film.change(video.frames)):
+            room = None
+            if place in published:
+                room = budget.share([needs[other] for other in waiting[at:]])
+            fit = Fit(budget, self._layout, count_tokens, room)
+            done[place], smaller = self._sampled(films[place], fit, progress, not shapes_only)
+            frames = done[place].frames
+            if room is not None and (smaller or len(frames) < len(published[place])):
+                change = self._change(films[place], frames, len(published[place]))
                 fit_videos(f"{change}, to fit a prompt of {budget.limit:,} tokens")
-            done[place] = video
         return [done[place] for place in range(len(films))]
 
     def _sampled(
-        self, film: Film, budget: TokenBudget, room: int | None, progress: Progress | None
-    ) -> VideoPatches:
-        """The video decoded; ``room`` as in `Film.frames`."""
-        given = {
-            "video": film.file,
-            "choose": partial(film.choose, budget, room),
-            "progress": progress,
-            "local_files_only": self.local_files_only,
-        }
-        if self.version == "1.0":
-            return self._preview_patches(*sample_preview(film.item, **given))
-        frames, options = sample_1_5(film.item, **given)
-        if room is not None:
-            fast = [bool(kind) for kind in options["frame_types"]]
-            sizes = film.sizes(frames.size, fast, options["timestamps"].tolist(), room)
-            options |= sizes._asdict()
-        kinds = self._kinds_1_5(len(frames), **options)
-        budget.check(
-            film.count_tokens(kinds),
-            f"{film.name} with {len(frames)} frames",
-            "a lower video_total_pixels or max_frames may fit",
-        )
-        return self._patches_1_5(frames, **options)
+        self, film: Film, fit: Fit, progress: Progress | None, decode: bool
+    ) -> tuple[VideoPatches, bool]:
+        """The film's patches (on the meta device without ``decode``), and `Sample.smaller`."""
+        sample = self.rules.sample(film, fit, decode=decode, progress=progress)
+        frames, seconds = self._layout(sample)
+        what = f"{film.name} with {sample.count} frames"
+        fit.budget.take(fit.count_tokens(frames), what, self.rules.advice)
+        return VideoPatches(self._cut(sample.frames, frames), frames, seconds), sample.smaller
+
+    def _change(self, film: Film, frames: Sequence[Frame], published: int) -> str:
+        """One line on a film that was fitted; the published rules take ``published`` frames."""
+        most = max(frame.rows * frame.columns for frame in frames)
+        most = most * self.image_processor.patch_size**2 // TOKEN_PIXELS
+        instead = f" instead of {published}" if len(frames) < published else ""
+        return f"{film.name}: {len(frames)} frames{instead}, at most {most} tokens each"
 
     def patches_from_frames(self, frames: Any, **options: Any) -> VideoPatches:
         """Resize and cut up frames that `process_vision_info` sampled, ours or the published one.
@@ -187,9 +170,9 @@ class KeyeVideoProcessor:
         self._check_keywords(options)
         if len(frames) == 0:
             raise ValueError("videos must have at least one frame, got none")
-        if self.version == "1.0":
-            return self._preview_patches(frames, float(options.get("fps", DEFAULT_FPS)))
-        return self._patches_1_5([frame_bytes(frame) for frame in frames], **options)
+        size = frame_bytes(frames[0]).shape[1:]
+        kinds, seconds = self._layout(Sample(frames, len(frames), size, options))
+        return VideoPatches(self._cut(map(frame_bytes, frames), kinds), kinds, seconds)
 
     def patches_of_each(self, videos: Any, **options: Any) -> list[VideoPatches]:
         """`patches_from_frames` of one video or of each in a list; of None, an empty list.
@@ -233,11 +216,7 @@ class KeyeVideoProcessor:
             pixel_values_videos=self.normalize(torch.cat([video.pixels for video in cut])),
             video_grid_thw=torch.tensor(rows),
         )
-        if self.version == "1.0":
-            seconds = [video.seconds_per_frame for video in cut]
-            batch["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
-        else:
-            batch["num_frames"] = torch.tensor([len(video.frames) for video in cut])
+        batch.update(self.rules.batch(cut))
         return batch
 
     preprocess = __call__
@@ -247,86 +226,29 @@ class KeyeVideoProcessor:
         return normalize(pixels, self.image_processor.image_mean, self.image_processor.image_std)
 
     def _check_keywords(self, options: Mapping[str, Any]) -> None:
-        if unknown := sorted(set(options) - VIDEO_KEYWORDS[self.version]):
+        if unknown := sorted(set(options) - self.rules.video_keywords):
             raise TypeError(
                 f"video keywords for release {self.version} must be among "
-                f"{', '.join(sorted(VIDEO_KEYWORDS[self.version]))}, got {', '.join(unknown)}"
+                f"{', '.join(sorted(self.rules.video_keywords))}, got {', '.join(unknown)}"
             )
 
-    def _preview_patches(self, frames: Sequence[Any], fps: float) -> VideoPatches:
-        """All frames to the size that the image processor's rule gives the first."""
-        if not fps > 0:
-            raise ValueError(f"fps must be a positive number, got {fps}")
+    def _layout(self, sample: Sample) -> tuple[tuple[Frame, ...], float]:
+        """What sampled frames become, and the seconds between two of them."""
         images = self.image_processor
-        size = self._preview_size(*frame_bytes(frames[0]).shape[1:])
-        rows, columns = (side // images.patch_size for side in size)
-        kinds = (Frame(rows, columns, None),) * len(frames)
-        resized = (_resize_pillow(frame_bytes(frame), *size, images.resample) for frame in frames)
-        return VideoPatches(self._cut(resized, kinds), kinds, 1 / fps)
+        return self.rules.layout(sample, images.patch_size, images.output_size)
 
-    def _preview_size(self, height: int, width: int) -> tuple[int, int]:
-        images = self.image_processor
-        return processor_size(
-            height,
-            width,
-            factor=images.factor,
-            min_pixels=images.min_pixels,
-            max_pixels=images.max_pixels,
-            version="1.0",
-        )
-
-    def _patches_1_5(
-        self,
-        frames: Collection[torch.Tensor],
-        *,
-        timestamps: Sequence[float] | torch.Tensor | None = None,
-        frame_types: Sequence[int] | torch.Tensor | None = None,
-        **sizes: int,
-    ) -> VideoPatches:
-        """Slow frames to one size, fast ones to another, with no second resize."""
-        if not sizes:
-            fast = [] if frame_types is None else [bool(kind) for kind in frame_types]
-            size = next(iter(frames)).shape[1:]
-            num_fast = fast.count(True)
-            sizes = frame_sizes(*size, len(frames) - num_fast, num_fast)._asdict()
-        kinds = self._kinds_1_5(len(frames), timestamps, frame_types, **sizes)
-        patch = self.image_processor.patch_size
-        resized = (
-            resize_bilinear(frame, kind.rows * patch, kind.columns * patch)
-            for frame, kind in zip(frames, kinds, strict=True)
-        )
-        seconds = seconds_between([kind.timestamp for kind in kinds])
-        return VideoPatches(self._cut(resized, kinds), kinds, seconds)
-
-    def _kinds_1_5(
-        self,
-        count: int,
-        timestamps: Sequence[float] | torch.Tensor | None = None,
-        frame_types: Sequence[int] | torch.Tensor | None = None,
-        **sizes: int,
-    ) -> tuple[Frame, ...]:
-        fast = [False] * count if frame_types is None else [bool(kind) for kind in frame_types]
-        times = [None] * count if timestamps is None else [float(time) for time in timestamps]
-        for name, values in (("frame_types", fast), ("timestamps", times)):
-            if len(values) != count:
-                raise ValueError(
-                    f"{name} must have one value for each of {count} frames, got {len(values)}"
-                )
-        return frames_1_5(_checked_sizes(sizes), fast, times, self.image_processor.patch_size)
-
-    def _cut(self, frames: Iterable[torch.Tensor], kinds: Sequence[Frame]) -> torch.Tensor:
-        """Patches of resized frames in one tensor, filled as the frames come."""
-        pixels = self._empty(kinds)
+    def _cut(self, frames: Iterable[torch.Tensor] | None, kinds: Sequence[Frame]) -> torch.Tensor:
+        """Patches in one tensor, filled as the frames come; on the meta device without frames."""
         counts = [kind.rows * kind.columns for kind in kinds]
-        for out, frame in zip(pixels.split(counts), frames, strict=True):
-            out.copy_(patchify(frame[None], self.image_processor.patch_size))
+        patch, resample = self.image_processor.patch_size, self.image_processor.resample
+        device = "meta" if frames is None else "cpu"
+        pixels = torch.empty((sum(counts), 3, patch, patch), dtype=torch.uint8, device=device)
+        if frames is not None:
+            for out, frame, kind in zip(pixels.split(counts), frames, kinds, strict=True):
+                size = kind.rows * patch, kind.columns * patch
+                resized = self.rules.resize(frame, *size, resample)
+                out.copy_(patchify(resized[None], patch))
         return pixels
-
-    def _empty(self, kinds: Sequence[Frame], device: str = "cpu") -> torch.Tensor:
-        """Room for the patches of frames."""
-        count = sum(kind.rows * kind.columns for kind in kinds)
-        patch = self.image_processor.patch_size
-        return torch.empty((count, 3, patch, patch), dtype=torch.uint8, device=device)
 
     def _pixel_tokens(self, frames: Sequence[Frame]) -> int:
         patches = sum(frame.rows * frame.columns for frame in frames)
@@ -354,25 +276,6 @@ def frame_bytes(frame: Any) -> torch.Tensor:
             return torch.from_numpy(pixels if usable else pixels.copy()).permute(2, 0, 1)
     picture = load_image(frame, alpha="drop")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def _resize_pillow(frame: torch.Tensor, height: int, width: int, resample: int) -> torch.Tensor:
-    if frame.shape[1:] == (height, width):
-        return frame
-    picture = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
-    resized = np.array(picture.resize((width, height), resample=resample))
-    return torch.from_numpy(resized).permute(2, 0, 1)
-
-
-def _checked_sizes(sizes: Mapping[str, int]) -> FrameSizes:
-    missing = [name for name in FrameSizes._fields if name not in sizes]
-    if missing:
-        raise ValueError(f"{', '.join(sorted(sizes))} must come with {', '.join(missing)}")
-    found = FrameSizes(**{name: int(size) for name, size in sizes.items()})
-    for name, size in found._asdict().items():
-        if size < FACTOR or size % FACTOR:
-            raise ValueError(f"{name} must be a positive multiple of {FACTOR}, got {size}")
-    return found
 
 
 def _is_video(value: Any) -> bool:

@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 from keye_model.processing.chat import Messages, check_message_keys
+from keye_model.processing.film import Film
 from keye_model.processing.image import fetch_image
-from keye_model.processing.items import checked_item, kind_of, source_of
-from keye_model.processing.video_loading import sample_1_5, sample_preview
+from keye_model.processing.items import checked_item, kind_of
+from keye_model.processing.rules import PREVIEW, V1_5, of
+from keye_model.processing.rules.base import Rules
+from keye_model.processing.source import source_of
 
 
 def process_vision_info(
@@ -26,9 +29,9 @@ def process_vision_info(
     Args:
         messages: An item of a content list with ``image`` or ``image_url`` is a picture, one with
             ``video`` or ``video_url`` a video; with the ``type`` the source may also stand under
-            ``url``, ``path`` or ``base64``. See `fetch_image`, `sample_preview` and `sample_1_5`
-            for their other keys. What a message has beside its content is not read, and refused
-            where it names pictures or videos.
+            ``url``, ``path`` or ``base64``. See `fetch_image`, `rules.preview.sample` and
+            `rules.v1_5.sample` for their other keys. What a message has beside its content is not
+            read, and refused where it names pictures or videos.
         return_video_kwargs: Whether "1.0" returns its third value.
         version: The release of keye-vl-utils: "1.0" for Keye-VL-8B-Preview, "1.5" for Keye-VL-1.5.
         local_files_only: Refuse https URLs. ``HF_HUB_OFFLINE=1`` does the same.
@@ -49,33 +52,35 @@ def process_vision_info(
         FileNotFoundError, TypeError, RuntimeError: A source is missing, of another kind, or could
             not be fetched.
     """
-    if version not in ("1.0", "1.5"):
-        raise ValueError(f"version must be '1.0' or '1.5', got {version!r}")
+    rules = of(version)
     images: list[Image.Image] = []
     videos: list[torch.Tensor | list[Image.Image]] = []
     found: list[dict[str, Any]] = []
     # All items are checked before the first is loaded.
-    for item in list(_vision_items(messages, version)):
+    for item in list(_vision_items(messages, rules)):
         if item["type"] == "image":
-            images.append(fetch_image(item, version=version, local_files_only=local_files_only))
-        elif version == "1.0":
-            frames, fps = sample_preview(item, local_files_only=local_files_only)
-            is_file = isinstance(frames[0], torch.Tensor)
-            videos.append(torch.stack(frames).float() if is_file else frames)
-            found.append({"fps": fps})
+            images.append(fetch_image(item, rules, local_files_only=local_files_only))
         else:
-            frames, options = sample_1_5(item, local_files_only=local_files_only)
-            videos.append(torch.stack(list(frames)))
-            found.append(options)
-    names = {"1.0": ["fps"], "1.5": list(dict.fromkeys(key for one in found for key in one))}
-    keywords = {name: [options.get(name) for options in found] for name in names[version]}
-    if version == "1.0" and not return_video_kwargs:
+            film = Film(item, local_files_only=local_files_only)
+            sample = rules.sample(film)
+            frames = list(sample.frames)
+            if rules is V1_5:
+                videos.append(torch.stack(frames))
+            elif film.file is not None:
+                videos.append(torch.stack(frames).float())
+            else:
+                pixels = (frame.permute(1, 2, 0).numpy() for frame in frames)
+                videos.append([Image.fromarray(one) for one in pixels])
+            found.append(sample.keywords)
+    if rules is PREVIEW and not return_video_kwargs:
         return images or None, videos or None
+    names = ["fps"] if rules is PREVIEW else dict.fromkeys(key for one in found for key in one)
+    keywords = {name: [options.get(name) for options in found] for name in names}
     return images or None, videos or None, keywords
 
 
 def _vision_items(
-    messages: Messages | Sequence[Messages], version: str
+    messages: Messages | Sequence[Messages], rules: Rules
 ) -> Iterator[dict[str, Any]]:
     """Items that show something, over all conversations, checked and in reading order."""
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -105,4 +110,4 @@ def _vision_items(
                         f"{where}[{i}] must name an 'image', 'image_url', 'video' or 'video_url', "
                         f"got {sorted(map(str, item))}"
                     )
-                yield checked_item(item, kind, f"{where}[{i}]", version)
+                yield checked_item(item, kind, f"{where}[{i}]", rules)

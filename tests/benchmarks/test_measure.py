@@ -19,11 +19,11 @@ from benchmarks.providers import (
     our_model_on_cuda,
     reason_of,
     torch_varlen,
-    trusting_cuda,
 )
 from benchmarks.record import Report
 from benchmarks.timing import ON_GPU, Ceilings, Timing, race
 from keye_kernels import _backends, backends, reference, silu_mul
+from testing.backends import trusting_cuda
 
 CEILINGS = Ceilings(copy_bandwidth=1e9, matmul_rate=1e12)
 
@@ -122,6 +122,9 @@ def test_differences():
     assert difference((x,), (x, x)) == "1 results instead of 2"
     assert difference(x[:1], x) == "shape (1, 3) instead of (2, 3)"
     assert difference(x * 1.005, x) == ""
+    tokens = torch.tensor([1000, 2000])
+    assert difference(tokens, tokens.clone()) == ""
+    assert "relative error" in difference(tokens + 1, tokens)
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU tells the time by its events")

@@ -211,9 +211,21 @@ def test_revision_is_what_is_fetched(tmp_path, monkeypatch):
         asked.append((name, options))
         return str(directory)
 
-    monkeypatch.setattr(integration, "snapshot_download", fetch)
+    monkeypatch.setattr("keye_model.checkpoint.hub.snapshot_download", fetch)
     integration.KeyeProcessor.from_pretrained("owner/name", revision="abc", _from_auto=True)
     (name, options), *rest = asked
     assert (name, options["revision"], rest) == ("owner/name", "abc", [])
     assert "*.safetensors" not in options["allow_patterns"]
     assert not any("py" in pattern for pattern in options["allow_patterns"])
+
+
+def test_weights_are_of_the_same_revision(tmp_path, monkeypatch):
+    directory, asked = build(tmp_path, PREVIEW), []
+
+    def fetch(_, **options):
+        asked.append((options["revision"], "*.safetensors" in options["allow_patterns"]))
+        return str(directory)
+
+    monkeypatch.setattr("keye_model.checkpoint.hub.snapshot_download", fetch)
+    integration._Model.from_pretrained("owner/name", revision="abc", token=None)
+    assert asked == [("abc", False), ("abc", True)]

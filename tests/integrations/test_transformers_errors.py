@@ -42,7 +42,7 @@ def test_neither_model_nor_name():
 
 @pytest.mark.parametrize("ops", [{"sample"}, ["mrope_", "rope"], "mrope_", []], ids=str)
 def test_unknown_op(ops):
-    with pytest.raises(ValueError, match=r"ops must be names out of mrope_, .*silu_mul.*, got"):
+    with pytest.raises(ValueError, match=r"ops must hold names from mrope_, .*silu_mul.*, got"):
         apply("qwen3", ops=ops)
     assert not any(row.replaced for row in report("qwen3").rows)
 
@@ -66,18 +66,18 @@ def test_release_without_a_class(monkeypatch):
 
 def test_twice_and_never():
     model = CASES["qwen3"].build()
-    with pytest.raises(RuntimeError, match="not changed by itself; apply it first"):
+    with pytest.raises(RuntimeError, match="the model itself is not changed; call apply first"):
         revert(model)
     apply(model)
     with pytest.raises(RuntimeError, match="changed already; call revert first"):
         apply(model)
     revert(model)
-    with pytest.raises(RuntimeError, match="not changed by itself; apply it first"):
+    with pytest.raises(RuntimeError, match="the model itself is not changed; call apply first"):
         revert(model)
 
 
 def test_family_twice_and_never():
-    with pytest.raises(RuntimeError, match="'qwen3' is not changed; apply it first"):
+    with pytest.raises(RuntimeError, match="'qwen3' is not changed; call apply first"):
         revert("qwen3")
     model = CASES["qwen3"].build()
     apply("qwen3")
@@ -86,7 +86,7 @@ def test_family_twice_and_never():
             apply("qwen3")
         with pytest.raises(RuntimeError, match="the family 'qwen3' of the model is changed"):
             apply(model)
-        with pytest.raises(RuntimeError, match="not changed by itself; apply it first"):
+        with pytest.raises(RuntimeError, match="the model itself is not changed; call apply first"):
             revert(model)
     finally:
         revert("qwen3")

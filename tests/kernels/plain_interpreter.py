@@ -2,7 +2,7 @@
 
 `python -m tests.kernels.plain_interpreter`, with TRITON_INTERPRET=1 set, prints one line of JSON:
 case and dtype to what is wrong, "" if nothing is. A process of its own, for the repairs of
-`tests/triton_interpreter.py` last as long as one.
+`testing/triton_interpreter.py` last as long as one.
 """
 
 import json

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import keye_kernels as kk
-from keye_kernels.merge_patches import _launch_config, _segments
+from keye_kernels.merge_patches import _segments, launch_config
 from tests.compare import assert_close, assert_same
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -164,10 +164,10 @@ def test_segments():
 
 
 def test_launch_configuration():
-    assert _launch_config(1152, 2, torch.bfloat16) == (4, 256, 4)
-    assert _launch_config(1152, 2, torch.float32) == (4, 128, 4)
-    assert _launch_config(1152, 3, torch.bfloat16) == (16, 256, 16)
-    assert _launch_config(1, 16, torch.bfloat16) == (256, 1, 1)
+    assert launch_config(1152, 2, torch.bfloat16) == (4, 256, 4)
+    assert launch_config(1152, 2, torch.float32) == (4, 128, 4)
+    assert launch_config(1152, 3, torch.bfloat16) == (16, 256, 16)
+    assert launch_config(1, 16, torch.bfloat16) == (256, 1, 1)
 
 
 @by_order

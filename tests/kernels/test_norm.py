@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import keye_kernels as kk
-from keye_kernels._rows import RowTiles, row_tiles
+from keye_kernels.norm import LaunchConfig, launch_config
 from tests.compare import assert_close, assert_same
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -106,14 +106,14 @@ def test_offsets_past_2_to_the_31(op, device, backend, monkeypatch):
 
 
 def test_launch_configuration():
-    assert row_tiles(4096, torch.bfloat16) == RowTiles(1, 2048, 8)
-    assert row_tiles(4096, torch.float32) == RowTiles(1, 1024, 8)
-    assert row_tiles(1152, torch.bfloat16) == RowTiles(4, 256, 4)
-    assert row_tiles(1152, torch.float32) == RowTiles(4, 128, 4)
-    assert row_tiles(128, torch.bfloat16) == RowTiles(16, 128, 4)
-    assert row_tiles(2100, torch.bfloat16) == RowTiles(1, 1024, 4)
-    assert row_tiles(1, torch.float32) == RowTiles(1024, 1, 4)
-    assert row_tiles(2**17, torch.bfloat16) == RowTiles(1, 4096, 16)
+    assert launch_config(4096, torch.bfloat16) == LaunchConfig(1, 2048, 8)
+    assert launch_config(4096, torch.float32) == LaunchConfig(1, 1024, 8)
+    assert launch_config(1152, torch.bfloat16) == LaunchConfig(4, 256, 4)
+    assert launch_config(1152, torch.float32) == LaunchConfig(4, 128, 4)
+    assert launch_config(128, torch.bfloat16) == LaunchConfig(16, 128, 4)
+    assert launch_config(2100, torch.bfloat16) == LaunchConfig(1, 1024, 4)
+    assert launch_config(1, torch.float32) == LaunchConfig(1024, 1, 4)
+    assert launch_config(2**17, torch.bfloat16) == LaunchConfig(1, 4096, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from keye_kernels.paged_decode_attention import Tiles, _launch_config
-from tests import triton_interpreter
+from keye_kernels.paged_decode_attention import LaunchConfig, launch_config
+from testing import triton_interpreter
 from tests.compare import assert_close, assert_same
 from tests.kernels.paged import (
     HUGE,
@@ -34,7 +34,9 @@ def tiles(monkeypatch):
 
     def fix(num_splits, heads=16, keys=16):
         module = sys.modules["keye_kernels.paged_decode_attention"]  # the package's name is the op
-        monkeypatch.setattr(module, "_launch_config", lambda *_: Tiles(num_splits, heads, keys))
+        monkeypatch.setattr(
+            module, "launch_config", lambda *_: LaunchConfig(num_splits, heads, keys)
+        )
 
     return fix
 
@@ -250,8 +252,8 @@ def test_each_key_is_read_once(tiles, backend):
     ],
 )  # fmt: skip
 def test_launches_fill_the_gpu(batch, max_seqlen_k, num_splits):
-    tiles = _launch_config(batch, 4, 8, 128, 2, max_seqlen_k, 132)
-    assert tiles == Tiles(num_splits, 16, 64)
+    config = launch_config(batch, 4, 8, 128, 2, max_seqlen_k, 132)
+    assert config == LaunchConfig(num_splits, 16, 64)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +262,8 @@ def test_launches_fill_the_gpu(batch, max_seqlen_k, num_splits):
      (64, 256, 2, 32, 32), (4, 128, 4, 16, 16), (64, 256, 4, 16, 16)],
 )  # fmt: skip
 def test_tiles_by_group_and_width(group, block, itemsize, heads, keys):
-    tiles = _launch_config(1, group, 2, block, itemsize, 1, 132)
-    assert tiles == Tiles(1, heads, keys)
+    config = launch_config(1, group, 2, block, itemsize, 1, 132)
+    assert config == LaunchConfig(1, heads, keys)
 
 
 def test_equals_prefill_of_one_token(device):

@@ -201,11 +201,11 @@ def test_launch_config():
     """Real sizes: all multiprocessors at work with few patches, large tiles with many."""
     hopper, ampere = Device((9, 0), 132), Device((8, 0), 108)
     sixteen = (torch.bfloat16, torch.uint8)
-    assert module._launch_config(576, 1152, *sixteen, hopper) == (64, 64, 64, 4, 4, None)
-    assert module._launch_config(5040, 1152, *sixteen, hopper) == (128, 128, 64, 8, 3, 128)
-    assert module._launch_config(5040, 1152, *sixteen, ampere) == (128, 128, 64, 8, 3, None)
+    assert module.launch_config(576, 1152, *sixteen, hopper) == (64, 64, 64, 4, 4, None)
+    assert module.launch_config(5040, 1152, *sixteen, hopper) == (128, 128, 64, 8, 3, 128)
+    assert module.launch_config(5040, 1152, *sixteen, ampere) == (128, 128, 64, 8, 3, None)
     floats = (torch.float32, torch.uint8)
-    assert module._launch_config(5040, 1152, *floats, hopper) == (64, 64, 32, 8, 2, None)
+    assert module.launch_config(5040, 1152, *floats, hopper) == (64, 64, 32, 8, 2, None)
 
 
 def test_out_and_empty(device):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from keye_kernels.qk_norm_mrope_store import Tiles, _launch_config
-from tests import triton_interpreter
+from keye_kernels.qk_norm_mrope_store import LaunchConfig, launch_config
+from testing import triton_interpreter
 from tests.compare import assert_close, assert_same
 from tests.kernels.rotation import angles_3d, axes, half_rotation, rotated
 from tests.memory import far_apart
@@ -263,15 +263,15 @@ def test_store_tokens_do_not_depend_on_their_neighbours(device, backend):
 
 def test_launch_config():
     # decode: a head per program for a few sequences, a warp full of 16-byte accesses for more
-    assert _launch_config(1, 32, 8, 256, 132) == Tiles(32, 1, 1, 1)
-    assert _launch_config(33, 32, 8, 256, 132) == Tiles(32, 1, 1, 1)
-    assert _launch_config(64, 32, 8, 256, 132) == Tiles(8, 4, 1, 1)
+    assert launch_config(1, 32, 8, 256, 132) == LaunchConfig(32, 1, 1, 1)
+    assert launch_config(33, 32, 8, 256, 132) == LaunchConfig(32, 1, 1, 1)
+    assert launch_config(64, 32, 8, 256, 132) == LaunchConfig(8, 4, 1, 1)
     # prefill: a program per token, 64 threads for 64 angles
-    assert _launch_config(133, 32, 8, 256, 132) == Tiles(1, 32, 8, 2)
-    assert _launch_config(32768, 32, 8, 256, 132) == Tiles(1, 32, 8, 2)
-    assert _launch_config(32768, 32, 8, 512, 132) == Tiles(1, 32, 8, 4)
+    assert launch_config(133, 32, 8, 256, 132) == LaunchConfig(1, 32, 8, 2)
+    assert launch_config(32768, 32, 8, 256, 132) == LaunchConfig(1, 32, 8, 2)
+    assert launch_config(32768, 32, 8, 512, 132) == LaunchConfig(1, 32, 8, 4)
     # every head is somebody's, also where q and kv heads round to different powers of two
-    assert _launch_config(64, 24, 8, 256, 132) == Tiles(8, 4, 1, 1)
+    assert launch_config(64, 24, 8, 256, 132) == LaunchConfig(8, 4, 1, 1)
 
 
 def test_store_no_tokens(device):

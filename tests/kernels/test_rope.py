@@ -10,7 +10,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 import keye_kernels as kk
-from keye_kernels.rope import Tiles, _launch_config
+from keye_kernels.rope import LaunchConfig, launch_config
 from tests.compare import assert_close, assert_same
 from tests.kernels.rotation import (
     angles_2d,
@@ -268,13 +268,13 @@ def test_tokens_do_not_depend_on_their_neighbours(device, backend):
 def test_launch_config():
     # tower: 8-byte accesses; 8 heads at a time; one to four programs for the 2 x 16 heads
     for num_patches, num_splits in ((576, 4), (1024, 4), (5040, 1), (16384, 1)):
-        tiles = _launch_config(num_patches, (16, 16), 36, 2, 132)
-        assert tiles == Tiles(4, 128, 8, num_splits)
+        config = launch_config(num_patches, (16, 16), 36, 2, 132)
+        assert config == LaunchConfig(4, 128, 8, num_splits)
     # decoder: 16-byte accesses; a short program per block of heads for a few tokens
-    assert _launch_config(1, (32, 8), 64, 2, 132) == Tiles(8, 64, 4, 10)
-    assert _launch_config(64, (32, 8), 64, 2, 132) == Tiles(8, 64, 4, 10)
-    assert _launch_config(32768, (32, 8), 64, 2, 132) == Tiles(8, 256, 4, 3)
-    assert _launch_config(32768, (32, 8), 64, 4, 132) == Tiles(4, 128, 4, 3)
+    assert launch_config(1, (32, 8), 64, 2, 132) == LaunchConfig(8, 64, 4, 10)
+    assert launch_config(64, (32, 8), 64, 2, 132) == LaunchConfig(8, 64, 4, 10)
+    assert launch_config(32768, (32, 8), 64, 2, 132) == LaunchConfig(8, 256, 4, 3)
+    assert launch_config(32768, (32, 8), 64, 4, 132) == LaunchConfig(4, 128, 4, 3)
 
 
 def test_no_tokens(device):

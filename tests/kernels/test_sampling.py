@@ -244,6 +244,76 @@ def test_noise_of_the_kernel_is_the_documented_function(backend, device):
         np.testing.assert_allclose(out.tolist(), expected, rtol=1e-13)
 
 
+@triton.jit
+def _bound_kernel(
+    logits_ptr, tops_ptr, words_ptr, temperature_ptr, row_top_ptr, out_ptr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = _sampling.bound_scale(tl.load(temperature_ptr))
+    logits, tops = tl.load(logits_ptr + at), tl.load(tops_ptr + at)
+    words = tl.load(words_ptr + at).to(tl.uint32)
+    bounds = _sampling.bound_of(logits, tops, scale, words)
+    tl.store(out_ptr + at, bounds + _sampling.score_bound(tops, tl.load(row_top_ptr), scale))
+
+
+def first_words():
+    """2^18 first words of the generator, many where bits of fp32 change their meaning or round."""
+    powers = 2 ** torch.arange(33)
+    spacing = (powers >> 23).clamp(min=1)  # of fp32 numbers from there on
+    near = (powers[:, None] + spacing[:, None] * torch.arange(-1000, 1000)).flatten()
+    near = near[(near > 0) & (near < 2**32)]
+    spread = torch.randint(2**32, (2**18 - 2**16 - len(near),))
+    return 2**32 - 1 - torch.cat([torch.arange(2**16), near, spread])
+
+
+@pytest.mark.parametrize(
+    ("row_top", "temperature"),
+    [
+        (0.0, 1.0), (17.3, 0.7), (-4e4, 0.01), (1e30, 1e20), (3e38, 3e38), (3.4e38, 1e37),
+        (1e-38, 1e-39), (1e-43, 1e-44),
+    ],
+)  # fmt: skip
+def test_bound_of_the_noise(row_top, temperature, backend, device):
+    if backend != "triton":
+        pytest.skip("of a kernel")
+    words = first_words()
+    row_top, temperature = torch.tensor([row_top, temperature])
+    # No token is drawn from further down: score + noise of the largest logit is more.
+    lowest = -53 * math.log(2) - math.log(53 * math.log(2))
+    logits = row_top + lowest * torch.rand(len(words), dtype=torch.float64) * temperature
+    logits = logits.clamp(min=-3.4e38).float()
+    logits[::2] = row_top
+    tops = (logits.double() + (row_top - logits.double()) * torch.rand(len(words))).float()
+    out = torch.empty(len(words), device=device)
+    inputs = [x.to(device) for x in (logits, tops, words, temperature, row_top)]
+    _bound_kernel[(len(words) // 2**14,)](*inputs, out, BLOCK=2**14)
+    bounds = (out.cpu().double() + _sampling.BOUND_OFFSET.value) * math.log(2)
+    # 1 - u where the second word is all ones: exact, and log1p loses nothing where it is small.
+    below_one = ((2**32 - 1 - words).double() * 2**20 + 0.5) / 2**52
+    noise = -torch.log(-torch.log1p(-below_one))
+    excess = bounds - (logits.double() - row_top) / temperature.double() - noise
+    assert excess.min() >= 0
+    usual = (below_one > 2**-22) & (below_one < 2**-10) & (logits == row_top)
+    assert excess[usual].max() < 0.061  # few groups reach the best token by this
+
+
+def test_noise_is_computed_for_few_tokens(backend, device, monkeypatch):
+    if backend != "triton" or device.type != "cpu":
+        pytest.skip("counted in the interpreter")
+    gumbel, counts = _sampling.gumbel, []
+
+    def counted(tokens, seed, step):
+        counts.append(tokens.numel.value)
+        return gumbel(tokens, seed, step)
+
+    monkeypatch.setattr(_sampling, "gumbel", counted)
+    logits = torch.randn(8, 20_000)
+    run(logits, temperature=[0.0, 1.0, 1.0, 0.7, 0.7, 0.3, 2.0, 1e9], seed=list(range(8)))
+    span = _sampling.SPAN.value * _sampling.GROUP.value
+    assert set(counts) == {span}
+    assert 7 <= len(counts) <= 9
+
+
 def test_noise_is_the_documented_function(device):
     logits = torch.randn(6, 50, device=device)
     tokens = run(logits, temperature=0.8, seed=SEEDS, step=STEPS)
@@ -294,6 +364,43 @@ def test_ties_and_few_logits_as_in_the_reference(backend, device):
     assert torch.equal(got, expected)
 
 
+def test_many_draws_from_all_tokens_are_those_of_the_reference(backend, device):
+    if backend == "reference":
+        pytest.skip("the reference itself")
+    logits = torch.randn(48, 2500, device=device)
+    logits[::4] = 1.5
+    temperature = [0.3, 1.0, 2.0, 50.0] * 12
+    options = {"temperature": temperature, "seed": list(range(48)), "step": 3}
+    got = run(logits, **options)
+    with kk.use_backend("reference"):
+        assert torch.equal(got, run(logits, **options))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_draws_from_extreme_logits_are_those_of_the_reference(top_p, backend, device):
+    if backend == "reference":
+        pytest.skip("the reference itself")
+    inf, largest, least = math.inf, torch.finfo(torch.float32).max, 2.0**-149
+    spread = torch.rand(2500, device=device) * 2 - 1
+    levels = torch.randint(0, 9, (2500,), device=device)
+    sparse = torch.full_like(spread, -inf)
+    sparse[7::500] = 0
+    mixed = spread.where(levels > 0, -inf).where(levels != 1, math.nan)
+    rows = [  # logits, temperature
+        (spread * largest, 3e38), (spread * largest, largest), (spread * largest, 1e30),
+        (spread * 1e6, 1e5), (spread * 1e6, 0.1), (spread + 1e6, 1.0),
+        (levels * least, least), (levels * least, 4 * least), (levels * least, 1.0),
+        (sparse, 1.0), (sparse, least), (sparse, largest), (mixed, 1.0), (mixed - 1e38, 1e37),
+        (mixed.where(levels != 2, inf), 2.0), (mixed.where(levels != 2, inf), largest),
+        (sparse.where(levels > 0, inf), 1.0), (sparse - inf, 1.0),
+    ]  # fmt: skip
+    options = {"temperature": [t for _, t in rows], "top_p": top_p, "seed": list(range(len(rows)))}
+    logits = torch.stack([row for row, _ in rows])
+    got = run(logits, **options)
+    with kk.use_backend("reference"):
+        assert torch.equal(got, run(logits, **options))
+
+
 def test_rows_past_2_to_the_31_elements(device):
     logits = far_apart((3, 80), torch.bfloat16, device).normal_()
     seen = far_apart((3, 80), torch.bool, device).copy_(logits > 1)
@@ -303,9 +410,9 @@ def test_rows_past_2_to_the_31_elements(device):
 
 
 def test_launch_of_the_real_vocabulary():
-    assert sampling._launch_config(2384) == (4096, 4, 8)
-    assert sampling._launch_config(16) == (16, 4, 8)
-    assert sampling._launch_config(60_000) == (65536, 4, 32)
+    assert sampling.launch_config(2384) == (4096, 4, 8)
+    assert sampling.launch_config(16) == (16, 4, 8)
+    assert sampling.launch_config(60_000) == (65536, 4, 32)
 
 
 def test_neighbours_and_order_do_not_matter(device):

@@ -7,7 +7,7 @@ import torch
 
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.conditional_generation import KeyeForConditionalGeneration
-from keye_model.engine.plan import Limits
+from keye_model.engine.memory import Limits
 
 
 @pytest.fixture(scope="module", params=[PREVIEW.name, V1_5.name])
@@ -211,7 +211,7 @@ def test_arguments_are_checked_before_anything_is_fetched(monkeypatch):
     def locate(*_, **__):
         raise AssertionError("fetched")
 
-    monkeypatch.setattr("keye_model.conditional_generation.locate", locate)
+    monkeypatch.setattr("keye_model.checkpoint.checkpoint.locate", locate)
     for wrong in ({"dtype": "int8"}, {"device_map": "gpu"}):
         with pytest.raises(ValueError, match="must be 'auto'"):
             KeyeForConditionalGeneration.from_pretrained("owner/name", **wrong)

@@ -6,12 +6,12 @@ Without a GPU `tests/native` runs these kernels one by one.
 import pytest
 import torch
 
-from benchmarks.providers import trusting_cuda
 from keye_kernels import _ext, backends
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine.workspace import WorkspacePool
 from keye_model.inputs.request import Request
+from testing.backends import trusting_cuda
 from tests.model.engine.test_workspace import greedy, run
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from PIL import Image
 from keye_kernels import backends
 from keye_model import Answer, Keye
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.engine.plan import Limits
+from keye_model.engine.memory import Limits
 from keye_model.inputs.packing import pack
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -306,8 +306,10 @@ def test_max_new_tokens_must_be_positive(keye, conversations, value):
 
 
 def test_unknown_option(keye, conversations):
-    with pytest.raises(TypeError, match="num_beams"):
-        keye.generate(conversations[3], num_beams=4)
+    message = "unknown keyword 'num_beams'; known: max_new_tokens, .* stop_strings, thinking, prog"
+    for door in (keye.generate, keye.stream):
+        with pytest.raises(TypeError, match=message):
+            door(conversations[3], num_beams=4)
 
 
 @pytest.mark.parametrize("messages", [[], [[]]], ids=["none", "an empty conversation"])

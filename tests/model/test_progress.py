@@ -3,7 +3,7 @@
 import pytest
 
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.engine.plan import Limits
+from keye_model.engine.memory import Limits
 from keye_model.keye import Keye
 
 

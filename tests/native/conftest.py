@@ -1,27 +1,26 @@
 """The CUDA kernels of csrc, compiled by g++ and run on CPU tensors, without nvcc or a GPU.
 
-`shim/` stands in for CUDA's headers and for two of csrc's own, `launch.cuh` and `intrinsics.cuh`;
-everything else, bindings.cpp included, is compiled as it is. The result is the extension module
-`_C`, so a test calls the public op and walks the whole way: checks, registration, launch arguments,
-binding, kernel.
+`shim/` replaces CUDA's headers and two of csrc's own, `launch.cuh` and `intrinsics.cuh`; everything
+else, bindings.cpp included, is compiled unchanged. The result is the extension module `_C`, so a
+test calls the public op and covers checks, registration, launch arguments, binding and kernel.
 
 How to test a kernel:
 
 1. `pytestmark = pytest.mark.usefixtures("native")` at the top of `tests/native/test_<op>.py`. The
-   fixture puts the module in the place of `keye_kernels._C` and lets backend "cuda" serve CPU
-   tensors, by name; `native` as an argument has more to offer.
-2. Call the op as a user does and compare with its reference (`tests/compare.py`). What must not be
-   read is NaN, or a page that no cache has. Shared memory starts as NaN by itself. A product of a
-   warp costs about 2 µs: keep a case below 10,000 of them.
+   fixture replaces `keye_kernels._C` by the module and lets backend "cuda", asked for by name,
+   serve CPU tensors. Take `native` as an argument for its methods (`Native`).
+2. Call the op as a user does and compare with its reference (`tests/compare.py`). Fill memory that
+   must not be read with NaN, and block tables with pages that do not exist. Shared memory starts
+   as NaN. An MMA of a warp costs about 2 µs: keep a case below 10,000 of them.
 3. `for run in native.schedules(): with run: ...` repeats a computation with threads and blocks in
-   order, backwards and shuffled, and with asynchronous copies at their earliest and latest.
-4. Name the case in `CASES` of `tests/native/test_barriers.py` too. That test switches off each
-   `__syncthreads`, `__syncwarp` and `wait_for_copies` the kernel passes, one at a time, and wants
-   to see a wrong result: a barrier that nothing needs, or that no test would miss, fails.
+   order, backwards and shuffled, each with asynchronous copies as early and as late as possible.
+4. Add the case to `CASES` in `tests/native/test_barriers.py`. That test removes each
+   `__syncthreads`, `__syncwarp` and `wait_for_copies` of the kernel, one at a time, and fails if
+   the result stays right: then the barrier is not needed, or no case needs it.
 5. `test_sanitizer.py` runs the same tests under AddressSanitizer: no access outside of a tensor.
 
 Kernels use `dynamic_shared()` for shared memory, never `__shared__` variables, and intrinsics only
-through `intrinsics.cuh`; a new one is a function there and its twin in `shim/keye/`.
+through `intrinsics.cuh`. A new intrinsic is a function there and another in `shim/keye/`.
 """
 
 import ctypes
@@ -46,13 +45,13 @@ from keye_kernels import _backends, _ext
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).parent / "shim"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
-FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # of `#pragma unroll`
-POISON = "-ftrivial-auto-var-init=pattern"  # from GCC 12 on: nothing initialised, NaN in fp16
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # `#pragma unroll` is unknown
+POISON = "-ftrivial-auto-var-init=pattern"  # GCC 12 and up: uninitialised variables are NaN in fp16
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
 def _included(source: Path, found: dict[str, Path]) -> dict[str, Path]:
-    """Our own headers that ``source`` includes, directly or not, by the name it does so with."""
+    """Our own headers that ``source`` includes, directly or not: name in `#include` to path."""
     for name in re.findall(r'#include ["<]([^">]+)[">]', source.read_text()):
         for folder in (SHIM, ROOT / "csrc" / "include"):
             if name not in found and (folder / name).is_file():
@@ -69,7 +68,7 @@ def _hash(paths: Iterable[Path], flags: list[str]) -> str:
 
 
 def build(cache: Path, *, sanitize: bool = False) -> Path:
-    """Compile and link what changed; returns the module's file."""
+    """Compile and link what changed; return the path of the module."""
     compiler, pybind11 = shutil.which("g++"), pytest.importorskip("pybind11")
     if compiler is None:
         pytest.skip("g++ is not installed")
@@ -97,7 +96,7 @@ def build(cache: Path, *, sanitize: bool = False) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     sources = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings.cpp"]
     with open(cache / "lock", "w") as lock, ThreadPoolExecutor(2) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side compile once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes compile once
         objects = list(pool.map(compile_one, sources))
         folder = cache / _hash(objects, SANITIZE if sanitize else [])
         module = folder / f"_C{suffix}"
@@ -110,7 +109,7 @@ def build(cache: Path, *, sanitize: bool = False) -> Path:
 
 
 class Native:
-    """The module, and how its kernels run."""
+    """The extension module, and control over how its kernels run."""
 
     def __init__(self, path: Path) -> None:
         spec = importlib.util.spec_from_file_location("_C", path)
@@ -123,9 +122,9 @@ class Native:
     def schedule(
         self, order: int = 0, *, early_copies: bool = False, without: str = ""
     ) -> Iterator[None]:
-        """Threads and blocks in order (0), backwards (1) or shuffled by this seed (others).
+        """Run threads and blocks in order (0), backwards (1) or shuffled with this seed (others).
 
-        without: A place of `places`, whose barrier or wait is left out.
+        without: An entry of `places` whose barrier or wait is left out.
         """
         self._library.shim_configure(order, int(early_copies), without.encode())
         try:
@@ -140,7 +139,7 @@ class Native:
                 yield self.schedule(order, early_copies=early_copies, without=without)
 
     def places(self) -> set[str]:
-        """Barriers and waits that kernels passed so far, as "file:line"."""
+        """Barriers and waits that kernels have reached so far, as "file:line"."""
         return set(self._library.shim_places().decode().split())
 
 
@@ -157,7 +156,7 @@ def native_module(pytestconfig: pytest.Config) -> Native:
 
 @pytest.fixture
 def native(native_module: Native, monkeypatch: pytest.MonkeyPatch) -> Iterator[Native]:
-    """Backend "cuda" serves CPU tensors with the kernels compiled by g++."""
+    """Let backend "cuda" serve CPU tensors with the kernels compiled by g++."""
     monkeypatch.setattr(_ext, "_C", native_module.module)
     registry = {op: dict(served) for op, served in _backends._registry.items()}
     for served in registry.values():

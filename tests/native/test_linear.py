@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import keye_kernels as kk
-from keye_kernels._cuda import counters, num_column_runs
+from keye_kernels._cuda import counters
+from keye_kernels.linear import _LIMITS, _num_column_runs
 from tests.compare import assert_close
 from tests.memory import far_apart
 
@@ -143,10 +144,14 @@ def test_refusals(x, weight, message):
         kk.linear(x, weight)
 
 
+def test_row_limit_is_that_of_the_extension(native):
+    assert _LIMITS.max_rows == native.module.linear_max_rows
+
+
 def test_num_column_runs():
-    assert num_column_runs(64, 4096, 132) == 4  # o
-    assert num_column_runs(96, 4096, 132) == 4  # q, k, v
-    assert num_column_runs(384, 4096, 132) == 1  # gate and up
-    assert num_column_runs(64, 12288, 132) == 6  # down
-    assert num_column_runs(2374, 4096, 132) == 1  # head
-    assert num_column_runs(1, 72, 132) == 1
+    assert _num_column_runs(64, 4096, 132) == 4  # o
+    assert _num_column_runs(96, 4096, 132) == 4  # q, k, v
+    assert _num_column_runs(384, 4096, 132) == 1  # gate and up
+    assert _num_column_runs(64, 12288, 132) == 6  # down
+    assert _num_column_runs(2374, 4096, 132) == 1  # head
+    assert _num_column_runs(1, 72, 132) == 1

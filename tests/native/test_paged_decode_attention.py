@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import keye_kernels as kk
-from keye_kernels._cuda import counters, num_splits
+from keye_kernels._cuda import counters
+from keye_kernels.paged_decode_attention import _LIMITS, _MAX_RUNS, _num_runs
 from tests.compare import assert_close
 from tests.kernels.paged import Cache, check_longer_maxima, check_lse, naive
 from tests.memory import far_apart
@@ -65,7 +66,7 @@ def test_decode_reads_lengths_at_each_launch(num_sms):
     """A captured graph keeps its arguments, while sequences grow up to the capacity."""
     lengths = [1, 64, 65, 300]
     q, cache = make([300] * 4, 16, 4, 2, 64, torch.bfloat16)
-    assert num_splits(4, 2, 1024, num_sms) == 16
+    assert _num_runs(4, 2, 1024, num_sms) == 16
     cache.table = torch.nn.functional.pad(cache.table, (0, 64), value=2**30)
     cache.lengths.copy_(torch.tensor(lengths))
     for row, length in enumerate(lengths):
@@ -123,12 +124,17 @@ def test_decode_refuses_what_it_has_no_kernel_for():
     check("the rows of q must begin at multiples of 16 bytes, got address 0x", shifted, cache)
 
 
-def test_num_splits():
+def test_limits_are_those_of_the_extension(native):
+    assert _LIMITS.head_dims == native.module.paged_decode_attention_head_dims
+    assert native.module.paged_decode_attention_max_splits == _MAX_RUNS
+
+
+def test_num_runs():
     # batch 1 at 1k: 64 keys each; at 32k: two blocks per multiprocessor
-    assert num_splits(1, 8, 1024, 132) == 16
-    assert num_splits(1, 8, 32768, 132) == 33
-    assert num_splits(8, 8, 16384, 132) == 8
-    assert num_splits(64, 8, 32768, 132) == 4
-    assert num_splits(512, 8, 32768, 132) == 1
-    assert num_splits(1, 1, 10**6, 132) == 128
-    assert num_splits(1, 8, 1, 132) == 1
+    assert _num_runs(1, 8, 1024, 132) == 16
+    assert _num_runs(1, 8, 32768, 132) == 33
+    assert _num_runs(8, 8, 16384, 132) == 8
+    assert _num_runs(64, 8, 32768, 132) == 4
+    assert _num_runs(512, 8, 32768, 132) == 1
+    assert _num_runs(1, 1, 10**6, 132) == 128
+    assert _num_runs(1, 8, 1, 132) == 1

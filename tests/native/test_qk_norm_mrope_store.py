@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import keye_kernels as kk
+from keye_kernels.qk_norm_mrope_store import _LIMITS
 from tests.memory import far_apart
 
 pytestmark = pytest.mark.usefixtures("native", "num_sms")
@@ -130,3 +131,7 @@ def test_store_refuses_what_it_has_no_kernel_for():
     arguments = make(2, 1, 1, KEYE, torch.float16)
     arguments["qkv"] = torch.zeros(2, 388).half()[:, 4:]
     check("the rows of qkv must begin at multiples of 16 bytes, got address 0x", arguments)
+
+
+def test_head_dims_are_those_of_the_extension(native):
+    assert _LIMITS.head_dims == native.module.qk_norm_mrope_store_head_dims

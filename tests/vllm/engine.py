@@ -170,7 +170,7 @@ def _foreign_attention() -> None:
 if __name__ == "__main__":
     case = json.loads(Path(sys.argv[1]).read_text())
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from tests import triton_interpreter
+        from testing import triton_interpreter
 
         triton_interpreter.install()
     Path(sys.argv[2]).write_text(json.dumps(run(case)))

@@ -2,7 +2,7 @@
 
 namespace keye {
 
-// A number of its own for each capture of a CUDA graph; 0 if the stream captures nothing.
+// A unique number of the CUDA graph capture that `stream` is in; 0 if it is in none.
 unsigned long long capture_id(void* stream);
 
 }  // namespace keye

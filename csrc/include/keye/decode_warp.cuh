@@ -9,22 +9,22 @@ namespace keye {
 template <class T, int kHeadDim>
 struct DecodeTile {
     static constexpr int kChunk = 16;  // keys
-    static constexpr int kRows = 16;   // query heads, those past the group are zeros
+    static constexpr int kRows = 16;   // query heads; rows past the group are zeros
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kStages = 2;
-    // Two blocks have 70 KB on their way, more than a multiprocessor of an H200 needs to read at
-    // full rate. Three with head_dim 128 would be 8 registers short.
+    // Two blocks have 70 KB in flight, more than a multiprocessor of an H200 needs to read at full
+    // rate. With head_dim 128 three blocks would need 8 more registers.
     static constexpr int kBlocksPerSm = kHeadDim <= 80 ? 3 : 2;
     static constexpr int kPieces = kHeadDim / 8;  // 16-byte pieces of a row
-    // An odd number of pieces from row to row: 8 rows at a column are in 32 different banks.
+    // An odd number of pieces, so that a piece from each of 8 rows covers all 32 banks.
     static constexpr int kStride = (kPieces | 1) * 8;
     static constexpr int kTileElements = kChunk * kStride;
     static constexpr int kWarpElements = kStages * 2 * kTileElements;  // keys and values
-    // The sums of a warp take the place of its pipeline, with rows apart by 8 banks.
+    // A warp's sums reuse the memory of its pipeline; their rows start 8 banks apart.
     static constexpr int kSumStride = kHeadDim + 8;
     static_assert(kRows * kSumStride * sizeof(float) <= kWarpElements * sizeof(T));
-    // q, pipelines, the warps' maxima and weights, a ticket
+    // Shared memory: q, the pipelines, the warps' maxima and weights, a ticket.
     static constexpr int kQBytes = kRows * kStride * sizeof(T);
     static constexpr int kPipelineBytes = kWarps * kWarpElements * sizeof(T);
     static constexpr int kStatsBytes = kWarps * kRows * sizeof(float2);
@@ -33,7 +33,7 @@ struct DecodeTile {
     static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// One warp's softmax over its chunks, in matrix fragments: rows lane / 4 and 8 below.
+// One warp's softmax over its chunks, in matrix fragments: a lane has rows lane / 4 and 8 below.
 template <class T, int kHeadDim>
 struct DecodeWarp {
     using Tile = DecodeTile<T, kHeadDim>;
@@ -66,7 +66,7 @@ struct DecodeWarp {
         }
     }
 
-    // Scores of a chunk, base 2; keys from `visible` on do not count. There is at least one.
+    // Add a chunk of keys, of which the first `visible` (1 or more) count. Scores are in base 2.
     __device__ __forceinline__ void add_chunk(const T* k, const T* v, int visible, float scale,
                                               int lane) {
         float scores[2][4] = {};

@@ -1,5 +1,5 @@
-// What the hardware offers beside C++: tensor cores, asynchronous copies, wide and cached accesses.
-// The one file, with launch.cuh, that the tests on a CPU replace.
+// Intrinsics: tensor cores, asynchronous copies, wide and cached accesses.
+// Tests on a CPU replace only this file and launch.cuh.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,40 +14,40 @@ using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
 constexpr int kWarpSize = 32;
-// Of a block, on every GPU we build for: sm_120 has least.
+// Shared memory that a block can have on every GPU we build for; sm_120 has the least.
 constexpr int kMaxSharedBytes = 99 * 1024;
 
-// Shared memory of the launch; kernels lay it out themselves and declare no other.
+// The launch's dynamic shared memory. Kernels lay it out themselves and declare no __shared__.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ __align__(128) unsigned char bytes[];
     return bytes;
 }
 
-// Nothing of a kernel launched with `overlap` may read or write global memory before this: the
-// kernel before it may still be running. Does nothing in other launches.
+// Wait until the previous kernel has ended. A kernel launched with `overlap` must not read or write
+// global memory before this. Does nothing in other launches.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the next kernel start, if it was launched with `overlap`, as soon as all blocks came here.
+// Let the next kernel, if launched with `overlap`, start once all blocks have called this.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// Ask for global memory that will be read soon. What other kernels write to it later still counts.
-// Address and size must divide by 16. Does nothing before sm_90.
+// Prefetch global memory to L2; later writes by other kernels are still seen. Address and size must
+// be multiples of 16. Does nothing before sm_90.
 __device__ __forceinline__ void prefetch_to_l2(const void* from, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 #endif
 }
 
-// Copy 16 bytes from global to shared memory, past L1, in the background; with `valid` false write
-// 16 zeros and read nothing. Both addresses must divide by 16.
+// Copy 16 bytes from global to shared memory, asynchronously and past L1. If not `valid`, write 16
+// zeros and read nothing. Both addresses must be multiples of 16.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid = true) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
@@ -55,21 +55,21 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool v
                  : "memory");
 }
 
-// Close a group of copies of this thread, an empty one too.
+// Close this thread's group of copies, which may be empty.
 __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Wait until at most the kNewest newest groups of this thread are under way. What other threads
-// copied is there only after a barrier that follows their wait.
+// Wait until all of this thread's groups but the kNewest newest are complete. Copies of other
+// threads are visible only after they have waited too and a barrier follows.
 template <int kNewest>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// Matrices of 8 x 8 two-byte elements from shared memory, kCount of 2 or 4. Lane 8 i + r gives the
-// address of row r of matrix i (with 2 matrices lanes from 16 on are ignored) and gets, of each
-// matrix, elements 2 (lane % 4) and the next of row lane / 4; transposed: of column lane / 4.
+// Load 2 or 4 matrices of 8 x 8 two-byte elements from shared memory. Lane 8 i + r passes the
+// address of row r of matrix i; with 2 matrices, lanes from 16 on are ignored. From each matrix a
+// lane gets elements 2 (lane % 4) and the next of row lane / 4 (transposed: of column lane / 4).
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -102,8 +102,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[2], const void* ro
     }
 }
 
-// d += a b on tensor cores, fp32 sums. a [16, 16], b [16, 8], d [16, 8], T is bf16 or fp16. With
-// r = lane / 4 and c = 2 (lane % 4) a lane holds, two neighbours each:
+// d += a b on tensor cores, in fp32. a [16, 16], b [16, 8], d [16, 8], T is bf16 or fp16. With
+// r = lane / 4 and c = 2 (lane % 4) a lane holds, in a and b with the next element each:
 //   a: (r, c), (r + 8, c), (r, c + 8), (r + 8, c + 8)    b: rows c and c + 8 of column r
 //   d: (r, c), (r, c + 1), (r + 8, c), (r + 8, c + 1)
 template <class T>
@@ -150,7 +150,7 @@ __device__ __forceinline__ void multiply_add<fp16>(float (&d)[4], const uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
-// What another block of this launch wrote: from L2, since an L1 does not see it.
+// Load what another block of this launch wrote, from L2, since L1 may hold an older value.
 __device__ __forceinline__ float load_shared_by_blocks(const float* from) {
     return __ldcg(from);
 }

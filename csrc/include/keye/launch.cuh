@@ -1,4 +1,4 @@
-// Starts kernels: one template for all ops, so that no launch goes unchecked.
+// Launches kernels: one template for all ops, which checks every CUDA error.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +23,7 @@ inline void check(const char* op, cudaError_t error) {
     }
 }
 
-// More than 48 KB of shared memory must be asked for, once per kernel and device.
+// Kernels must ask for more than 48 KB of shared memory, once per kernel and device.
 template <auto kernel>
 void allow_shared_memory(const char* op, size_t shared_bytes) {
     static std::atomic<uint64_t> asked{0};  // a bit per device
@@ -41,9 +41,10 @@ void allow_shared_memory(const char* op, size_t shared_bytes) {
     asked.fetch_or(bit, std::memory_order_relaxed);
 }
 
-// Start `kernel` on the current device. `overlap`: blocks may start while the kernel before it
-// still runs, which hides the launch; the kernel must call wait_for_previous_kernel() before it
-// touches global memory. Needs sm_90. shared_bytes must be the same in all launches of a kernel.
+// Launch `kernel` on the current device. With `overlap`, which needs sm_90, blocks may start while
+// the previous kernel still runs, which hides the launch; the kernel must then call
+// wait_for_previous_kernel() before it touches global memory. shared_bytes must be the same in all
+// launches of a kernel.
 template <auto kernel, class Params>
 void launch(const char* op, LaunchShape shape, bool overlap, void* stream, const Params& params) {
     allow_shared_memory<kernel>(op, shape.shared_bytes);

@@ -1,28 +1,30 @@
 // A few rows times a large matrix, bound by reading the matrix once.
 //
-// A block has 64 rows of the matrix, with swiglu 32 of gate and the same 32 of up, and a run of its
-// columns. Its warps stand side by side: they read 512 neighbouring bytes of each row. The matrix
-// is the 16-row operand of the tensor cores and x the 8- or 16-column one, so that 1 to 8 rows of x
-// cost the same. The matrix comes through a pipeline that each warp has for itself; x is normalised
-// on its way to shared memory, for all warps. Then the warps' sums meet in shared memory and, if
-// the columns are spread over several blocks, in global memory, where the block that comes last
-// adds them up, always in the same order.
+// A block multiplies 64 rows of the matrix (with swiglu 32 of gate and the same 32 of up) by a run
+// of columns. In each step its four warps read 128 bytes of each row each, side by side. The matrix
+// is the 16-row operand of the tensor cores, x the 8-column one, taken once or twice: 1 to 8 rows
+// of x cost the same. Each warp loads the matrix through a pipeline of its own; the block loads x
+// into shared memory, normalised where there is a norm. Then the sums of the warps are added in
+// shared memory. If several blocks share the columns, they write their sums to global memory, and
+// the last block adds them in a fixed order.
 #pragma once
 
+#include "keye/last_block.cuh"
 #include "keye/linear_input.cuh"
 
 namespace keye {
 
-// The part of the matrix that a block has. Half 1 follows half 0; with swiglu it is in up.
+// The part of the matrix that a block reads. Half 1 follows half 0; with swiglu half 0 is in gate
+// and half 1 in up.
 struct LinearPart {
     int64_t first_row[2];
-    int num_rows[2];        // of these 32 that there are
-    int first_step, count;  // of kStep columns
+    int num_rows[2];        // rows of each half that exist, up to 32
+    int first_step, count;  // steps of kStep columns
 };
 
-// One stage: 32 rows, of which `visible` exist, at the lane's columns; zeros where there is
-// nothing. A row has its pieces in order, but odd rows have the two halves of 64 bytes swapped:
-// what 8 lanes read at once, 4 pieces of two rows, is in different banks.
+// Copy a stage: 32 rows, of which `visible` exist, zeros for the others and for columns that do not
+// exist. Odd rows have their two halves of 64 bytes swapped, so that the 4 pieces of two rows that
+// 8 lanes read at once lie in different banks.
 template <int kTiles, class T>
 __device__ __forceinline__ void copy_weights(T* stage, const T* at, int64_t stride, int visible,
                                              bool columns_exist, int lane) {
@@ -38,12 +40,12 @@ __device__ __forceinline__ void copy_weights(T* stage, const T* at, int64_t stri
     }
 }
 
-// A dot product may take its columns in any order, if both operands do. So a lane reads 16 bytes of
-// each: they are its columns of two products one after the other, as they lie in memory.
+// A dot product may take its columns in any order, the same for both operands. So a lane reads 16
+// neighbouring bytes of each operand and uses them as its columns of two MMAs.
 template <int kTiles>
 struct LinearSums {
     using Tile = LinearTile<kTiles>;
-    float sums[4][kTiles][4];  // of 16 rows of the matrix and 8 of x each
+    float sums[4][kTiles][4];  // [tile of 16 rows of the matrix][tile of 8 rows of x]
     uint4 x[kTiles][2];
 
     __device__ __forceinline__ void start() {
@@ -53,7 +55,7 @@ struct LinearSums {
         }
     }
 
-    // `tile` at the columns of the warp.
+    // `tile` begins at the columns of the warp.
     template <class T>
     __device__ __forceinline__ void load_x(const T* tile, int lane) {
 #pragma unroll
@@ -63,7 +65,7 @@ struct LinearSums {
         }
     }
 
-    // Rows 32 half and on.
+    // Add the products of a stage, which holds rows 32 half to 32 half + 31.
     template <class T>
     __device__ __forceinline__ void add_stage(const T* stage, int half, int lane) {
         const T* from = stage + lane / 4 * Tile::kColumns;
@@ -108,7 +110,7 @@ __device__ __forceinline__ void add(float (&y)[8], const float4& low, const floa
     }
 }
 
-// y + bias, rounded as a product is.
+// y + bias, rounded to T.
 template <class T>
 __device__ __forceinline__ void add_bias(float (&y)[8], const LinearParams& params,
                                          int64_t channel) {
@@ -122,8 +124,8 @@ __device__ __forceinline__ void add_bias(float (&y)[8], const LinearParams& para
     }
 }
 
-// What follows the product, 8 channels of a row per thread. `sums(y, row, channel)` gives them, by
-// the channel in the tile.
+// Finish the product and write it, 8 channels of a row per thread. `sums(y, row, channel)` sets y
+// to the sums of 8 channels; `channel` counts within the tile.
 template <int kTiles, class T, class Sums>
 __device__ __forceinline__ void write_rows(const LinearParams& params, int64_t tile,
                                            const Sums& sums) {
@@ -195,15 +197,15 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
     const LinearPart part = part_of<kTiles>(params, tile, split);
     const T* weight = static_cast<const T*>(params.weight);
 
-    // The first columns go to L2 while the kernel before ends. It may be the one that wrote them:
-    // what L2 holds is still right then, what a block had read would not be. The lanes of a warp do
-    // this one after the other, so all warps share it.
+    // Prefetch the first columns to L2 while the previous kernel ends. If that kernel writes the
+    // matrix, L2 gets its writes too; a read into registers or shared memory would be stale. A
+    // warp's lanes issue their prefetches one after the other, so all warps share them.
     if (lane < Tile::kRows / Tile::kWarps) {
         const int row = warp % 2 * (Tile::kHalf / 2) + lane, half = warp / 2;
         const int first = part.first_step * Tile::kStep;
         const int columns =
             min(min(part.count * Tile::kStep, Tile::kPrefetched), params.in_features - first);
-        // No index that is not constant: it would put both on the stack.
+        // Indexing by `half` would put the arrays on the stack.
         const int64_t first_row = half == 0 ? part.first_row[0] : part.first_row[1];
         if (row < (half == 0 ? part.num_rows[0] : part.num_rows[1]) && columns > 0) {
             prefetch_to_l2(weight + (first_row + row) * params.stride_weight + first,
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
         lane_rows[half] =
             weight + (part.first_row[half] + lane / 8) * params.stride_weight + lane_column;
     }
-    // Stage number `unit` has half unit % 2 of step unit / 2.
+    // Unit number `unit` is half unit % 2 of step unit / 2. `slot`: the stage that holds it.
     auto copy_unit = [&](int unit, int half, int slot) {
         const int step = unit / 2;
         if (step < part.count) {
@@ -250,12 +252,12 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
     }
     LinearSums<kTiles> sums;
     sums.start();
-    int slot = 0;  // of the stage to add next
+    int slot = 0;  // the stage to add next
     for (int step = 0; step < part.count; ++step) {
         T* x_tile = x_tiles + step / Tile::kStepsPerChunk % 2 * Tile::kXElements;
         if (step % Tile::kStepsPerChunk == 0) {
             input.store(params, x_tile);
-            __syncthreads();  // x is there for all warps, and all are done with the chunk before
+            __syncthreads();  // x is stored, and all warps are done with the previous chunk
             if (step + Tile::kStepsPerChunk < part.count) {
                 input.load(params, first_column + (step + Tile::kStepsPerChunk) * Tile::kStep);
             }
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
         for (int half = 0; half < 2; ++half) {
             constexpr int kAhead = Tile::kStages - 1;
             wait_for_copies<kAhead - 1>();
-            __syncwarp();  // the stage is there for all lanes, and all are done with that before
+            __syncwarp();  // all lanes' copies are there, and all are done with the stage before
             copy_unit(2 * step + half + kAhead, (half + kAhead) % 2, slot == 0 ? kAhead : slot - 1);
             sums.add_stage(pipeline + slot * Tile::kStageElements, half, lane);
             slot = slot == kAhead ? 0 : slot + 1;
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
         write_rows<kTiles, T>(params, tile, sums_of_warps);
         return;
     }
-    const int elements = params.num_rows * Tile::kRows;  // of a split
+    const int elements = params.num_rows * Tile::kRows;  // sums of a split
     float* partial = params.partial + tile * params.num_splits * elements;
     for (int i = threadIdx.x; i < elements / 8; i += Tile::kThreads) {
         float y[8];
@@ -299,18 +301,9 @@ __global__ void __launch_bounds__(LinearTile<kTiles>::kThreads, LinearTile<kTile
         to[1] = make_float4(y[4], y[5], y[6], y[7]);
     }
 
-    // The last block to come here sees the sums of all, and leaves the counter at 0.
-    __threadfence();
-    __syncthreads();
-    const unsigned last = params.num_splits - 1;
-    if (threadIdx.x == 0) {
-        *ticket = atomicInc(params.counters + tile, last);
-    }
-    __syncthreads();
-    if (*ticket != last) {
+    if (!is_last_block(params.counters + tile, params.num_splits, ticket)) {
         return;
     }
-    __threadfence();
     write_rows<kTiles, T>(params, tile, [&](float (&y)[8], int row, int channel) {
         const auto* from = reinterpret_cast<const float4*>(partial + row * Tile::kRows + channel);
         clear(y);

@@ -1,14 +1,16 @@
-// A few rows times a large matrix: what a launch is given.
+// Launch of a few rows times a large matrix.
 #pragma once
 
 #include <cstdint>
 
 namespace keye {
 
-// T is bf16 or fp16. Strides count elements; like all addresses, in_features and width they divide
-// by 16 bytes.
+constexpr int kMaxLinearRows = 16;  // two MMA tiles of 8 columns
+
+// T is bf16 or fp16. Strides count elements. Addresses, and strides, in_features and width in
+// bytes, are multiples of 16.
 struct LinearParams {
-    const void* x;            // [num_rows, in_features] T, up to 16 rows
+    const void* x;            // [num_rows, in_features] T, up to kMaxLinearRows
     const void* weight;       // [width, in_features] T, with swiglu [2 * width, in_features]
     const void* bias;         // [rows of weight] T, or null
     const void* norm_weight;  // [in_features] T, or null: x is normalised before

@@ -1,4 +1,4 @@
-// Sizes of a block of linear, and the way of x into its shared memory, normalised or not.
+// Sizes of a block of linear, and how it loads x into shared memory, with the norm if there is one.
 #pragma once
 
 #include "keye/linear.h"
@@ -6,32 +6,32 @@
 
 namespace keye {
 
-// kTiles: of 8 rows of x.
+// kTiles: number of MMA tiles of 8 rows of x.
 template <int kTiles>
 struct LinearTile {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kBlocksPerSm = 3;
-    static constexpr int kColumns = 64;              // of the matrix, of a warp in a step
-    static constexpr int kStep = kWarps * kColumns;  // of a block
-    static constexpr int kHalf = 32;                 // rows of the matrix that a stage holds
+    static constexpr int kColumns = 64;              // of the matrix, per warp and step
+    static constexpr int kStep = kWarps * kColumns;  // columns per block and step
+    static constexpr int kHalf = 32;                 // rows of the matrix in a stage
     static constexpr int kRows = 2 * kHalf;
-    static constexpr int kStages = 3;  // two of them, 8 KB per warp, on their way
+    static constexpr int kStages = 3;  // two of them, 8 KB per warp, in flight
     static constexpr int kStageElements = kHalf * kColumns;
     static constexpr int kWarpElements = kStages * kStageElements;
     static constexpr int kWarpFloats = kWarpElements / 2;
-    static constexpr int kPrefetched = 512;  // columns asked for before the kernel before has ended
-    // x, in two buffers of kChunk columns. 64 bytes more from row to row: what 8 lanes read at once
-    // is in different banks.
+    static constexpr int kPrefetched = 512;  // columns prefetched before the previous kernel ends
+    // x, in two buffers of kChunk columns. Rows are padded by 64 bytes, so that 8 lanes read from
+    // different banks.
     static constexpr int kXRows = 8 * kTiles;
     static constexpr int kChunk = 512 / kTiles;
     static constexpr int kStepsPerChunk = kChunk / kStep;
     static constexpr int kXStride = kChunk + 32;
     static constexpr int kXElements = kXRows * kXStride;
     static constexpr int kPieces = kChunk / 8;              // 16-byte pieces of a row
-    static constexpr int kRowsAtOnce = kThreads / kPieces;  // that the block takes
+    static constexpr int kRowsAtOnce = kThreads / kPieces;  // rows of x the block loads at once
     static constexpr int kTurns = kXRows / kRowsAtOnce;
-    // The sums of a warp take the place of its pipeline: a row of x, then 64 of the matrix.
+    // A warp's sums reuse the memory of its pipeline, [kXRows, kRows of the matrix].
     static constexpr int kSumStride = kRows + 4;
     static constexpr int kPipelineBytes = kWarps * kWarpElements * 2;
     static constexpr int kXBytes = 2 * kXElements * 2;
@@ -39,7 +39,7 @@ struct LinearTile {
     static_assert(kXRows * kSumStride * sizeof(float) <= kWarpElements * 2);
 };
 
-// What a thread moves of each chunk of x: one piece of several rows. Zeros where there is none.
+// A thread's share of each chunk of x: a 16-byte piece in each of kTurns rows; zeros past the end.
 template <class T, int kTiles>
 struct LinearInput {
     using Tile = LinearTile<kTiles>;
@@ -57,7 +57,7 @@ struct LinearInput {
             x[i] = valid ? load_16(at) : make_uint4(0, 0, 0, 0);
             at += Tile::kRowsAtOnce * params.stride_x;
         }
-        weight = make_uint4(0, 0, 0, 0);  // past the end 0 times what was left there may be NaN
+        weight = make_uint4(0, 0, 0, 0);  // past the end: 0 times an old value may be NaN
         if (params.norm_weight != nullptr && column < params.in_features) {
             weight = load_16(static_cast<const T*>(params.norm_weight) + column);
         }
@@ -83,7 +83,7 @@ struct LinearInput {
     }
 };
 
-// 1 / RMS of each row of x, by a warp each.
+// 1 / RMS of each row of x; a warp computes each row.
 template <class T, int kTiles>
 __device__ __forceinline__ void row_scales(const LinearParams& params, float* scales) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -1,22 +1,24 @@
 // Split-KV attention for decoding, with the splits added up in the same launch.
 //
-// The keys of a sequence are cut into chunks of 16, which never cross a page. A block has one run
-// of chunks of one key/value head; up to 16 of the query heads that share it are the rows of its
-// matrix products. Its warps take chunks in turn, each through a pipeline of its own, so that no
-// warp waits for another before the end. Then the warps' sums meet in shared memory and, if the
-// sequence has several blocks, in global memory, where the block that comes last adds them up.
+// The keys of a sequence are cut into chunks of 16, which never cross a page. A block computes one
+// run of chunks for one key/value head; up to 16 query heads of its group are the rows of its
+// matrix products. The warps take chunks in turn, each through a pipeline of its own, so that no
+// warp waits for another before the end. Then the sums of the warps are added in shared memory. If
+// the sequence has several runs, their blocks write results to global memory, and the last block
+// combines them.
 #pragma once
 
 #include "keye/decode_warp.cuh"
+#include "keye/last_block.cuh"
 #include "keye/paged_decode_attention.h"
 #include "keye/types.cuh"
 
 namespace keye {
 
-// Where the chunks of a warp lie. Lane i looks up the i-th of the next 32: one trip to the table
-// for 32 chunks. Entries past the run of this block are not read.
+// Where the chunks of a warp lie. Lane i looks up chunk i of the next 32, so the block table is
+// read once per 32 chunks. Entries past the run of this block are not read.
 struct ChunkPlaces {
-    int page, row;  // of this lane
+    int page, row;  // of the chunk that this lane looked up
 
     __device__ __forceinline__ void look_up(const int* table, int page_size, int chunk, int end) {
         const int key = chunk * 16;
@@ -24,19 +26,19 @@ struct ChunkPlaces {
         row = key % page_size;
     }
 
-    // Page, and row in it, of the i-th chunk looked up.
+    // (page, row in the page) of chunk i of those looked up.
     __device__ __forceinline__ int2 of(int i) const {
         return make_int2(__shfl_sync(~0u, page, i), __shfl_sync(~0u, row, i));
     }
 };
 
-// 16 rows from `from` to a tile; zeros from row `visible` on, where nothing is read.
+// Copy 16 rows to a tile. Rows from `visible` on are not read; they become zeros.
 template <class T, int kHeadDim>
 __device__ __forceinline__ void copy_rows(T* tile, const T* from, int64_t stride, int visible,
                                           int lane) {
     using Tile = DecodeTile<T, kHeadDim>;
     constexpr int kPieces = Tile::kPieces, kAll = 16 * kPieces;
-    constexpr bool kWholeRows = kWarpSize % kPieces == 0;  // of a step of the warp
+    constexpr bool kWholeRows = kWarpSize % kPieces == 0;  // a step of the warp copies whole rows
     const T* at = from + lane / kPieces * stride + lane % kPieces * 8;
 #pragma unroll
     for (int i = 0; i < (kAll + kWarpSize - 1) / kWarpSize; ++i) {
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     auto* ticket = reinterpret_cast<unsigned*>(stats + Tile::kWarps * Tile::kRows);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
-    // Blocks of the same keys are neighbours: their rows are too, in memory.
+    // Blocks with the same keys are neighbours, as the rows of their heads are in memory.
     const int head_blocks = (params.group + Tile::kRows - 1) / Tile::kRows;
     const int blocks_per_run = params.num_kv_heads * head_blocks;
     const int head_block = blockIdx.x % blocks_per_run;
@@ -79,13 +81,13 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     wait_for_previous_kernel();
     let_next_kernel_start();
 
-    // Which run of chunks is ours follows from the sequence's own length. All runs have work.
+    // The run of this block follows from the sequence's own length. No run is empty.
     const int length = max(min(params.cache_seqlens[batch], params.max_seqlen_k), 0);
     const int num_chunks = (length + Tile::kChunk - 1) / Tile::kChunk;
     const int num_runs = min(params.num_splits, (num_chunks + Tile::kWarps - 1) / Tile::kWarps);
-    T* out = static_cast<T*>(params.out) + batch * params.stride_out +
-             first_head * params.stride_out_head;
-    // Where it is wanted; `value` in base 2.
+    T* out = static_cast<T*>(params.out) + batch * params.out_strides.token +
+             first_head * params.out_strides.head;
+    // Write the log-sum-exp, given in base 2, if it is wanted.
     const auto store_lse = [&](int row, float value) {
         constexpr float kLn2 = 0.6931471805599453f;
         if (params.lse != nullptr) {
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
                 store_lse(threadIdx.x, -INFINITY);
             }
             for (int i = threadIdx.x; i < num_rows * Tile::kPieces; i += Tile::kThreads) {
-                store_16(out + i / Tile::kPieces * params.stride_out_head + i % Tile::kPieces * 8,
+                store_16(out + i / Tile::kPieces * params.out_strides.head + i % Tile::kPieces * 8,
                          make_uint4(0, 0, 0, 0));
             }
         }
@@ -109,14 +111,14 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     const int end = start + per_run + (split < rest ? 1 : 0);
 
     if (warp == 0) {
-        const T* q = static_cast<const T*>(params.q) + batch * params.stride_q +
-                     first_head * params.stride_q_head;
-        copy_rows<T, kHeadDim>(q_tile, q, params.stride_q_head, num_rows, lane);
+        const T* q = static_cast<const T*>(params.q) + batch * params.q_strides.token +
+                     first_head * params.q_strides.head;
+        copy_rows<T, kHeadDim>(q_tile, q, params.q_strides.head, num_rows, lane);
     }
     commit_copies();
 
-    const T* k_cache = static_cast<const T*>(params.k_cache) + kv_head * params.stride_k_head;
-    const T* v_cache = static_cast<const T*>(params.v_cache) + kv_head * params.stride_v_head;
+    const T* k_cache = static_cast<const T*>(params.k_cache) + kv_head * params.k_strides.head;
+    const T* v_cache = static_cast<const T*>(params.v_cache) + kv_head * params.v_strides.head;
     T* pipeline = pipelines + warp * Tile::kWarpElements;
     const int count = max(end - start - warp + Tile::kWarps - 1, 0) / Tile::kWarps;
     ChunkPlaces places{};
@@ -134,11 +136,11 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         T* tile = pipeline + i % Tile::kStages * 2 * Tile::kTileElements;
         const int64_t page = at.x, row = at.y;
         copy_rows<T, kHeadDim>(tile,
-                               k_cache + page * params.stride_k_page + row * params.stride_k_row,
-                               params.stride_k_row, visible_in(i), lane);
+                               k_cache + page * params.k_strides.page + row * params.k_strides.row,
+                               params.k_strides.row, visible_in(i), lane);
         copy_rows<T, kHeadDim>(tile + Tile::kTileElements,
-                               v_cache + page * params.stride_v_page + row * params.stride_v_row,
-                               params.stride_v_row, visible_in(i), lane);
+                               v_cache + page * params.v_strides.page + row * params.v_strides.row,
+                               params.v_strides.row, visible_in(i), lane);
     };
 #pragma unroll
     for (int i = 0; i < Tile::kStages - 1; ++i) {
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         commit_copies();
     }
     wait_for_copies<Tile::kStages - 1>();
-    __syncthreads();  // q is there for all warps
+    __syncthreads();  // q is in shared memory, for all warps
     DecodeWarp<T, kHeadDim> softmax;
     softmax.start();
     softmax.load_q(q_tile, lane);
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         const int ahead = i + Tile::kStages - 1;
         const int2 at = ahead < count ? place_of(ahead) : make_int2(0, 0);
         wait_for_copies<Tile::kStages - 2>();
-        __syncwarp();  // chunk i is there for all lanes, and all are done with chunk i - 1
+        __syncwarp();  // all lanes' copies of chunk i are there, and all are done with chunk i - 1
         if (ahead < count) {
             copy_chunk(ahead, at);
         }
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
     softmax.store(reinterpret_cast<float*>(pipeline), stats + warp * Tile::kRows, lane);
     __syncthreads();
 
-    // The warps' sums, 8 channels of a row per thread.
+    // Add the sums of the warps, 8 channels of a row per thread.
     const bool whole = num_runs == 1;
     const int64_t block = batch * blocks_per_run + head_block;
     const int64_t first_partial = block * params.num_splits * Tile::kRows;
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
             sums[j] /= weight;
         }
         if (whole) {
-            store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+            store_16(out + row * params.out_strides.head + piece * 8, pack_8<T>(sums));
             if (piece == 0) {
                 store_lse(row, peak + log2f(weight));
             }
@@ -215,18 +217,9 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         return;
     }
 
-    // The last block to come here sees the sums of all, and leaves the counter at 0.
-    __threadfence();
-    __syncthreads();
-    const unsigned last = num_runs - 1;
-    if (threadIdx.x == 0) {
-        *ticket = atomicInc(params.counters + block, last);
-    }
-    __syncthreads();
-    if (*ticket != last) {
+    if (!is_last_block(params.counters + block, num_runs, ticket)) {
         return;
     }
-    __threadfence();
     float* lse = reinterpret_cast<float*>(pipelines);  // [num_runs, 16]
     for (int i = threadIdx.x; i < num_runs * Tile::kRows; i += Tile::kThreads) {
         if (i % Tile::kRows < num_rows) {
@@ -259,7 +252,7 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim>::kThreads,
         for (int j = 0; j < 8; ++j) {
             sums[j] /= weight;
         }
-        store_16(out + row * params.stride_out_head + piece * 8, pack_8<T>(sums));
+        store_16(out + row * params.out_strides.head + piece * 8, pack_8<T>(sums));
         if (piece == 0) {
             store_lse(row, peak + log2f(weight));
         }

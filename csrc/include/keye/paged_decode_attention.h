@@ -1,11 +1,13 @@
-// Attention of one new token per sequence over a paged key/value cache: what a launch is given.
+// Launch of attention of one new token per sequence over a paged key/value cache.
 #pragma once
 
 #include <cstdint>
 
+#include "keye/shapes.h"
+
 namespace keye {
 
-// T is bf16 or fp16. Strides count elements, and like all addresses they divide by 16 bytes.
+// T is bf16 or fp16. Strides count elements. Addresses, and strides in bytes, are multiples of 16.
 struct PagedDecodeAttentionParams {
     const void* q;             // [batch_size, num_kv_heads * group, head_dim] T
     const void* k_cache;       // [num_pages, page_size, num_kv_heads, head_dim] T
@@ -17,11 +19,10 @@ struct PagedDecodeAttentionParams {
     float* partial_out;        // [blocks of heads, num_splits, 16, head_dim]; unused with one split
     float* partial_lse;        // [blocks of heads, num_splits, 16], base 2
     unsigned* counters;        // [blocks of heads], 0 before and after; unused with one split
-    int64_t stride_q, stride_q_head;
-    int64_t stride_k_page, stride_k_row, stride_k_head;
-    int64_t stride_v_page, stride_v_row, stride_v_head;
+    HeadStrides q_strides;
+    CacheStrides k_strides, v_strides;
     int64_t stride_table;
-    int64_t stride_out, stride_out_head;
+    HeadStrides out_strides;
     int64_t stride_lse;
     int batch_size, num_kv_heads, group;
     int page_size;  // a multiple of 16
@@ -30,6 +31,7 @@ struct PagedDecodeAttentionParams {
     float scale;  // softmax_scale * log2(e)
 };
 
+using DecodeHeadDims = HeadDims<64, 72, 80, 128>;
 constexpr int kMaxSplits = 128;
 
 // `overlap`: see launch.cuh. Throws std::runtime_error if the launch fails.

@@ -1,9 +1,9 @@
-// QK-norm, 3D rotary embedding and paged cache write, one read and one write of every byte.
+// QK-norm, 3D rotary embedding and paged cache write: every byte is read once and written once.
 //
-// A lane has 8 channels of the first half of a head and their partners of the second: 16-byte
-// accesses, a rotation within the lane, and a norm over the few lanes that share the head. A warp
-// has several heads of one token side by side and goes on with the next ones, so that the angles
-// are computed once; for few tokens many warps share a token.
+// A lane holds 8 channels of the first half of a head and their partners in the second half. So it
+// accesses 16 bytes at a time and rotates by itself; the norm is a sum over the few lanes of a
+// head. A warp takes several heads of one token at a time, then the next ones with the same angles.
+// With few tokens, several warps share a token.
 #pragma once
 
 #include "keye/qk_norm_mrope_store.h"
@@ -17,17 +17,17 @@ struct StoreTile {
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 512);
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kUsedLanes = kHeadDim / 16;  // of a head
+    static constexpr int kUsedLanes = kHeadDim / 16;  // lanes per head that hold channels
     static constexpr int kLanes = kUsedLanes <= 1   ? 1
                                   : kUsedLanes <= 2 ? 2
                                   : kUsedLanes <= 4 ? 4
                                   : kUsedLanes <= 8 ? 8
                                                     : 16;
-    static constexpr int kHeads = kWarpSize / kLanes;  // of a warp at a time
-    static constexpr int kBatch = 4;                   // loads of so many come first
+    static constexpr int kHeads = kWarpSize / kLanes;  // heads that a warp takes at a time
+    static constexpr int kBatch = 4;                   // times kHeads: heads loaded at once
 };
 
-// 8 pairs of channels of a head, as they lie in memory.
+// 8 pairs of channels of a head, packed as in memory.
 struct Pairs {
     uint4 low, high;
 };
@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_pairs(T* head, const Pairs& pairs) {
     store_16(head + kHeadDim / 2, pairs.high);
 }
 
-// Word by word: `?:` on a struct would choose between addresses, so that both lie on the stack.
+// Word by word: `?:` on a struct selects between addresses, which puts both structs on the stack.
 __device__ __forceinline__ uint4 select(bool first, const uint4& a, const uint4& b) {
     return make_uint4(first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w);
 }
@@ -51,7 +51,7 @@ __device__ __forceinline__ Pairs select(bool first, const Pairs& a, const Pairs&
     return {select(first, a.low, b.low), select(first, a.high, b.high)};
 }
 
-// RMSNorm with its two roundings, then the rotation, rounded once. Lanes without channels hold 0.
+// RMSNorm, rounded twice, then the rotation, rounded once. Lanes without channels hold zeros.
 template <int kHeadDim, class T>
 __device__ __forceinline__ Pairs normalise_and_turn(const Pairs& pairs, const Pairs& weight,
                                                     const float2 (&turns)[8], float eps) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ Pairs normalise_and_turn(const Pairs& pairs, const Pa
     for (int i = 0; i < 8; ++i) {
         const float x = rounded<T>(rounded<T>(low[i] * scale) * weight_low[i]);
         const float y = rounded<T>(rounded<T>(high[i] * scale) * weight_high[i]);
-        // Not contracted: products and sums are rounded one by one in the definition.
+        // Without fused multiply-add: the definition rounds each product and sum.
         const float cos = turns[i].x, sin = turns[i].y;
         low[i] = __fsub_rn(__fmul_rn(x, cos), __fmul_rn(y, sin));
         high[i] = __fadd_rn(__fmul_rn(y, cos), __fmul_rn(x, sin));
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(StoreTile<kHeadDim>::kThreads)
     let_next_kernel_start();
 
     const T* qkv = static_cast<const T*>(params.qkv) + token * params.stride_qkv + first_pair;
-    const int step = params.num_splits * Tile::kHeads;  // heads from one turn to the next
+    const int step = params.num_splits * Tile::kHeads;  // heads from one iteration to the next
     const int first = split * Tile::kHeads + head_in_warp;
     Pairs q_weight{}, k_weight{};
     if (used) {
@@ -123,13 +123,13 @@ __global__ void __launch_bounds__(StoreTile<kHeadDim>::kThreads)
         turns[i] = cos_sin(__fmul_rn(position, used ? params.frequencies[pair] : 0.0f));
     }
     const int64_t page = slot / params.page_size, row = slot % params.page_size;
-    T* out = static_cast<T*>(params.out) + token * params.stride_out + first_pair;
-    T* k_row = static_cast<T*>(params.k_cache) + page * params.stride_k_page +
-               row * params.stride_k_row + first_pair;
-    T* v_row = static_cast<T*>(params.v_cache) + page * params.stride_v_page +
-               row * params.stride_v_row + first_pair;
+    T* out = static_cast<T*>(params.out) + token * params.out_strides.token + first_pair;
+    T* k_row = static_cast<T*>(params.k_cache) + page * params.k_strides.page +
+               row * params.k_strides.row + first_pair;
+    T* v_row = static_cast<T*>(params.v_cache) + page * params.v_strides.page +
+               row * params.v_strides.row + first_pair;
 
-    // Every lane takes part in the exchanges of its warp, also where its head is past the last one.
+    // Lanes past the last head stay in the loop: the shuffles need all lanes of the warp.
     for (int start = first; start - head_in_warp < num_rows; start += Tile::kBatch * step) {
         Pairs pairs[Tile::kBatch];
 #pragma unroll
@@ -141,18 +141,18 @@ __global__ void __launch_bounds__(StoreTile<kHeadDim>::kThreads)
 #pragma unroll
         for (int i = 0; i < Tile::kBatch; ++i) {
             const int head = start + i * step;
-            // Of the whole warp alike. A warp of v heads needs no norm.
+            // The same for the whole warp. A warp with v heads only needs no norm.
             if (head - head_in_warp < first_v) {
                 const Pairs turned = normalise_and_turn<kHeadDim, T>(
                     pairs[i], select(head < first_k, q_weight, k_weight), turns, params.eps);
                 pairs[i] = select(head < first_v, turned, pairs[i]);
             }
             if (used && head < first_k) {
-                store_pairs<kHeadDim>(out + head * params.stride_out_head, pairs[i]);
+                store_pairs<kHeadDim>(out + head * params.out_strides.head, pairs[i]);
             } else if (used && slot >= 0 && head < first_v) {
-                store_pairs<kHeadDim>(k_row + (head - first_k) * params.stride_k_head, pairs[i]);
+                store_pairs<kHeadDim>(k_row + (head - first_k) * params.k_strides.head, pairs[i]);
             } else if (used && slot >= 0 && head < num_rows) {
-                store_pairs<kHeadDim>(v_row + (head - first_v) * params.stride_v_head, pairs[i]);
+                store_pairs<kHeadDim>(v_row + (head - first_v) * params.v_strides.head, pairs[i]);
             }
         }
     }

@@ -1,12 +1,22 @@
-// bf16 and fp16: conversions, and 8 of them as the 16 bytes that one access moves.
+// bf16 and fp16: conversions, and accesses of 8 elements, 16 bytes, at once.
 #pragma once
 
 #include "keye/intrinsics.cuh"
 
 namespace keye {
 
-// By the `dtype` argument of the launchers.
+// Values of the launchers' `dtype` argument.
 enum class Dtype : int { kBf16 = 0, kFp16 = 1 };
+
+// Call `run` with a zero of the type that `dtype` names.
+template <class Run>
+void with_dtype(int dtype, const Run& run) {
+    if (static_cast<Dtype>(dtype) == Dtype::kBf16) {
+        run(bf16{});
+    } else {
+        run(fp16{});
+    }
+}
 
 __device__ __forceinline__ float to_float(bf16 x) {
     return __bfloat162float(x);
@@ -26,13 +36,13 @@ __device__ __forceinline__ fp16 from_float<fp16>(float x) {
     return __float2half_rn(x);
 }
 
-// Rounded to T and back.
+// Round to T and convert back.
 template <class T>
 __device__ __forceinline__ float rounded(float x) {
     return to_float(from_float<T>(x));
 }
 
-// Two of T in a register, the first in the low half, as tensor cores take them.
+// Two elements of T in a register, the first in the low half, as tensor cores take them.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <>
@@ -57,7 +67,7 @@ __device__ __forceinline__ float2 unpack<fp16>(uint32_t both) {
     return __half22float2(*reinterpret_cast<const __half2*>(&both));
 }
 
-// 8 elements of T in 16 bytes, to and from fp32.
+// Convert 8 elements of T, packed in 16 bytes, to and from fp32.
 template <class T>
 __device__ __forceinline__ void unpack_8(float (&out)[8], uint4 packed) {
     const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};

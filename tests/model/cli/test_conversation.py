@@ -195,7 +195,7 @@ def test_an_attachment_that_breaks_later_is_dropped_and_the_others_wait(talk, me
         None,
     ]
     assert f"{describe(str(photo))} is dropped" in done.err
-    assert "what is attached waits for the next message; /undo drops the last" in done.err
+    assert "attachments are kept for the next message; /undo drops the last one" in done.err
     assert "photo.png" in next(li for li in done.err.splitlines() if li.startswith("keye: error: "))
 
 
@@ -222,7 +222,7 @@ def test_a_failed_or_stopped_answer_leaves_the_conversation_sane(talk, media):
     assert done.out == "said\nso far\nall\n"
     assert done.err.count("(stopped)") == 2
     assert "keye: error: out of memory" in done.err
-    assert done.err.count("what is attached waits for the next message") == 2
+    assert done.err.count("attachments are kept for the next message") == 2
     assert done.status == 0
 
 

@@ -127,4 +127,4 @@ def test_a_pass_neither_reads_nor_uploads():
         tower = KeyeVisionModel(tiny.tiny_keye(PREVIEW).config).requires_grad_(False)
     batch = VisionBatch(tower)
     with OnlyMeta():
-        batch._step(tower, 64, 2)
+        batch._forward(tower, 64, 2)

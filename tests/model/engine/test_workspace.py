@@ -20,7 +20,7 @@ from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine import cuda_graph, decode_batch
 from keye_model.engine.cuda_graph import why_no_graphs
 from keye_model.engine.decode_batch import DecodeBatch
-from keye_model.engine.plan import Limits
+from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import SamplingParams
 from keye_model.engine.scheduler import Scheduler
 from keye_model.engine.vision_batch import VisionBatch
@@ -191,7 +191,7 @@ def take(workspaces, model, num_pages=1, max_pages=2**31):
 
 
 @uses_recorder
-def test_a_runner_is_kept_for_the_next_run(model):
+def test_a_workspace_is_kept_for_the_next_run(model):
     workspaces = WorkspacePool()
     assert workspaces.idle_bytes == 0
     first = take(workspaces, model)

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from keye_model.processing import video_processor as video
 from keye_model.processing.budget import TokenBudget
 from keye_model.processing.patches import Frame
+from keye_model.processing.rules import v1_5
 from keye_model.processing.video_file import VideoFile
 from tests.model.processing.messages import film_of, image, text_item, user
 
@@ -86,7 +86,7 @@ def test_preview_video_of_which_nothing_fits(preview, film):
 
 
 def test_1_5_video_is_refused_before_it_is_resized(processors, film, monkeypatch):
-    monkeypatch.setattr(video, "resize_bilinear", lambda *_: pytest.fail("resized"))
+    monkeypatch.setattr(v1_5, "resize_bilinear", lambda *_: pytest.fail("resized"))
     with pytest.raises(ValueError, match=r"film\.mp4' with 24 frames; a lower video_total_pixels"):
         processors["1.5"].request(user(film), max_tokens=500)
 

@@ -11,6 +11,7 @@ from keye_model.processing.chat import (
     parse_answer,
     vision_items,
 )
+from keye_model.processing.rules import PREVIEW, V1_5
 from keye_model.processing.template import DEFAULT_TEMPLATE, render
 from tests.model.processing.messages import CONVERSATIONS
 
@@ -29,7 +30,7 @@ def _text(text):
 
 
 def _normalized(*messages, sources=False):
-    return normalize_messages(messages, reserved=RESERVED, sources=sources, version="1.0")
+    return normalize_messages(messages, reserved=RESERVED, sources=sources, rules=PREVIEW)
 
 
 def _rendered(*messages, **options):
@@ -130,7 +131,7 @@ def test_render_vision_ids_count_over_the_conversation():
 )
 def test_bad_messages(messages, error, message):
     with pytest.raises(error, match=message):
-        normalize_messages(messages, reserved=(), sources=False, version="1.0")
+        normalize_messages(messages, reserved=(), sources=False, rules=PREVIEW)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -164,7 +165,7 @@ def test_other_keys_of_a_message_are_refused(key):
 def test_keys_and_roles_that_the_template_reads():
     turn = {"role": "tool", "content": "4", "name": "add", "meta": {"a": (1, 2.5, None, True)}}
     keys, roles = {"role", "name", "meta", "images", "image", "text"}, {"tool", "image"}
-    options = {"reserved": RESERVED, "sources": False, "version": "1.0"}
+    options = {"reserved": RESERVED, "sources": False, "rules": PREVIEW}
     options |= {"keys": keys, "roles": roles}
     expected = {"role": "tool", "content": "4", "name": "add", "meta": {"a": [1, 2.5, None, True]}}
     assert normalize_messages([turn], **options) == [expected]
@@ -209,7 +210,7 @@ def test_special_tokens_in_text_are_refused(content, role):
 
 @pytest.mark.parametrize("role", ["system", "user"])
 def test_marks_in_text_are_the_assistants_alone(role):
-    options = {"reserved": RESERVED, "marks": ("<|frame|>",), "sources": True, "version": "1.5"}
+    options = {"reserved": RESERVED, "marks": ("<|frame|>",), "sources": True, "rules": V1_5}
     content = [_text("a <|fra"), _text("me|> b")]
     answer = [{"role": "assistant", "content": content}]
     assert normalize_messages(answer, **options) == answer

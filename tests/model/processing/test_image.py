@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from keye_model.processing.image import (
-    MAX_PIXELS,
     MIN_PIXELS,
     fetch_image,
     helper_size,
@@ -18,6 +17,7 @@ from keye_model.processing.image import (
     patchify,
     processor_size,
 )
+from keye_model.processing.rules import PREVIEW, V1_5, of
 from tests.model.processing.messages import unpatchify
 
 # original, after the helper of 1.0.0, after the processor with min_pixels 102400, tokens of that,
@@ -47,12 +47,12 @@ def _tokens(size):
 
 @pytest.mark.parametrize(("original", "helper", "final", "few", "many", "new"), SIZES, ids=SIZE_IDS)
 def test_size_published_path(original, helper, final, few, many, new):
-    first = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.0"])
+    first = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=PREVIEW.max_pixels)
     assert first == helper
     second = processor_size(*first, min_pixels=102400, max_pixels=1003520)
     assert (second, _tokens(second)) == (final, few)
     assert _tokens(processor_size(*first, min_pixels=3136, max_pixels=1003520)) == many
-    alone = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS["1.5"])
+    alone = helper_size(*original, min_pixels=MIN_PIXELS, max_pixels=V1_5.max_pixels)
     assert _tokens(alone) == new
 
 
@@ -68,9 +68,9 @@ def test_size_processor_without_helper(row, min_pixels):
 
 def test_size_small_side_is_not_enlarged_by_1_5():
     bounds = {"min_pixels": 3136, "max_pixels": 1003520}
-    assert processor_size(20, 100, **bounds, version="1.0") == (28, 140)
-    assert processor_size(20, 100, **bounds, version="1.5") == (28, 112)
-    assert processor_size(100, 20, **bounds, version="1.0") == (140, 28)
+    assert processor_size(20, 100, **bounds, enlarge_small=True) == (28, 140)
+    assert processor_size(20, 100, **bounds, enlarge_small=False) == (28, 112)
+    assert processor_size(100, 20, **bounds, enlarge_small=True) == (140, 28)
 
 
 @pytest.mark.parametrize(("pixels", "expected"), [(42, 56), (70, 56), (98, 112)])
@@ -91,7 +91,7 @@ def test_size_ties_round_to_even(pixels, expected):
     ids=str,
 )
 def test_size_at_the_default_bounds(original, version, expected):
-    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS[version]}
+    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": of(version).max_pixels}
     assert helper_size(*original, **bounds) == expected
 
 
@@ -137,15 +137,17 @@ def test_size_processor_refuses_to_lose_a_side():
 def test_size_bounds_and_multiples(height, width, version):
     if max(height, width) > 200 * min(height, width):
         return
-    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS[version]}
+    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": of(version).max_pixels}
     high, wide = helper_size(height, width, **bounds)
     assert high % 28 == wide % 28 == 0
-    assert MIN_PIXELS <= high * wide <= MAX_PIXELS[version] or min(high, wide) == 28
+    assert MIN_PIXELS <= high * wide <= of(version).max_pixels or min(high, wide) == 28
     if max(high, wide) <= 200 * min(high, wide):
         assert helper_size(high, wide, **bounds) == (high, wide)
     bounds = {"min_pixels": 102400, "max_pixels": 1003520}
     if min(height, width) >= 28:
-        high, wide = processor_size(height, width, **bounds, version=version)
+        high, wide = processor_size(
+            height, width, **bounds, enlarge_small=of(version).enlarge_small
+        )
         assert high % 28 == wide % 28 == 0
         assert min(high, wide) >= 28
         assert high * wide <= 1003520
@@ -197,7 +199,7 @@ def test_patches_statistics_differ_by_channel():
 
 def test_fetch_image_published_sizes_and_filter():
     image = Image.fromarray(_noise(98, 60))
-    got = fetch_image({"image": image}, version="1.0")
+    got = fetch_image({"image": image}, PREVIEW)
     assert np.array_equal(np.array(got), np.array(image.resize((56, 112), Image.BICUBIC)))
 
 
@@ -212,7 +214,7 @@ def test_fetch_image_published_sizes_and_filter():
     ids=["min", "max", "resized", "half_resized"],
 )
 def test_fetch_image_item_keys(keys, size):
-    image = fetch_image({"image": _noise(98, 98), **keys}, version="1.5")
+    image = fetch_image({"image": _noise(98, 98), **keys}, V1_5)
     assert (image.height, image.width) == size
 
 
@@ -220,7 +222,7 @@ def test_fetch_image_item_keys(keys, size):
 def test_fetch_image_where_the_source_stands(key):
     pixels = _noise(56, 56)
     for source in (pixels, {"url": pixels}):
-        image = fetch_image({"type": "image", key: source}, version="1.0")
+        image = fetch_image({"type": "image", key: source}, PREVIEW)
         assert np.array_equal(np.array(image), pixels)
 
 
@@ -228,23 +230,23 @@ def test_fetch_image_where_the_source_stands(key):
 def test_fetch_image_alpha_by_release(version, value):
     rgba = np.full((56, 56, 4), 7, np.uint8)
     rgba[..., 3] = 0
-    assert np.array(fetch_image({"image": rgba}, version=version))[0, 0].tolist() == [value] * 3
+    assert np.array(fetch_image({"image": rgba}, of(version)))[0, 0].tolist() == [value] * 3
 
 
 def test_fetch_image_ratio_names_the_source(tmp_path):
     path = tmp_path / "line.png"
     Image.fromarray(_noise(1, 201)).save(path)
     with pytest.raises(ValueError, match=r"image '.*/line\.png': .* 200 times .* got 1x201"):
-        fetch_image({"image": str(path)}, version="1.0")
+        fetch_image({"image": str(path)}, PREVIEW)
 
 
 def test_fetch_image_bounds_that_exclude_each_other():
     item = {"image": _noise(56, 56), "max_pixels": 784}
-    assert fetch_image(item, version="1.0").size == (28, 28)
+    assert fetch_image(item, PREVIEW).size == (28, 28)
     with pytest.raises(ValueError, match="min_pixels must be at most max_pixels, got 785 and 784"):
-        fetch_image(item | {"min_pixels": 785}, version="1.0")
+        fetch_image(item | {"min_pixels": 785}, PREVIEW)
 
 
 def test_fetch_image_no_source():
     with pytest.raises(ValueError, match=r"must have 'image' or 'image_url', got \['type'\]"):
-        fetch_image({"type": "image"}, version="1.0")
+        fetch_image({"type": "image"}, PREVIEW)

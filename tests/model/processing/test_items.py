@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from keye_model.processing.items import checked_item, kind_of
+from keye_model.processing.rules import PREVIEW, V1_5, of
 from keye_model.processing.video_processor import KeyeVideoProcessor
 from tests.model.processing.messages import picture, user
 
@@ -41,7 +42,7 @@ FRAMES = [picture(), picture()]
 )
 def test_bad_keys(version, kind, item, message):
     with pytest.raises(ValueError, match=rf"^here.*{message}"):
-        checked_item(item, "video" if kind == "frames" else kind, "here", version)
+        checked_item(item, "video" if kind == "frames" else kind, "here", of(version))
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -50,7 +51,10 @@ def test_bad_keys(version, kind, item, message):
 def test_where_a_source_may_stand(kind, key, nested):
     key = key.format(kind)
     found = checked_item(
-        {"type": kind, key: {"url": "QUJD"} if nested else "QUJD", "max_pixels": 9}, kind, "", "1.0"
+        {"type": kind, key: {"url": "QUJD"} if nested else "QUJD", "max_pixels": 9},
+        kind,
+        "",
+        PREVIEW,
     )
     source = "data:application/octet-stream;base64,QUJD" if key == "base64" else "QUJD"
     assert found == {"type": kind, kind: source, "max_pixels": 9}
@@ -58,11 +62,11 @@ def test_where_a_source_may_stand(kind, key, nested):
 
 @pytest.mark.parametrize("url", ["data:image/png;base64,QUJD", " DATA:;base64,QUJD"])
 def test_base64_may_be_a_data_url(url):
-    assert checked_item({"type": "image", "base64": url}, "image", "", "1.0")["image"] == url
+    assert checked_item({"type": "image", "base64": url}, "image", "", PREVIEW)["image"] == url
 
 
 def test_base64_may_be_bytes():
-    item = checked_item({"type": "image", "base64": b"QUJD"}, "image", "", "1.0")
+    item = checked_item({"type": "image", "base64": b"QUJD"}, "image", "", PREVIEW)
     assert item["image"] == "data:application/octet-stream;base64,QUJD"
 
 
@@ -73,15 +77,15 @@ def test_base64_may_be_bytes():
 def test_a_source_is_named_once(kind, names):
     first, second = (name.format(kind) for name in names)
     with pytest.raises(ValueError, match=f"must name its source once, got {first} and {second}"):
-        checked_item({"type": kind, first: "a", second: "a"}, kind, "here", "1.0")
-    assert checked_item({"type": kind, first: "a", second: None}, kind, "", "1.5")[kind]
+        checked_item({"type": kind, first: "a", second: "a"}, kind, "here", PREVIEW)
+    assert checked_item({"type": kind, first: "a", second: None}, kind, "", V1_5)[kind]
 
 
 def test_frames_name_their_sources_as_pictures_do():
     frames = [{"type": "image", "path": "a"}, {"image": "b", "url": None}]
-    assert checked_item({"video": frames}, "video", "", "1.0")["video"] == frames
+    assert checked_item({"video": frames}, "video", "", PREVIEW)["video"] == frames
     with pytest.raises(ValueError, match=r"\['video'\]\[0\] must name its source once, got image"):
-        checked_item({"video": [{"image": "a", "url": "b"}]}, "video", "here", "1.0")
+        checked_item({"video": [{"image": "a", "url": "b"}]}, "video", "here", PREVIEW)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_frames_name_their_sources_as_pictures_do():
 def test_what_an_item_is(item, kind):
     assert kind_of(item, "here") == kind
     source = {kind: "a"} if item != {"type": "image"} else {}
-    assert checked_item(item, kind, "here", "1.0") == {"type": kind} | source
+    assert checked_item(item, kind, "here", PREVIEW) == {"type": kind} | source
 
 
 @pytest.mark.parametrize(
@@ -160,18 +164,18 @@ def test_videos_are_read_wherever_they_stand(processor, make_video, tmp_path, ke
 @pytest.mark.parametrize("kind", ["text", "image", "video"])
 def test_habits_of_other_interfaces_are_passed_over(kind):
     item = {"type": f"{kind}_url", kind: "a", "detail": "high", "cache_control": {}, "size": None}
-    assert checked_item(item, kind, "here", "1.0") == {"type": kind, kind: "a"}
+    assert checked_item(item, kind, "here", PREVIEW) == {"type": kind, kind: "a"}
     if kind != "text":
         nested = {f"{kind}_url": {"url": "a", "detail": "low"}}
-        assert checked_item(nested, kind, "here", "1.0")["type"] == kind
+        assert checked_item(nested, kind, "here", PREVIEW)["type"] == kind
 
 
 def test_every_key_is_known_to_its_line():
     file = {"video": "a", "fps": 1, "max_frames": 4, "video_start": 0, "min_pixels": 1}
     preview = {"min_frames": 2, "total_pixels": 1, "resized_height": 28, "resized_width": 28}
     new = {"video_total_pixels": 1, "min_frame_similarity": 0.5}
-    assert checked_item(file | preview, "video", "", "1.0") == file | preview | {"type": "video"}
-    assert checked_item(file | new, "video", "", "1.5") == file | new | {"type": "video"}
+    assert checked_item(file | preview, "video", "", PREVIEW) == file | preview | {"type": "video"}
+    assert checked_item(file | new, "video", "", V1_5) == file | new | {"type": "video"}
 
 
 def test_request_checks_before_it_loads(processor):

@@ -40,7 +40,7 @@ def test_image_request(processor):
 def test_image_goes_through_both_resizes(preview):
     item = image(98, 200, max_pixels=6272)
     request = preview.request(user(item))
-    helped = fetch_image(item, version="1.0")
+    helped = fetch_image(item, preview.rules)
     expected = preview.image_processor.patches(helped)
     assert request.image_grid_thw == (expected.grid_thw,)
     assert torch.equal(request.pixel_values, expected.pixels)

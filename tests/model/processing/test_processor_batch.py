@@ -54,9 +54,8 @@ def test_whole_job_equals_its_parts(processor):
         user(text_item("Two"), image(30, 400), image(56, 56, max_pixels=784)),
     ]
     options = {"add_generation_prompt": True}
-    version = processor.config.variant.video_version
     images = [
-        fetch_image(item, version=version)
+        fetch_image(item, processor.rules)
         for messages in conversations
         for item in messages[0]["content"]
         if item["type"] == "image"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.engine.sampling import GenerationDefaults
+from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.processing.processor import KeyeProcessor
 from tests.model.processing.messages import (
     LINES,
@@ -84,7 +84,7 @@ def test_padding_and_end_without_their_file(copied):
     (copied / "generation_config.json").unlink()
     _edit(copied, "config.json", eos_token_id=published.eos[0])
     assert KeyeProcessor.from_pretrained(copied).token_ids == published
-    defaults = GenerationDefaults.from_directory(copied)
+    defaults = GenerationDefaults.from_pretrained(copied)
     assert (defaults.eos_token_ids, defaults.pad_token_id) == (published.eos, published.pad)
 
 

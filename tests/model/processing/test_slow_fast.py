@@ -273,7 +273,7 @@ def _helper_size(height, width, low, high):
         ((720, 1280), {"min_pixels": 128 * 784, "max_pixels": 256 * 784}, 256),
         # Small enough for the fast bound of 48 tokens, so the minimum rules and it grows past it.
         ((140, 224), {"min_pixels": 128 * 784}, 768),
-        ((720, 1280), {"total_pixels": 50 * 784}, 48),
+        ((720, 1280), {"video_total_pixels": 50 * 784}, 48),
     ],
     ids=["min", "max", "crossed", "small", "budget"],
 )
@@ -282,7 +282,7 @@ def test_frame_sizes_options(size, options, slow_tokens):
     slow = _helper_size(*size, least, slow_tokens * 784)
     fast_tokens = max(int(0.3 * (slow[0] * slow[1] / 784)), 48)
     fast = _helper_size(*size, least, fast_tokens * 784)
-    assert frame_sizes(*size, 1, 1, **options) == (*slow, *fast)
+    assert frame_sizes(*size, 1, 1, options) == (*slow, *fast)
 
 
 def test_resize_bilinear_layouts_agree():
@@ -301,9 +301,9 @@ def test_resize_bilinear_layouts_agree():
 
 def test_frame_sizes_that_could_only_exhaust_the_memory():
     with pytest.raises(ValueError, match=r"must have at most 131072 tokens \(a whole context\)"):
-        frame_sizes(720, 1280, 1, 0, min_pixels=10**12)
+        frame_sizes(720, 1280, 1, 0, {"min_pixels": 10**12})
     with pytest.raises(ValueError, match="a video must have at most 1048576 tokens"):
-        frame_sizes(720, 1280, 600, 0, min_pixels=2_000_000)
+        frame_sizes(720, 1280, 600, 0, {"min_pixels": 2_000_000})
     # 48 tokens each, as long as the budget is less: 48 x 21845 = 1048560.
     frame_sizes(168, 224, 1845, 20000)
     with pytest.raises(ValueError, match=r"a video must .* got 1048608: lower min_pixels"):

@@ -5,7 +5,9 @@ import json
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.processing.chat import normalize_messages
+from keye_model.processing.rules import PREVIEW
 from keye_model.processing.template import (
     DEFAULT_TEMPLATE,
     choose_template,
@@ -27,7 +29,7 @@ TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "image_token"
 
 def _normalized(*messages, template=""):
     keys, roles = template_reads(template)
-    options = {"reserved": RESERVED, "sources": False, "version": "1.0"}
+    options = {"reserved": RESERVED, "sources": False, "rules": PREVIEW}
     return normalize_messages(messages, keys=keys, roles=roles, **options)
 
 
@@ -293,7 +295,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused():
 
 
 def test_special_tokens_of_the_files(tmp_path):
-    assert special_tokens(tmp_path) == {}
+    assert special_tokens(Checkpoint.at(tmp_path)) == {}
     (tmp_path / "special_tokens_map.json").write_text(
         json.dumps({"eos_token": "old", "unk_token": {"content": "<unk>", "lstrip": False}})
     )
@@ -309,7 +311,7 @@ def test_special_tokens_of_the_files(tmp_path):
             }
         )
     )
-    assert special_tokens(tmp_path) == {
+    assert special_tokens(Checkpoint.at(tmp_path)) == {
         "eos_token": "<|im_end|>",
         "unk_token": "<unk>",
         "pad_token": "<|endoftext|>",
@@ -318,37 +320,37 @@ def test_special_tokens_of_the_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         '{"extra_special_tokens": {"image_token": "<|image_pad|>"}}'
     )
-    assert special_tokens(tmp_path)["image_token"] == "<|image_pad|>"
+    assert special_tokens(Checkpoint.at(tmp_path))["image_token"] == "<|image_pad|>"
 
 
 def test_template_of_the_checkpoint_goes_first(tmp_path):
-    assert read_template(tmp_path) == DEFAULT_TEMPLATE
+    assert read_template(Checkpoint.at(tmp_path)) == DEFAULT_TEMPLATE
     (tmp_path / "chat_template.jinja").write_text("jinja")
-    assert read_template(tmp_path) == "jinja"
+    assert read_template(Checkpoint.at(tmp_path)) == "jinja"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "json"}')
-    assert read_template(tmp_path) == "json"
+    assert read_template(Checkpoint.at(tmp_path)) == "json"
 
 
 def test_template_file_must_hold_a_string(tmp_path):
     (tmp_path / "chat_template.json").write_text('{"chat_template": ["a"]}')
     with pytest.raises(ValueError, match="must hold the string 'chat_template', got list"):
-        read_template(tmp_path)
+        read_template(Checkpoint.at(tmp_path))
 
 
 def test_templates_by_name(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("first")
     folder = tmp_path / "additional_chat_templates"
     folder.mkdir()
-    assert read_template(tmp_path) == "first"
+    assert read_template(Checkpoint.at(tmp_path)) == "first"
     (folder / "tool_use.jinja").write_text("with tools")
     named = {"default": "first", "tool_use": "with tools"}
-    assert read_template(tmp_path) == named
+    assert read_template(Checkpoint.at(tmp_path)) == named
     (tmp_path / "chat_template.jinja").unlink()
-    assert read_template(tmp_path) == {"tool_use": "with tools"}
+    assert read_template(Checkpoint.at(tmp_path)) == {"tool_use": "with tools"}
     value = [{"name": name, "template": text} for name, text in named.items()]
     for form in (named, value):
         (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": form}))
-        assert read_template(tmp_path) == named
+        assert read_template(Checkpoint.at(tmp_path)) == named
 
 
 def test_choice_among_templates():

@@ -9,18 +9,30 @@ import torch
 from PIL import Image
 
 from keye_model.processing import video_loading
+from keye_model.processing.film import Film
 from keye_model.processing.image import fetch_image
 from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.patches import Frame
+from keye_model.processing.rules import PREVIEW, V1_5
+from keye_model.processing.rules.preview import resize_bicubic
 from keye_model.processing.slow_fast import frame_sizes, resize_bilinear
 from keye_model.processing.video_file import VideoFile
-from keye_model.processing.video_loading import resize_bicubic, sample_1_5, sample_preview
 from keye_model.processing.video_processor import KeyeVideoProcessor, frame_bytes
 from keye_model.processing.video_sampling import frame_indices
 from tests.model.processing.messages import unpatchify
 
 # At these bounds the image processor leaves small frames as the helper made them.
 SMALL = KeyeImageProcessor(min_pixels=4 * 784)
+
+
+def sample_preview(item):
+    found = PREVIEW.sample(Film(item))
+    return found.frames, found.keywords["fps"]
+
+
+def sample_1_5(item):
+    found = V1_5.sample(Film(item))
+    return found.frames, found.keywords
 
 
 def _noise(*shape):
@@ -110,10 +122,8 @@ def test_preview_list_of_frames():
     frames = [Image.fromarray(_noise(50 + k, 90, 3)[:50]) for k in range(3)]
     item = {"video": frames, "fps": 4, "max_pixels": 12 * 784}
     found, fps = sample_preview(item)
-    expected = [
-        fetch_image({"image": frame, "max_pixels": 12 * 784}, version="1.0") for frame in frames
-    ]
-    assert [np.array(one).tolist() for one in found] == [
+    expected = [fetch_image({"image": frame, "max_pixels": 12 * 784}, PREVIEW) for frame in frames]
+    assert [one.permute(1, 2, 0).tolist() for one in found] == [
         np.array(one).tolist() for one in [*expected, expected[-1]]
     ]
     assert fps == 4
@@ -196,7 +206,7 @@ def test_video_1_5_list_of_frames():
     frames = [Image.fromarray(frame) for frame in _noise(3, 96, 160, 3)]
     found, options = sample_1_5({"video": frames, "fps": 4})
     resized = fetch_image(
-        {"image": frames[1], "min_pixels": 48 * 784, "max_pixels": 768 * 784}, version="1.5"
+        {"image": frames[1], "min_pixels": 48 * 784, "max_pixels": 768 * 784}, V1_5
     )
     assert np.array_equal(found[1].permute(1, 2, 0), np.array(resized))
     assert options["timestamps"].tolist() == [0, 0.25, 0.5]

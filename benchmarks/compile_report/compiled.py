@@ -1,8 +1,8 @@
 """What Triton makes of the ops' launches, compiled for GPUs that are not here.
 
-``python -m benchmarks.compiled --arch 90`` prints one JSON line per kernel. Every case is called as
-its users call it, on tensors of its real shapes without contents; each launch is noted instead of
-started, then compiled. So there is no second description of a launch that could drift.
+``python -m benchmarks.compile_report.compiled --arch 90`` prints one JSON line per kernel. Every
+case is called as its users call it, on meta tensors of its real shapes; each launch is noted
+instead of started, then compiled. So there is no second description of a launch that could drift.
 
 Needs no GPU. TRITON_INTERPRET must not be set. The triton used is the first on PYTHONPATH.
 """
@@ -11,16 +11,12 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import re
-import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,26 +26,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.cases import (
-    Case,
-    all_cases,
-    call,
-    paged_prefill_attention,
-    varlen_attention,
-)
-from benchmarks.sass import Instruction, loop_mma_flops, parse
+from benchmarks.cases import Case, all_cases, call, paged_prefill_attention, varlen_attention
+from benchmarks.compile_report.sass import Instruction, count, cuobjdump, loop_mma_flops, parse
 from benchmarks.shapes import REAL
 from keye_kernels import _backends, _device
 
 NUM_SMS = {80: 108, 90: 132, 100: 148, 120: 188}
 _SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass
 class Launch:
-    """One specialisation of a kernel, and the cases that come to it."""
+    """One specialisation of a kernel, and the cases that come to it. Equal keys: equal code."""
 
+    key: str
     function: triton.JITFunction
     args: tuple
     kwargs: dict[str, Any]
@@ -89,7 +79,8 @@ def _noted(launches: dict[str, Launch], case: Case):
     def note(self, *args, grid, warmup, **kwargs):  # noqa: ARG001
         def hook(*, key: str, **_: Any) -> bool:
             num_programs = math.prod(grid({**kwargs}) if callable(grid) else grid)
-            launch = launches.setdefault(f"{self.__name__}{key}", Launch(self, args, kwargs))
+            key = f"{self.__name__}{key}"
+            launch = launches.setdefault(key, Launch(key, self, args, kwargs))
             launch.cases.append((case, num_programs))
             return True  # do not compile
 
@@ -127,48 +118,16 @@ def _warps_per_sm(arch: int, registers: int, shared: int, num_warps: int) -> int
     return min(by_registers, by_shared, by_warps, 32) * num_warps
 
 
-def _tool(*arguments: str) -> str:
-    environment = {**os.environ, "PATH": f"{_BIN}:{os.environ.get('PATH', '')}"}
-    command = [str(_BIN / "cuobjdump"), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, env=environment
-    ).stdout
-
-
-def _bits(parts: list[str]) -> str:
-    """Width of a memory instruction from its modifiers, 32 if none."""
-    for part in parts:
-        if match := re.fullmatch(r"[US]?(8|16|64|128)|ENL2|256", part):
-            return match[1] or "256"
-    return "32"
-
-
 def _read(cubin: bytes) -> tuple[dict[str, Any], list[Instruction]]:
     """Registers, stack and counts of a cubin with one kernel, and its code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = _tool("-res-usage", file.name), parse(_tool("-sass", file.name))
+        usage = cuobjdump("-res-usage", file.name)
+        code = parse(cuobjdump("-sass", file.name))
     size = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    loads, stores, mma = Counter(), Counter(), Counter()
-    for instruction in code:
-        name, *parts = instruction.opcode.split(".")
-        if name in ("LDG", "LDGSTS"):
-            loads[_bits(parts)] += 1
-        elif name == "STG":
-            stores[_bits(parts)] += 1
-        elif name in ("UTMALDG", "UTMASTG", "UBLKCP"):
-            (stores if name == "UTMASTG" else loads)["tma"] += 1
-        elif instruction.is_mma:
-            mma[name] += 1
-    facts = {
-        "registers": size["REG"],
-        "stack": size["STACK"],
-        "loads": dict(sorted(loads.items())),
-        "stores": dict(sorted(stores.items())),
-        "mma": dict(mma),
-    }
-    return facts, code
+    sizes = {"registers": size["REG"], "stack": size["STACK"], "instructions": len(code)}
+    return sizes | count(code), code
 
 
 def _padding(launch: Launch, code: list[Instruction], num_warps: int) -> float | None:
@@ -197,7 +156,8 @@ def _compile_apart(launch: Launch, arch: int, results: Connection) -> None:
     try:
         results.send(_compile(launch, arch))
     except Exception as error:
-        results.send({"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]})
+        cause = error.__cause__ or error  # Triton's own error ends in a line of source
+        results.send({"error": f"{type(cause).__name__}: {cause}".strip().splitlines()[-1]})
 
 
 def compile_all(jobs: list[tuple[Launch, int]], num_processes: int = 2) -> Iterable[dict]:
@@ -206,9 +166,9 @@ def compile_all(jobs: list[tuple[Launch, int]], num_processes: int = 2) -> Itera
     Yields:
         triton, arch, op, kernel; cases, each with name, num_programs, num_bytes, flops, load_width
         and store_width; then num_warps, num_stages, registers, stack and shared (bytes),
-        warps_per_sm (bound from registers and shared memory), loads and stores (of global memory,
-        bits to number of instructions), mma (name to number), padding (tensor-core work in the
-        loop relative to the useful, None where no case says what is useful); or error alone.
+        instructions, warps_per_sm (bound from registers and shared memory), what sass.count
+        returns, padding (tensor-core work in the loop relative to the useful, None where no case
+        says what is useful); or error alone.
     """
     context = multiprocessing.get_context("fork")  # launches hold functions and tensors
     waiting, running = list(enumerate(jobs)), {}

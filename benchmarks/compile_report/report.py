@@ -1,9 +1,5 @@
-"""The compile report: every kernel at the launches of the real shapes, for GPUs that are not here.
+"""Facts about the Triton kernels as Markdown, and what is wrong with them."""
 
-``make kernels`` prints it and writes docs/kernels.md.
-"""
-
-import argparse
 import json
 import os
 import subprocess
@@ -14,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _HEAD = (
     "sm", "triton", "warps", "stages", "registers", "stack", "shared", "warps/SM",
     "loads", "stores", "tensor cores", "padding",
@@ -22,7 +18,7 @@ _HEAD = (
 
 _MAX_PADDING = 1.15
 
-Kernel = dict[str, Any]  # as benchmarks.compiled.compile_all yields them
+Kernel = dict[str, Any]  # as compiled.compile_all yields them
 
 
 def compile_kernels(
@@ -55,18 +51,18 @@ def compile_kernels(
     if triton is not None:
         paths = [triton, os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return _run_apart("benchmarks.compiled", options, environment)
+    return _run_apart("compiled", options, environment)
 
 
 def count_traffic(ops: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Bytes that the kernels ask for at the small shapes, from the interpreter, also apart."""
     options = ["--op", *ops] if ops else []
-    return _run_apart("benchmarks.traffic", options, {"TRITON_INTERPRET": "1"})
+    return _run_apart("traffic", options, {"TRITON_INTERPRET": "1"})
 
 
 def _run_apart(module: str, options: list[str], environment: dict[str, str | None]) -> list[dict]:
     merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
-    command = [sys.executable, "-m", module, *options]
+    command = [sys.executable, "-m", f"benchmarks.compile_report.{module}", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=merged, cwd=_ROOT)
     if done.returncode:
         raise RuntimeError(f"{module} failed:\n{done.stderr}")
@@ -106,7 +102,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
             width = min(case[f"{kind[:-1]}_width"] for case in kernel["cases"])
             narrow = {b: n for b, n in kernel[kind].items() if b in ("8", "16") and width >= 4}
             if narrow:
-                found.append(f"{where} ({names}): narrow {kind} {_counts(narrow)}")
+                found.append(f"{where} ({names}): narrow {kind} {counted(narrow)}")
         for case in kernel["cases"]:
             key = (kernel["triton"], kernel["arch"], kernel["op"], case["name"])
             by_case[key].append(kernel)
@@ -122,7 +118,8 @@ def faults(kernels: list[Kernel]) -> list[str]:
     return found
 
 
-def _counts(counts: dict[str, int]) -> str:
+def counted(counts: dict[str, int]) -> str:
+    """``tma`` first, then from the widest access to the narrowest."""
     ordered = sorted(counts.items(), key=lambda item: (item[0] != "tma", -len(item[0]), item[0]))
     return ", ".join(f"{count} x {name}" for name, count in ordered) or "none"
 
@@ -133,11 +130,12 @@ def _row(kernel: Kernel) -> list[str]:
     numbers = ("num_warps", "num_stages", "registers", "stack", "shared", "warps_per_sm")
     row = [str(kernel["arch"]), kernel["triton"]]
     row += [str(kernel[number]) for number in numbers]
-    row += [_counts(kernel[kind]) for kind in ("loads", "stores", "mma")]
+    row += [counted(kernel[kind]) for kind in ("loads", "stores", "mma")]
     return [*row, f"{kernel['padding']:.3f}" if kernel["padding"] else ""]
 
 
-def _table(rows: list[list[str]]) -> Iterator[str]:
+def table(rows: list[list[str]]) -> Iterator[str]:
+    """Lines of a Markdown table; the first row is its head, a short row is filled up."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     for number, row in enumerate(rows):
         cells = row + [""] * (len(widths) - len(row))
@@ -187,7 +185,7 @@ def report(kernels: list[Kernel], moved: Iterable[dict[str, Any]] = ()) -> str:
     for op, variants in sorted(by_op.items()):
         lines += ["", f"## {op}"]
         mine = [case for case in moved if case["op"] == op]
-        lines += ["", *_table(_traffic_table(mine))] if mine else []
+        lines += ["", *table(_traffic_table(mine))] if mine else []
         for (name, _), versions in variants.items():
             shapes = [["shape", "programs", "MB", "GFLOP"]]
             for case in versions[0]["cases"]:
@@ -195,30 +193,9 @@ def report(kernels: list[Kernel], moved: Iterable[dict[str, Any]] = ()) -> str:
                 size = f"{case['num_bytes'] / 1e6:.4g}"
                 shapes.append([case["name"], str(case["num_programs"]), size, work])
             rows = [list(_HEAD)] + [_row(kernel) for kernel in versions]
-            lines += ["", f"### `{name}`", "", *_table(shapes), "", *_table(rows)]
+            lines += ["", f"### `{name}`", "", *table(shapes), "", *table(rows)]
     wrong = faults(kernels)
     lines += ["", "## Faults", "", *(f"- {fault}" for fault in wrong)]
     if not wrong:
         lines.append("None: no spills, no narrow accesses, tensor cores wherever there is a dot.")
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every kernel and report.")
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
-    parser.add_argument("--triton", nargs="*", default=[], help="directories of other versions")
-    parser.add_argument("--op", nargs="*", default=[], help="these ops only")
-    parser.add_argument("--write", metavar="FILE", help="also write the report there")
-    options = parser.parse_args()
-    kernels = []
-    for directory in (*options.triton, None):
-        kernels += compile_kernels(options.arch, triton=directory, ops=options.op)
-    text = report(kernels, count_traffic(options.op))
-    print(text, end="")
-    if options.write:
-        Path(options.write).write_text(text)
-    sys.exit(1 if faults(kernels) else 0)
-
-
-if __name__ == "__main__":
-    main()

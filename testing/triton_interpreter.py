@@ -1,8 +1,8 @@
-"""Repairs of Triton's interpreter, 3.6 to 3.9, so that kernels run on a CPU as on a GPU.
+"""Repairs Triton's interpreter, 3.6 to 3.9, so that kernels run on a CPU as on a GPU.
 
-The interpreter keeps a bfloat16 as the uint16 of its bits and computes on those. Here every
-operation widens such values to fp32 first, which is exact, and rounds its result to nearest even.
-Every access to memory is checked against the tensors that the kernel was given.
+The interpreter stores bfloat16 as the uint16 of its bits and computes on those. The repair widens
+such operands to fp32, which is exact, and rounds results to nearest even. It also checks every
+access to memory against the tensors that the kernel was given.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ def to_bf16(values: np.ndarray, *, truncate: bool = False) -> np.ndarray:
     values = np.ascontiguousarray(values, dtype=np.float32).reshape(np.shape(values))
     bits = values.view(np.uint32)
     if not truncate:
-        # Half a unit of the last place kept, less one where that place is even; NaN may wrap.
+        # Add half a unit of the last bit kept, less one if that bit is 0; NaN may wrap.
         bits = bits + (np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1)))
     return np.where(np.isnan(values), np.uint16(0x7FFF), (bits >> 16).astype(np.uint16))
 
@@ -44,7 +44,7 @@ def _narrow(value: TensorHandle) -> TensorHandle:
 
 
 def _on_values(name: str) -> None:
-    """Let a builder's arithmetic operation see the values, not the bits, of bfloat16 operands."""
+    """Let a builder's arithmetic operation work on values, not bits, of bfloat16 operands."""
     original = getattr(InterpreterBuilder, name)
 
     def operation(self, *operands):
@@ -60,7 +60,7 @@ def _repair_select() -> None:
     original = InterpreterBuilder.ternary_op
 
     def ternary_op(self, lhs, rhs, other, op):
-        if op is np.where or not _is_bf16(other):  # a choice is right on bits too
+        if op is np.where or not _is_bf16(other):  # np.where is right on bits too
             return original(self, lhs, rhs, other, op)
         return _narrow(original(self, _widen(lhs), _widen(rhs), _widen(other), op))
 
@@ -88,15 +88,15 @@ def _repair_casts() -> None:
 
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_fp_to_fp = fp_to_fp
-    # Named by constants of this type; only 3.9 has its own.
+    # Called for constants of this type; only 3.9 has its own.
     InterpreterBuilder.get_bf16 = lambda self, value: _narrow(self.get_fp32(value))
 
 
 def _ordered_dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """[m, k] times [k, n] in fp32, summed from the first k to the last.
 
-    BLAS orders its sums by the shape and by the CPU, so that a row of a small tile and the same row
-    of a large one would differ in their last bit, as they do not on a GPU.
+    The order of BLAS's sums depends on the shape and the CPU, so the same row in a small and in a
+    large tile would differ in its last bit, which it does not on a GPU.
     """
     total = np.zeros((a.shape[0], b.shape[1]), np.float32)
     term = np.empty_like(total)
@@ -119,7 +119,7 @@ def _repair_dot() -> None:
 
 
 def _repair_reductions() -> None:
-    """Reductions and scans of bfloat16 run in fp32 and round once, at the end."""
+    """Run reductions and scans of bfloat16 in fp32 and round once, at the end."""
     original = interpreter.ReduceScanOpInterface.apply
 
     def apply(self, inputs):
@@ -142,7 +142,7 @@ def _repair_reductions() -> None:
 
 
 def _repair_index() -> None:
-    """3.6 turns a tensor of one element into an int in a way NumPy 2.4 refuses."""
+    """Convert a tensor of one element to an int; NumPy 2.4 refuses how 3.6 does it."""
     original = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):
@@ -153,7 +153,7 @@ def _repair_index() -> None:
 
 
 def _repair_splat() -> None:
-    """A comparison of fp32 scalars became fp32 when spread over a block, and `&` then failed."""
+    """Keep a comparison of fp32 scalars bool when broadcast: it became fp32, where `&` fails."""
     original = InterpreterBuilder.create_splat
 
     def create_splat(self, ret_ty, arg):
@@ -164,22 +164,8 @@ def _repair_splat() -> None:
     InterpreterBuilder.create_splat = create_splat
 
 
-def _repair_umulhi() -> None:
-    """Before 3.9 signed operands were widened with their sign."""
-    original = InterpreterBuilder.create_umulhi
-
-    def create_umulhi(self, lhs, rhs):
-        if lhs.data.dtype != np.int32:
-            return original(self, lhs, rhs)
-        wide = [np.ascontiguousarray(x.data).view(np.uint32).astype(np.uint64) for x in (lhs, rhs)]
-        high = (wide[0] * wide[1] >> np.uint64(32)).astype(np.uint32).view(np.int32)
-        return TensorHandle(high, lhs.dtype.scalar)
-
-    InterpreterBuilder.create_umulhi = create_umulhi
-
-
 def _repair_fma() -> None:
-    """Before 3.9 the product was rounded before the sum. In fp64 it is exact."""
+    """Compute in fp64, where the product is exact: before 3.9 it was rounded before the sum."""
     original = InterpreterBuilder.create_fma
 
     def create_fma(self, x, y, z):
@@ -193,7 +179,7 @@ def _repair_fma() -> None:
 
 @dataclass
 class Traffic:
-    """Bytes that kernels asked for. Caches are not modelled: what is read twice counts twice."""
+    """Bytes that kernels loaded and stored. There is no cache: a second read counts again."""
 
     loaded: int = 0
     stored: int = 0
@@ -201,7 +187,7 @@ class Traffic:
 
 @dataclass
 class _Launch:
-    """The kernel that runs: its name and the memory [start, end) of its arguments."""
+    """The running kernel: its name and the memory [start, end) of its arguments."""
 
     kernel: str = ""
     memory: list[tuple[int, int]] = field(default_factory=list)
@@ -213,7 +199,7 @@ _launch = _Launch()
 
 
 def _repair_calls() -> None:
-    """No NumPy warnings where a GPU overflows silently; 5 ms of set-up per helper, not per call."""
+    """Silence NumPy's warnings, and set up each helper (5 ms) once per launch, not per call."""
     launch = GridExecutor.__call__
 
     def quiet_launch(self, *args, **kwargs):
@@ -242,7 +228,7 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
 
 
 def _skip_copies() -> None:
-    """Arguments on a CPU are used as they are, and the memory they own is noted."""
+    """Use CPU arguments without a copy, and record the memory they own."""
     to_host, to_device = GridExecutor._init_args_hst, GridExecutor._restore_args_dev
 
     def init_args_hst(self, args, kwargs):
@@ -279,7 +265,7 @@ def _access(verb: str, pointers: TensorHandle, mask: object) -> int:
 
 
 def _watch_memory() -> None:
-    """Refuse what a GPU would answer with garbage or a fault, and count the rest."""
+    """Raise on accesses outside the arguments' memory, and count the bytes of the others."""
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
 
@@ -312,7 +298,7 @@ def _watch_memory() -> None:
 
 @contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Count the bytes that kernels ask for inside the ``with`` block."""
+    """Count the bytes that kernels load and store inside the ``with`` block."""
     _launch.traffic = Traffic()
     try:
         yield _launch.traffic
@@ -331,7 +317,6 @@ def install() -> None:
     _repair_reductions()
     _repair_index()
     _repair_splat()
-    _repair_umulhi()
     _repair_calls()
     _skip_copies()
     _watch_memory()

@@ -1,7 +1,12 @@
-"""What tensor cores do per turn of a kernel's loops, read from its SASS."""
+"""Machine code as cuobjdump prints it: accesses to memory, and tensor cores per turn of a loop."""
 
+import importlib.util
 import math
+import os
 import re
+import subprocess
+from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -36,6 +41,49 @@ def parse(sass: str) -> list[Instruction]:
         )
         for address, guard, opcode, rest in re.findall(pattern, sass)
     ]
+
+
+def cuobjdump(*arguments: str) -> str:
+    """Output of the cuobjdump that Triton brings along."""
+    folder = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run(
+        [str(folder / "cuobjdump"), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": f"{folder}:{os.environ.get('PATH', '')}"},
+    ).stdout
+
+
+def count(code: list[Instruction]) -> dict[str, dict[str, int]]:
+    """Number of instructions by kind.
+
+    Returns:
+        loads and stores of global memory, by bits per thread, or "tma"; mma by name; local: loads
+        and stores of local memory (spills), by name.
+    """
+    found = {kind: Counter() for kind in ("loads", "stores", "mma", "local")}
+    for instruction in code:
+        name, *parts = instruction.opcode.split(".")
+        if name in ("LDG", "LDGSTS"):
+            found["loads"][_bits(parts)] += 1
+        elif name == "STG":
+            found["stores"][_bits(parts)] += 1
+        elif name in ("UTMALDG", "UTMASTG", "UBLKCP"):
+            found["stores" if name == "UTMASTG" else "loads"]["tma"] += 1
+        elif name in ("LDL", "STL"):
+            found["local"][name] += 1
+        elif instruction.is_mma:
+            found["mma"][name] += 1
+    return {kind: dict(counts) for kind, counts in found.items()}
+
+
+def _bits(parts: list[str]) -> str:
+    """Width of a memory instruction from its modifiers, 32 if none."""
+    for part in parts:
+        if match := re.fullmatch(r"[US]?(8|16|64|128)|ENL2|256", part):
+            return match[1] or "256"
+    return "32"
 
 
 def loop_mma_flops(code: list[Instruction], num_warps: int) -> int:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.kernels import compile_kernels, faults, report
+from benchmarks.compile_report.report import compile_kernels, faults, report
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_lse_of_paged_attention_costs_no_spills(cache):
     code = """
 import dataclasses, json
 from functools import partial
-from benchmarks import compiled
+from benchmarks.compile_report import compiled
 from benchmarks.cases import all_cases
 from benchmarks.shapes import REAL
 
@@ -78,7 +78,7 @@ def test_a_launch_is_noted_as_it_is_and_a_crash_is_contained(cache):
     """Rows at odd addresses need 2-byte accesses; a compiler that aborts is reported."""
     code = """
 import json, os, torch
-from benchmarks import compiled
+from benchmarks.compile_report import compiled
 from benchmarks.cases import Case
 
 def odd(device):

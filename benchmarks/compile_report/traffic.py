@@ -1,6 +1,6 @@
 """The bytes that kernels ask for at the small shapes, counted by Triton's interpreter.
 
-``TRITON_INTERPRET=1 python -m benchmarks.traffic`` prints one JSON line per case.
+``TRITON_INTERPRET=1 python -m benchmarks.compile_report.traffic`` prints one JSON line per case.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import all_cases, call
 from benchmarks.shapes import SMALL
 from keye_kernels import _backends
-from tests import triton_interpreter
+from testing import triton_interpreter
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.sass import loop_mma_flops, parse
+from benchmarks.compile_report.sass import loop_mma_flops, parse
 
 # Instruction descriptors of bf16 with fp32 sums: N >> 3 from bit 17, M >> 4 from bit 24.
 M128_N64, M128_N8, M64_N128 = "0x8100490", "0x8020490", "0x4200490"

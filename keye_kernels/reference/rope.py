@@ -1,15 +1,13 @@
-"""Definitions of the rotary position embeddings, and of what the decoder does with its qkv."""
+"""Definitions of the rotary position embeddings."""
 
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
-from keye_kernels._checks import check_range
-from keye_kernels.reference.layers import blocks
+from keye_kernels.reference._blocks import blocks
 
 
-def _rotate(x: torch.Tensor, angles: torch.Tensor, out: torch.Tensor) -> None:
+def rotate(x: torch.Tensor, angles: torch.Tensor, out: torch.Tensor) -> None:
     """Turn pairs (j, j + head_dim / 2) of x [num_tokens, heads, head_dim] into ``out``.
 
     angles: [num_tokens, head_dim / 2] fp32. fp32 inside, rounded once. ``out`` may be ``x``.
@@ -37,8 +35,8 @@ def rope_2d_(
     """First half of the pairs by row, second half by column."""
     frequencies = inverse_frequencies(q.shape[-1] // 2, theta, q.device)
     angles = (positions.float()[:, :, None] * frequencies).flatten(1)
-    _rotate(q, angles, out=q)
-    _rotate(k, angles, out=k)
+    rotate(q, angles, out=q)
+    rotate(k, angles, out=k)
 
 
 @lru_cache(maxsize=16)
@@ -54,7 +52,7 @@ def _axis_of_pairs(
     return torch.tensor(axis, device=device)
 
 
-def _mrope_angles(
+def mrope_angles(
     positions: torch.Tensor, mrope_section: list[int], theta: float, interleaved: bool
 ) -> torch.Tensor:
     """Angles [num_tokens, head_dim / 2] of positions [3, num_tokens]."""
@@ -73,47 +71,6 @@ def mrope_(
     interleaved: bool = False,
 ) -> None:
     """Each pair by the position on its own axis."""
-    angles = _mrope_angles(positions, mrope_section, theta, interleaved)
-    _rotate(q, angles, out=q)
-    _rotate(k, angles, out=k)
-
-
-def qk_norm_mrope_store(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    mrope_section: list[int],
-    theta: float,
-    eps: float,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """rms_norm per head of q and k, then mrope_, then k and v to their slots."""
-    num_pages, page_size, _, head_dim = k_cache.shape
-    slots = slot_mapping.tolist()
-    check_range("slot_mapping", slots, -1, num_pages * page_size)
-    heads = qkv.unflatten(1, (-1, head_dim))
-    qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
-    weight = torch.cat((q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)))
-    normed = torch.empty_like(qk)
-    for rows in blocks(qk):
-        # Without a weight F.rms_norm computes in fp32 and rounds once.
-        torch.mul(F.rms_norm(qk[rows], (head_dim,), None, eps), weight, out=normed[rows])
-    angles = _mrope_angles(positions, mrope_section, theta, interleaved=False)
-    _rotate(normed, angles, out=normed)
-    q, k = normed.split((num_heads, num_kv_heads), dim=1)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    out.copy_(q)
-    if min(slots, default=0) < 0:
-        stored = slot_mapping >= 0
-        slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
-    pages, rows = slot_mapping // page_size, slot_mapping % page_size
-    k_cache[pages, rows] = k
-    v_cache[pages, rows] = v
-    return out
+    angles = mrope_angles(positions, mrope_section, theta, interleaved)
+    rotate(q, angles, out=q)
+    rotate(k, angles, out=k)

@@ -1,25 +1,25 @@
 """What nvcc makes of the kernels of csrc: registers, spills, widths of accesses, tensor cores.
 
-``python -m benchmarks.cuda_kernels`` builds what changed and prints the table; ``make kernels``
-adds it to docs/kernels.md. Needs nvcc, no GPU.
+``python -m benchmarks.compile_report.cuda_kernels`` builds what changed and prints the table;
+``make kernels`` adds it to docs/kernels.md. Needs nvcc, no GPU.
 """
 
 import argparse
-import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections import Counter
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.compile_report.report import counted, table
+from benchmarks.compile_report.sass import count, cuobjdump, parse
+
 ARCHITECTURES = ("80", "90a", "100a", "120")
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _HEAD = ["kernel", "sm", "registers", "stack", "shared", "loads", "stores", "tensor cores"]
 _MAX_SHARED = 99 * 1024  # of a block on sm_120, the least of those we build for
 # Registers that leave room for as many blocks as the kernel counts on; 255 is what there is.
@@ -28,10 +28,11 @@ _MAX_REGISTERS = {"linear_kernel": 168, "qk_norm_mrope_store_kernel": 128}
 Kernel = dict[str, object]
 
 
-def has_nvcc() -> bool:
-    """Whether setup.py would find a compiler."""
-    named = ("CUDA_HOME" in os.environ) or ("CUDA_PATH" in os.environ)
-    return named or any(shutil.which("nvcc", path=p) for p in (None, "/usr/local/cuda/bin"))
+def find_nvcc() -> str | None:
+    """The compiler that setup.py would find."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    folders = [*(f"{home}/bin" for home in homes), None, "/usr/local/cuda/bin"]
+    return next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
 
 
 def build() -> Path:
@@ -49,16 +50,7 @@ def build() -> Path:
     )
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
-    return _ROOT / "keye_kernels" / f"_C{SUFFIX}"
-
-
-def _tool(*arguments: str) -> str:
-    folder = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
-    environment = os.environ | {"PATH": f"{folder}:{os.environ.get('PATH', '')}"}
-    command = [str(folder / "cuobjdump"), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, env=environment
-    ).stdout
+    return _ROOT / "keye_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _readable(mangled: str) -> str:
@@ -71,32 +63,22 @@ def _readable(mangled: str) -> str:
     return f"{name}<{', '.join(arguments)}>"
 
 
-def _bits(parts: list[str]) -> str:
-    return next((part for part in parts if part in ("128", "64")), None) or next(
-        (part[-2:].lstrip("US") for part in parts if part in ("U8", "S8", "U16", "S16")), "32"
-    )
-
-
-def _shared_bytes(library: Path, names: list[str]) -> dict[str, int]:
-    """By name, from the library itself. In another process: this one may have an older one."""
-    code = """
-import importlib.util, json, re, sys
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-kernels = (re.fullmatch(r"(\\w+)<.*?(\\d+)>", name) for name in sys.argv[2:])
-print(json.dumps([module.shared_bytes(kernel[1], int(kernel[2])) for kernel in kernels]))
-"""
-    command = [sys.executable, "-c", code, str(library), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(zip(names, json.loads(done.stdout), strict=True))
+def _shared_bytes() -> dict[str, int]:
+    """Shared memory of a block, by "kernel number", the one among its template arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(__file__).with_name("shared_bytes.cu"), Path(folder, "shared_bytes")
+        command = [find_nvcc(), "-std=c++17", f"-I{_ROOT}/csrc/include", source, "-o", program]
+        output = subprocess.run(
+            [*command, "--run"], capture_output=True, text=True, check=True
+        ).stdout
+    return {key: int(size) for key, size in re.findall(r"(.+) (\d+)\n", output)}
 
 
 def read(library: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[Kernel]:
     """Facts about each kernel in ``library``, by name, then architecture."""
     sizes = {}
     arch = ""
-    for line in _tool("-res-usage", str(library)).splitlines():
+    for line in cuobjdump("-res-usage", str(library)).splitlines():
         if match := re.search(r"arch = sm_(\w+)|compiled for sm_(\w+)", line):
             arch = match[1] or match[2]
         elif match := re.search(r"Function (\w+):", line):
@@ -105,22 +87,15 @@ def read(library: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[Ke
             sizes[function, arch] = int(match[1]), int(match[2])
     found = []
     for arch in architectures:
-        for body in _tool("-sass", "-arch", f"sm_{arch}", str(library)).split("Function : ")[1:]:
+        sass = cuobjdump("-sass", "-arch", f"sm_{arch}", str(library))
+        for body in sass.split("Function : ")[1:]:
             function = re.match(r"\w+", body)[0]
-            counts = {kind: Counter() for kind in ("loads", "stores", "mma", "local")}
-            for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body):
-                name, *parts = opcode.split(".")
-                if name in ("LDG", "LDGSTS", "STG"):
-                    counts["stores" if name == "STG" else "loads"][_bits(parts)] += 1
-                elif name in ("LDL", "STL"):
-                    counts["local"][name] += 1
-                elif re.fullmatch(r"[HQI]G?MMA|UTC\w*MMA", name):
-                    counts["mma"][name] += 1
             registers, stack = sizes[function, arch]
             facts = {"kernel": _readable(function), "arch": arch, "registers": registers}
-            found.append(facts | {"stack": stack} | {k: dict(v) for k, v in counts.items()})
-    shared = _shared_bytes(library, sorted({kernel["kernel"] for kernel in found}))
-    found = [kernel | {"shared": shared[kernel["kernel"]]} for kernel in found]
+            found.append(facts | {"stack": stack} | count(parse(body)))
+    shared = _shared_bytes()
+    for kernel in found:
+        kernel["shared"] = shared[re.sub(r"<\w+, (\d+)>", r" \1", kernel["kernel"])]
     return sorted(found, key=lambda kernel: (kernel["kernel"], int(kernel["arch"].rstrip("a"))))
 
 
@@ -152,29 +127,19 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 def report(kernels: list[Kernel]) -> str:
     """The table as Markdown, with faults below."""
-
-    def counted(counts: dict[str, int]) -> str:
-        ordered = sorted(counts.items(), key=lambda item: (-len(item[0]), item[0]))
-        return ", ".join(f"{count} x {name}" for name, count in ordered) or "none"
-
     rows = [_HEAD] + [
         [str(kernel[name]) for name in ("kernel", "arch", "registers", "stack", "shared")]
         + [counted(kernel[kind]) for kind in ("loads", "stores", "mma")]
         for kernel in kernels
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "## CUDA C++",
         "",
         "From the extension as nvcc builds it. Loads and stores count the instructions on global",
         "memory by their bits per thread, copies to shared memory among them.",
         "",
+        *table(rows),
     ]
-    for number, row in enumerate(rows):
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"| {' | '.join(cells)} |")
-        if number == 0:
-            lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     wrong = faults(kernels)
     lines += ["", *(f"- {fault}" for fault in wrong)] if wrong else ["", "No faults."]
     return "\n".join(lines) + "\n"
@@ -184,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every CUDA kernel and report.")
     parser.add_argument("--append", metavar="FILE", help="also add the report to this one")
     options = parser.parse_args()
-    if not has_nvcc():
+    if find_nvcc() is None:
         print("The CUDA kernels are not in the report: there is no nvcc.")
         return
     kernels = read(build())

@@ -1,58 +1,19 @@
-"""Causal attention of new tokens over a paged key/value cache, and what decode checks too."""
+"""Causal attention of new tokens over a paged key/value cache."""
 
 import torch
 
 from keye_kernels import _backends, reference
 from keye_kernels._attention import attend
-from keye_kernels._checks import (
-    FLOAT_DTYPES,
-    check_divides,
-    check_finite,
-    check_head_dim,
-    check_heads,
-    check_length,
-    check_tensor,
-)
+from keye_kernels._checks import check_length, check_paged, check_tensor
 from keye_kernels._ops import define_op
 
 _paged_prefill_attention_op = define_op(
     "paged_prefill_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
     "Tensor cu_seqlens_q, Tensor cache_seqlens, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float softmax_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",
-    reference=reference.attention.paged_prefill_attention_into,
+    reference=reference.paged_prefill_attention,
+    tuples={"out": ("out", "lse")},
 )
-
-
-def check_paged(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    max_seqlen_k: int,
-    softmax_scale: float | None,
-    out: torch.Tensor | None,
-) -> tuple[float, int]:
-    """Check what prefill and decode both take; returns the scale and the longest length."""
-    check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
-    _, num_heads, head_dim = q.shape
-    check_tensor("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
-    check_tensor("v_cache", v_cache, k_cache.shape, q.dtype, q.device)
-    check_heads(num_heads, k_cache.shape[2])
-    check_head_dim(head_dim)
-    page_size = k_cache.shape[1]
-    check_divides("page_size", page_size, 16)
-    check_tensor("block_table", block_table, (None, None), torch.int32, q.device)
-    batch_size, max_pages = block_table.shape
-    check_tensor("cache_seqlens", cache_seqlens, (batch_size,), torch.int32, q.device)
-    # More tokens than the table can name, or than fit into cache_seqlens, are none to read.
-    longest = min(check_length("max_seqlen_k", max_seqlen_k), max_pages * page_size, 2**31 - 1)
-    if out is not None:
-        check_tensor("out", out, q.shape, q.dtype, q.device)
-    scale = head_dim**-0.5
-    if softmax_scale is not None:
-        scale = check_finite("softmax_scale", softmax_scale, above=0.0)
-    return scale, longest
 
 
 def _paged_prefill_attention_triton(

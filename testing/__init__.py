@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: they import this package and never each other."""
