@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from benchmarks.measure import difference
-from benchmarks.providers import Provider, absent, our_model, our_model_on_cuda
+from benchmarks.providers import Provider, absent, our_model
 from benchmarks.shapes import REAL, VISION, num_patches
 from benchmarks.timing import DEVICE, ON_GPU
-from testing.backends import trusting_cuda
 
 pytest.importorskip("av", reason="keye_model reads videos with it")
 transformers = pytest.importorskip("transformers", reason="the peer of this benchmark")
@@ -180,15 +179,6 @@ def _with_graphs(run, make, differs=None):
     return {"ours (graph)": Provider(replayed, ours=True, capture=False, differs=differs)}
 
 
-def _with_graphs_on_cuda(run, make):
-    """The same with the CUDA kernels that "auto" does not take yet, where there are any."""
-    if why_no_graphs(DEVICE):
-        return {}
-    held = make()
-    found = our_model_on_cuda(lambda **inputs: run(*inputs.values(), held))
-    return {name.replace(")", ", graph)"): provider for name, provider in found.items()}
-
-
 def _other_tokens(got, want):
     return "" if torch.equal(got, want) else f"{int((got != want).sum())} other tokens"
 
@@ -233,16 +223,12 @@ def bench_decode_step(ours, decoder, measure, batch, context):
 
     step = cache.append(handles, [1] * batch)
     check_logits(prompt[:, 0])
-    with trusting_cuda():
-        check_logits(prompt[:, 0])
     measure.compare(
         "decode step",
         f"batch {batch} after {context}",
         make=lambda: {"ids": torch.randint(100, 2000, (batch,), device=DEVICE)},
         providers=our_model(mine, capture=False)
-        | our_model_on_cuda(mine)
         | _with_graphs(mine, captured, _other_tokens)
-        | _with_graphs_on_cuda(mine, captured)
         | {"transformers": Provider(lambda ids: their_logits(ids).argmax(-1), capture=False)},
         definition=mine,
         differs=lambda *_: "",
@@ -283,7 +269,6 @@ def bench_generate(ours, decoder, measure):
         make=lambda: {"ids": torch.randint(100, 2000, (64,))},
         providers=our_model(mine, capture=False)
         | _with_graphs(mine, WorkspacePool)
-        | _with_graphs_on_cuda(mine, WorkspacePool)
         | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=differs,
@@ -321,10 +306,8 @@ def bench_request(ours, tower, projector, decoder, measure, name):
 
     runs = {"ours": mine}
     if not why_no_graphs(DEVICE):
-        held, held_on_cuda = WorkspacePool(), WorkspacePool()
+        held = WorkspacePool()
         runs["ours (graph)"] = lambda: mine(held)
-        if our_model_on_cuda(mine):
-            runs["ours (cuda, graph)"] = trusting_cuda()(lambda: mine(held_on_cuda))
 
     grid_thw = torch.tensor(grids, device=DEVICE)
     on_device = ids.to(DEVICE)

@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import DEVICE, ON_GPU, Run
 from keye_kernels import backends, use_backend
-from testing.backends import trusting_cuda
 
 SDPA_BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -77,19 +76,6 @@ def our_model(run: Run, *, capture: bool = True) -> Providers:
         context = functools.partial(use_backend, "reference")
         found["ours (reference)"] = Provider(run, context=context, ours=True, capture=False)
     return found
-
-
-def our_model_on_cuda(run: Run) -> Providers:
-    """Our model with the CUDA kernels too that "auto" does not take yet; nothing if it is the same.
-
-    Backend "cuda" is no such thing: it is binding, and not all ops of a model have a CUDA kernel.
-    """
-    before = {op: served.backend for op, served in backends().items()}
-    with trusting_cuda():
-        after = {op: served.backend for op, served in backends().items()}
-    if before == after:
-        return {}
-    return {"ours (cuda)": Provider(run, context=trusting_cuda, ours=True, capture=False)}
 
 
 def plain(eager: Run, *, compiled: bool = True) -> Providers:

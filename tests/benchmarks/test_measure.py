@@ -16,14 +16,12 @@ from benchmarks.providers import (
     accepted,
     library,
     only,
-    our_model_on_cuda,
     reason_of,
     torch_varlen,
 )
 from benchmarks.record import Report
 from benchmarks.timing import ON_GPU, Ceilings, Timing, race
-from keye_kernels import _backends, backends, reference, silu_mul
-from testing.backends import trusting_cuda
+from keye_kernels import reference
 
 CEILINGS = Ceilings(copy_bandwidth=1e9, matmul_rate=1e12)
 
@@ -203,23 +201,6 @@ def test_a_library_that_is_not_there_is_absent_with_the_reason():
 
 def test_reason_without_a_text():
     assert reason_of(KeyError()) == "KeyError"
-
-
-def test_kernels_that_never_ran_on_hardware_are_trusted_inside_only(monkeypatch):
-    monkeypatch.setattr(_backends, "_registry", {**_backends._registry, "silu_mul": {}})
-    monkeypatch.setattr(_backends, "_chosen", {})
-    on = {"device_types": ("cpu", "cuda")}
-    _backends.register("silu_mul", "reference", lambda _, out: out.fill_(1), **on)
-    with trusting_cuda():
-        without = our_model_on_cuda(silu_mul)
-    assert not without, "all are trusted anyhow"
-    _backends.register("silu_mul", "cuda", lambda _, out: out.fill_(2), **on)
-    (provider,) = our_model_on_cuda(silu_mul).values()
-    x = torch.zeros(1, 8)
-    with provider.context():
-        assert backends("cpu")["silu_mul"].backend == "cuda"
-        assert (provider.run(x) == 2).all()
-    assert (silu_mul(x) == 1).all()
 
 
 def test_only_named_providers():

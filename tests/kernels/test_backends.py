@@ -11,6 +11,7 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels import _backends, _ops
+from testing.backends import trusting_cuda
 
 
 @pytest.fixture
@@ -54,6 +55,17 @@ def test_a_registered_kernel_serves_at_once(device):
         assert not torch.equal(kk.silu_mul(x), -x[:, :4])
         assert kk.backends()["silu_mul"].why_not["triton"] == "backend 'reference' was asked for"
     assert torch.equal(kk.silu_mul(x), -x[:, :4])
+
+
+@pytest.mark.usefixtures("registry")
+def test_kernels_without_a_verdict_are_trusted_inside_only(device):
+    on = {"device_types": ("cpu", "cuda")}
+    _backends.register("silu_mul", "cuda", lambda _, out: out.fill_(2), **on)
+    x = torch.zeros(1, 8, device=device)
+    with trusting_cuda():
+        assert kk.backends()["silu_mul"].backend == "cuda"
+        assert (kk.silu_mul(x) == 2).all()
+    assert (kk.silu_mul(x) == 0).all()
 
 
 @pytest.mark.usefixtures("registry")
