@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 os.environ["KEYE_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "keye-kernels-never-tuned")
 
 from keye_kernels import _backends, _device, _ext
+from tests.broken_cuda import pytest_runtest_protocol  # noqa: F401
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from testing import triton_interpreter
