@@ -37,8 +37,8 @@ class Effort:
 
 EFFORTS = {
     # (device type, quick); the first call of a Triton kernel compiles it.
-    ("cuda", False): Effort(60.0, 9, 0.01),
-    ("cuda", True): Effort(60.0, 5, 0.005),
+    ("cuda", False): Effort(30.0, 9, 0.01),
+    ("cuda", True): Effort(30.0, 5, 0.005),
     ("cpu", False): Effort(30.0, 5, 0.02),
     ("cpu", True): Effort(30.0, 5, 0.01),
 }
