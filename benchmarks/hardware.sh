@@ -5,13 +5,13 @@
 #   benchmarks/hardware.sh [minutes=5.5]
 #
 # It stops when its minutes are over; the next call goes on where it stopped, until every step has
-# ended. Two calls of 5.5 minutes are meant to be enough. All it writes is in build/hardware, in a
-# folder of this GPU and these sources: summary.txt and a log per step, verdicts/, results.json,
-# results.csv, table.txt and plots. A step that fails or runs out of its time is noted in
-# summary.txt, and the next one starts.
+# ended. Two calls of 5.5 minutes are meant to be enough. A step that fails or runs out of its time
+# is noted in summary.txt, and the next one starts.
 #
-# If $OUT is set, it gets summary.txt and hardware.tar.gz, all of that folder, after each step. To
-# go on in another copy of the same sources, unpack the archive in its root first.
+# All it writes is in build/hardware: verdicts/, which hold as long as the kernels do not change, and
+# a folder of this GPU and these sources with summary.txt, a log per step, results.json, results.csv,
+# table.txt and plots. If $OUT is set, it gets summary.txt and all that as hardware.tar.gz after each
+# step. To go on in another copy of the sources, unpack the archive in its root first.
 #
 # Uses the python3 on PATH (PYTHON=... names another). The GPU's settings are left as they are.
 set -u
@@ -34,10 +34,10 @@ else
   reason=${key##*$'\n'} key=unknown
 fi
 folder=build/hardware/$key
-mkdir -p "$folder"
 out=$PWD/$folder
 summary=$out/summary.txt ended=$out/ended.txt # names of the steps that need not run again
-export KEYE_KERNELS_CACHE=$out/verdicts
+export KEYE_KERNELS_CACHE=$PWD/build/hardware/verdicts
+mkdir -p "$out" "$KEYE_KERNELS_CACHE"
 touch "$summary" "$ended"
 later=()
 
@@ -50,7 +50,7 @@ save() {
   [[ -n ${OUT:-} ]] || return 0
   mkdir -p "$OUT"
   cp "$summary" "$OUT/summary.txt"
-  tar -czf "$OUT/hardware.part" "$folder" && mv "$OUT/hardware.part" "$OUT/hardware.tar.gz"
+  tar -czf "$OUT/hardware.part" build/hardware/verdicts "$folder" && mv "$OUT/hardware.part" "$OUT/hardware.tar.gz"
 }
 
 # step NAME SECONDS FILE COMMAND...: run the command for at most SECONDS, unless it ended in an
@@ -134,7 +134,7 @@ verdicts = keye_kernels.verdicts()
 tuned = {row.op for row in verdicts.rows} if verdicts is not None else set()
 print(*(op for op in keye_kernels.backends() if op not in tuned))'
 }
-compgen -G "$KEYE_KERNELS_CACHE/*.json" >/dev/null ||
+timeout 60 "$PYTHON" -m keye_kernels tune --show >/dev/null 2>&1 || # there are no verdicts
   step tune 240 tune.txt "$PYTHON" -c "$tune"
 for op in $(untuned 2>/dev/null); do
   step "tune, $op" 80 tune.txt "$PYTHON" -c "$tune" "$op"
