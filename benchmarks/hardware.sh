@@ -58,7 +58,8 @@ save() {
 # or less than half of SECONDS, it does not start. What the end of this call stops runs again in the
 # next one.
 step() {
-  local name=$1 limit=$2 file=$out/$3 least room code took began=$SECONDS last
+  local name=$1 limit=$2 file=$out/$3 grace=5 least room code took began=$SECONDS last
+  [[ $3 != tests.txt ]] || grace=13 # pytest-xdist waits 10 s for its workers
   shift 3
   has_ended "$name" && return
   room=$(left) least=$((limit < 60 ? limit / 2 : 30))
@@ -69,12 +70,12 @@ step() {
   ((room <= limit)) || room=$limit
   printf '\n== %s\n' "$name" >>"$file"
   # An interrupt lets pytest print what it has; a process that ignores it is killed.
-  timeout --signal=INT --kill-after=5 "$((room - 5))" "$@" >>"$file" 2>&1 </dev/null
+  timeout --signal=INT --kill-after=$grace "$((room - grace))" "$@" >>"$file" 2>&1 </dev/null
   code=$? took=$((SECONDS - began)) last=$(tail -n 1 "$file" | cut -c1-160)
   printf '== %s: exit %d\n' "$name" "$code" >>"$file"
   if ((code == 0)); then
     note "$name: ok, $took s"
-  elif ((code != 124 && (code != 137 || took < room - 5))); then
+  elif ((code != 124 && (code != 137 || took < room - grace))); then
     note "$name: FAILED with $code, $took s: $last"
   elif ((room < limit)); then
     note "$name: stopped after $took s, the end of this call"
@@ -106,7 +107,7 @@ facts() {
 export -f facts
 if ! has_ended facts; then
   step facts 40 facts.txt bash -c facts
-  while read -r line; do note "$line"; done < <(grep '^MISSING' "$out/facts.txt")
+  while read -r line; do note "$line"; done < <(grep '^MISSING' "$out/facts.txt" 2>/dev/null)
 fi
 
 # 2. Build. Verdicts are of one extension, so another copy of the sources gets this one.

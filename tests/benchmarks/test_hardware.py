@@ -202,7 +202,7 @@ def test_the_second_call_goes_on(machine):
     first = machine.call("5.5")
     # 30 + 30 + 150 + 3 * 30, and 30 s more that this call does not have to its end.
     assert names(first) == STEPS[:7]
-    assert first[6] == "tests, graphs: stopped after 25 s, the end of this call"
+    assert first[6] == "tests, graphs: stopped after 17 s, the end of this call"
     assert first[-2].startswith("left for the next call: tests, graphs; tests, large kernels; ")
     second = machine.call("5.5")
     assert names(second) == STEPS[6:]

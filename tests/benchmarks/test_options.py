@@ -10,7 +10,6 @@ import torch
 
 from benchmarks import options
 from benchmarks.cases import Case, all_cases
-from benchmarks.environment import cpu_model
 from benchmarks.measure import Measure
 from benchmarks.options import Options
 from benchmarks.providers import Provider
@@ -75,16 +74,6 @@ def test_stages_are_flagged_too():
 
 def test_ceilings_look_at_the_load():
     assert "load 5.0 on 2 cores" in measure_ceilings(cores(0.0, 5.0)).contended
-
-
-def test_cpu_model(tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text(
-        "processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC 9R14 \n\nmodel name: no\n"
-    )
-    assert cpu_model(info) == "AMD EPYC 9R14"
-    info.write_text("processor\t: 0\nBogoMIPS\t: 243.75\n")
-    assert cpu_model(info) == cpu_model(tmp_path / "missing") != ""
 
 
 def test_values_of_options():
