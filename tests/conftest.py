@@ -80,6 +80,14 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _memory_given_back():
+    """Let other processes have the GPU's memory: tensors with large offsets take up to 17 GB."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def _full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch TF32 off: on a GPU, convolutions of plain PyTorch set the bound for errors."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
