@@ -8,10 +8,11 @@
 # ended. Two calls of 5.5 minutes are meant to be enough. A step that fails or runs out of its time
 # is noted in summary.txt, and the next one starts.
 #
-# All it writes is in build/hardware: verdicts/, which hold as long as the kernels do not change, and
-# a folder of this GPU and these sources with summary.txt, a log per step, results.json, results.csv,
-# table.txt and plots. If $OUT is set, it gets summary.txt and all that as hardware.tar.gz after each
-# step. To go on in another copy of the sources, unpack the archive in its root first.
+# All it writes is in build/hardware: verdicts/, which hold as long as the kernels do not change,
+# and a folder of this GPU and these sources with summary.txt, a log per step, results.json,
+# results.csv, table.txt and plots. If $OUT is set, it gets summary.txt and all that as
+# hardware.tar.gz after each step. To go on in another copy of the sources, unpack the archive in its
+# root first.
 #
 # Uses the python3 on PATH (PYTHON=... names another). The GPU's settings are left as they are.
 set -u
@@ -25,7 +26,16 @@ if ((budget == 0)); then
 fi
 export PYTHON=${PYTHON:-python3} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-if key=$(timeout 60 "$PYTHON" -c '
+left() { echo $((budget - SECONDS)); }
+
+# ask ARGUMENTS...: run Python for an answer, in what is left of the time.
+ask() {
+  local room
+  room=$(left)
+  ((room > 0)) && timeout "$((room < 60 ? room : 60))" "$PYTHON" "$@"
+}
+
+if key=$(ask -c '
 from benchmarks.environment import environment, slug
 facts = environment()
 print(slug(facts), facts["sources"], sep="-")' 2>&1); then
@@ -42,7 +52,6 @@ touch "$summary" "$ended"
 later=()
 
 note() { printf '%s\n' "$*" | tee -a "$summary"; }
-left() { echo $((budget - SECONDS)); }
 on_gpu() { [[ $key != cpu-* && $key != unknown ]]; }
 has_ended() { grep -Fxq -- "$1" "$ended"; }
 
@@ -50,13 +59,13 @@ save() {
   [[ -n ${OUT:-} ]] || return 0
   mkdir -p "$OUT"
   cp "$summary" "$OUT/summary.txt"
-  tar -czf "$OUT/hardware.part" build/hardware/verdicts "$folder" && mv "$OUT/hardware.part" "$OUT/hardware.tar.gz"
+  tar -czf "$OUT/hardware.part" build/hardware/verdicts "$folder" &&
+    mv "$OUT/hardware.part" "$OUT/hardware.tar.gz"
 }
 
 # step NAME SECONDS FILE COMMAND...: run the command for at most SECONDS, unless it ended in an
-# earlier call. Its output goes to FILE at once, its outcome to the summary. With less than 30 s left,
-# or less than half of SECONDS, it does not start. What the end of this call stops runs again in the
-# next one.
+# earlier call. Its output goes to FILE at once, its outcome to the summary. It starts if 30 s or
+# half of SECONDS are left. What the end of this call stops runs again in the next one.
 step() {
   local name=$1 limit=$2 file=$out/$3 grace=5 least room code took began=$SECONDS last
   [[ $3 != tests.txt ]] || grace=13 # pytest-xdist waits 10 s for its workers
@@ -95,13 +104,13 @@ on_gpu || note "no GPU: tune, tests and benchmarks run on a CPU, ncu and the san
 # 1. Facts, and what is missing.
 facts() {
   "$PYTHON" -m benchmarks.environment
-  local code=$? build='setuptools|ninja|pybind11'
+  local code=$? names='torch|triton|transformers|numpy|pytest|pytest-xdist|liger|flash|quack'
+  names+='|nvtx|av|setuptools|ninja|pybind11'
   command -v nvidia-smi >/dev/null && nvidia-smi --format=csv \
     --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit
   command -v nvcc >/dev/null && nvcc --version | tail -n 2
   command -v gcc >/dev/null && gcc --version | head -n 1
-  "$PYTHON" -m pip list 2>/dev/null |
-    grep -iE "^(torch|triton|transformers|numpy|pytest|pytest-xdist|liger|flash|quack|nvtx|av|$build) "
+  "$PYTHON" -m pip list 2>/dev/null | grep -iE "^($names) "
   return $code
 }
 export -f facts
@@ -129,13 +138,13 @@ def progress(case, done, total):
     print(time.strftime("%T"), f"{done}/{total}", case)
 print(tune(op=sys.argv[1] if sys.argv[1:] else None, progress=progress))'
 untuned() {
-  timeout 60 "$PYTHON" -c '
+  ask -c '
 import keye_kernels
 verdicts = keye_kernels.verdicts()
 tuned = {row.op for row in verdicts.rows} if verdicts is not None else set()
 print(*(op for op in keye_kernels.backends() if op not in tuned))'
 }
-timeout 60 "$PYTHON" -m keye_kernels tune --show >/dev/null 2>&1 || # there are no verdicts
+ask -m keye_kernels tune --show >/dev/null 2>&1 || # there are no verdicts
   step tune 240 tune.txt "$PYTHON" -c "$tune"
 for op in $(untuned 2>/dev/null); do
   step "tune, $op" 80 tune.txt "$PYTHON" -c "$tune" "$op"
@@ -143,9 +152,9 @@ done
 
 # pyproject.toml has options of plugins that may not be here.
 pytest=("$PYTHON" -m pytest -o addopts= -p no:cacheprovider --tb=short)
-has() { timeout 60 "$PYTHON" -c "import $1" 2>/dev/null; }
+has() { ask -c "import $1" 2>/dev/null; }
 has av || PYTHONPATH+=":$PWD/benchmarks/stand_ins"
-model=$(timeout 60 "$PYTHON" -c 'from keye_model import *' 2>&1 | tail -n 1)
+model=$(ask -c 'from keye_model import *' 2>&1 | tail -n 1)
 [[ -z $model ]] || note "keye_model cannot be imported, what needs it is not run: $model"
 
 # 4. End to end, each in a process of its own: a fault ends the CUDA context of its process.
@@ -159,9 +168,9 @@ fi
 # 5. Tests, for what tune does not show. It compares each kernel with its definition at the
 # checkpoint's shapes and at a few edges. It does not capture whole steps, nor try strides, other
 # dtypes and head sizes, out=, empty input, offsets past 2^31 and torch.compile. Each module compiles
-# its kernels anew, so all tests do not fit: left out are those of the reference, which is PyTorch's
-# own code; test_leading_dims, which repeats the ops' other tests at other ranks; and all that never
-# touches a GPU.
+# kernels of its own, so all tests do not fit. Left out are those of the reference, which is
+# PyTorch's own code; test_leading_dims, which repeats the ops' other tests at other ranks; and all
+# that never touches a GPU.
 options=(-v -rfE)
 # A worker whose CUDA context a fault has ended is replaced (tests/broken_cuda.py).
 has xdist && options+=(-n "$(($(nproc) * 3 / 4 + 1))" --max-worker-restart 40)
@@ -186,8 +195,12 @@ if on_gpu && command -v ncu >/dev/null; then
   metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
   metrics+=,launch__registers_per_thread,launch__waves_per_multiprocessor
-  mapfile -t gaps < <(timeout 60 "$PYTHON" -m benchmarks.gaps 2>/dev/null)
-  ((${#gaps[@]})) || note "ncu: not run, tune timed nothing to compare"
+  mapfile -t gaps < <(ask -m benchmarks.gaps 2>/dev/null)
+  if (($(left) < 20)); then
+    later+=(ncu)
+  elif ((${#gaps[@]} == 0)); then
+    note "ncu: not run, tune timed nothing to compare"
+  fi
   for i in "${!gaps[@]}"; do
     step "ncu, ${gaps[i]}" 40 ncu.txt ncu --clock-control none --csv --page raw \
       --metrics "$metrics" --target-processes application-only --profile-from-start off \
