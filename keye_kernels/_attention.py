@@ -132,6 +132,7 @@ def _key_rows(
     UNIT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Pointers [BLOCK_N, 1] to the rows of the keys from start_n on, which lie in ``pages``."""
+    # The order of these sums matters: others spill (Triton 3.7.1 on sm_80, 3.9.0 on sm_90).
     stride = stride.to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     if PAGE_SIZE % BLOCK_N > 0:  # a page for each key
@@ -140,7 +141,7 @@ def _key_rows(
     if PAGE_SIZE > 0:
         ptr += pages * stride_page * UNIT
         start_n %= PAGE_SIZE
-    return ptr + offs_n * (stride * UNIT) + start_n * (stride * UNIT)
+    return ptr + start_n * (stride * UNIT) + offs_n * (stride * UNIT)
 
 
 # These change from call to call: a kernel for each divisibility would be compiled on the way.
