@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import keye_kernels
+from keye_kernels import __main__ as tuning
 from keye_model import demo as demonstration
 from keye_model.answer import Answer
 from keye_model.checkpoint.config import KeyeConfig
@@ -75,6 +76,11 @@ def demo(arguments: argparse.Namespace) -> int:
     """Show the stack at work."""
     demonstration.run(arguments.model, max_new_tokens=arguments.max_new_tokens)
     return 0
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Prove and time the kernels, or show or clear what was found."""
+    return tuning.run(arguments)
 
 
 def info(arguments: argparse.Namespace) -> int:
