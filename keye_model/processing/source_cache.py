@@ -76,8 +76,8 @@ class SourceCache:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._lock = Lock()
         self._kept: OrderedDict[SourceKey, tuple[Any, torch.Tensor, int | None]] = OrderedDict()
-        self._max_bytes = max_bytes
         self.num_bytes = 0
+        self.max_bytes = max_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SourceCache, (self._max_bytes,)
@@ -89,6 +89,8 @@ class SourceCache:
 
     @max_bytes.setter
     def max_bytes(self, value: int) -> None:
+        if type(value) is not int or value < 0:
+            raise ValueError(f"max_bytes must be an integer of at least 0, got {value!r}")
         with self._lock:
             self._max_bytes = value
             self._shrink()

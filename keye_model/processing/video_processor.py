@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from keye_model.processing.video_sampling import FACTOR, TOKEN_PIXELS
 
 
 @dataclass(frozen=True)
-class Processed:
+class _Processed:
     """What a video became in a prompt.
 
     Attributes:
@@ -40,20 +40,14 @@ class Processed:
         smaller: As in `Sample`.
         tokens: Marks and times included.
         published: Its frames by the published rules if it may be made to fit, else None.
-        rooms: It becomes the same in a room of least to most tokens; None: where no room is given.
+        room: As in `Fit`.
     """
 
     patches: VideoPatches
     smaller: bool
     tokens: int
     published: tuple[Frame, ...] | None
-    rooms: tuple[int, int] | None
-
-    def serves(self, room: int | None) -> bool:
-        """Whether it is what the video becomes in such a room."""
-        if room is None or self.rooms is None:
-            return room is self.rooms
-        return self.rooms[0] <= room <= self.rooms[1]
+    room: int | None
 
 
 class KeyeVideoProcessor:
@@ -146,7 +140,7 @@ class KeyeVideoProcessor:
         settings = self.version, vars(self.image_processor), fit_videos is not None
         settings += (os.environ.get("VIDEO_MAX_PIXELS"),)
         keys = [sources.key(item, settings) for item in checked]
-        kept: list[Processed | None] = [sources.get(key) for key in keys]
+        kept: list[_Processed | None] = [sources.get(key) for key in keys]
         films = [
             self._film(item) if one is None else None
             for item, one in zip(checked, kept, strict=True)
@@ -167,12 +161,16 @@ class KeyeVideoProcessor:
             room = None
             if place in published:
                 room = budget.share([needs[other] for other in waiting[at:]])
-            one, name = sources.get(keys[place]), f"video {describe(checked[place]['video'])}"
-            if one is not None and one.serves(room) and budget.fits(one.tokens):
+            fit = Fit(budget, self._layout, count_tokens, room)
+            name = f"video {describe(checked[place]['video'])}"
+            one, film = sources.get(keys[place]), films[place]
+            if one is not None and one.room != room:
+                film = film or self._film(checked[place])
+                one = one if self._unchanged(one, film, fit) else None
+            if one is not None and budget.fits(one.tokens):
                 budget.take(one.tokens, name)
             else:
-                film = films[place] or self._film(checked[place])
-                fit = Fit(budget, self._layout, count_tokens, room)
+                film = film or self._film(checked[place])
                 one = self._sampled(film, fit, progress, not shapes_only, published.get(place))
                 sources.put(keys[place], one, one.patches.pixels)
             done[place], frames = one.patches, one.patches.frames
@@ -191,17 +189,21 @@ class KeyeVideoProcessor:
         progress: Progress | None,
         decode: bool,
         published: tuple[Frame, ...] | None,
-    ) -> Processed:
+    ) -> _Processed:
         sample = self.rules.sample(film, fit, decode=decode, progress=progress)
         frames, seconds = self._layout(sample)
-        tokens, rooms = fit.count_tokens(frames), None
+        tokens = fit.count_tokens(frames)
         fit.budget.take(tokens, f"{film.name} with {sample.count} frames", self.rules.advice)
-        if decode and fit.room is not None:
-            # A smaller room changes nothing while it holds these frames and as many are sampled.
-            tight = self.rules.sample(film, replace(fit, room=tokens), decode=False)
-            rooms = tokens if tight.count == sample.count else fit.room, fit.room
         patches = VideoPatches(self._cut(sample.frames, frames), frames, seconds)
-        return Processed(patches, sample.smaller, tokens, published, rooms)
+        return _Processed(patches, sample.smaller, tokens, published, fit.room)
+
+    def _unchanged(self, one: _Processed, film: Film, fit: Fit) -> bool:
+        """Whether a film becomes the same in another room: in a smaller one it does while that
+        holds its frames, which are the largest that fit, and as many are sampled.
+        """
+        if fit.room is None or one.room is None or not one.tokens <= fit.room < one.room:
+            return False
+        return self.rules.sample(film, fit, decode=False).count == len(one.patches.frames)
 
     def _change(self, name: str, frames: Sequence[Frame], published: int) -> str:
         """One line on a film that was fitted; the published rules take ``published`` frames."""
