@@ -4,6 +4,7 @@ import base64
 import gc
 import io
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,9 @@ from PIL import Image
 from keye_model import Chat, Keye
 from keye_model.chat import Reply
 from keye_model.checkpoint.config import PREVIEW, V1_5
-from keye_model.processing.rules import of
+from keye_model.processing import image_processor, slow_fast, video_processor
+from keye_model.processing.rules import of, preview
+from keye_model.processing.video_file import VideoFile
 
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
 
@@ -86,6 +89,53 @@ def test_turns_of_both_lines(keye, media):
     again = keye.generate(history[:4], **{**OPTIONS, "max_new_tokens": 3})
     assert again.token_ids == second.answer.token_ids
     assert len(again.token_ids) == 3
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_second_turn_decodes_and_resizes_nothing(keye, media, monkeypatch, kind):
+    done = Counter()
+
+    def count(owner, name):
+        real = getattr(owner, name)
+
+        def counted(*arguments, **options):
+            done[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    keye.processor.source_cache.clear()
+    for owner, name in (
+        (VideoFile, "read"), (VideoFile, "_scan_packets"), (Image.Image, "resize"),
+        (Image, "open"), (preview, "interpolate"), (slow_fast, "resize_bilinear"),
+        (video_processor, "patchify"), (image_processor, "patchify"),
+    ):  # fmt: skip
+        count(owner, name)
+    source = media["picture" if kind == "image" else "video"]
+    content = [{"type": kind, kind: str(source)}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": content}]
+    first = keye.generate(messages, **OPTIONS)
+    assert done["patchify"] > 0
+    for name in ("open", "resize") if kind == "image" else ("read", "_scan_packets"):
+        assert done[name] > 0
+    done.clear()
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Why?"}]
+    warm = keye.generate(messages, **OPTIONS)
+    assert done.total() == 0
+    keye.processor.source_cache.clear()
+    assert keye.generate(messages, **OPTIONS).token_ids == warm.token_ids
+    assert done["patchify"] > 0
+
+
+def test_a_turn_that_is_left_early_goes_on(keye):
+    chat = keye.chat(**{**OPTIONS, "max_new_tokens": 20})
+    pieces = []
+    for piece in chat.stream("Hello"):
+        pieces.append(piece)
+        break
+    assert chat.messages == [asked("Hello"), said(pieces[0])]
+    answer = chat.send("Go on.")
+    assert keye.generate(chat.messages[:3], **OPTIONS).token_ids == answer.token_ids[:4]
 
 
 def test_an_answer_is_kept_as_it_was_written():

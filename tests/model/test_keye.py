@@ -3,7 +3,6 @@
 import gc
 import shutil
 import weakref
-from collections import Counter
 
 import pytest
 import torch
@@ -16,9 +15,6 @@ from keye_model import Answer, Keye
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.engine.memory import Limits
 from keye_model.inputs.packing import pack
-from keye_model.processing import image_processor, slow_fast, video_processor
-from keye_model.processing.rules import preview
-from keye_model.processing.video_file import VideoFile
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -59,42 +55,6 @@ def test_mixed_batch_equals_one_by_one(keye, conversations):
     assert [answer.token_ids for answer in batch] == [answer.token_ids for answer in alone]
     assert [answer.usage for answer in batch] == [answer.usage for answer in alone]
     assert len({answer.token_ids for answer in batch}) > 2
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_second_turn_decodes_and_resizes_nothing(keye, media, monkeypatch, kind):
-    done = Counter()
-
-    def count(owner, name):
-        real = getattr(owner, name)
-
-        def counted(*arguments, **options):
-            done[name] += 1
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    keye.processor.source_cache.clear()
-    for owner, name in (
-        (VideoFile, "read"), (VideoFile, "_scan_packets"), (Image.Image, "resize"),
-        (Image, "open"), (preview, "interpolate"), (slow_fast, "resize_bilinear"),
-        (video_processor, "patchify"), (image_processor, "patchify"),
-    ):  # fmt: skip
-        count(owner, name)
-    source = media["picture" if kind == "image" else "video"]
-    content = [{"type": kind, kind: str(source)}, {"type": "text", "text": "What is it?"}]
-    messages = [{"role": "user", "content": content}]
-    first = keye.generate(messages, **GREEDY)
-    assert done["patchify"] > 0
-    for name in ("open", "resize") if kind == "image" else ("read", "_scan_packets"):
-        assert done[name] > 0
-    done.clear()
-    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Why?"}]
-    warm = keye.generate(messages, **GREEDY)
-    assert done.total() == 0
-    keye.processor.source_cache.clear()
-    assert keye.generate(messages, **GREEDY).token_ids == warm.token_ids
-    assert done["patchify"] > 0
 
 
 def test_pictures_and_videos_reach_the_answer(keye, conversations):
