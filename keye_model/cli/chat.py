@@ -18,6 +18,7 @@ from keye_model.cli.options import ERRORS, attachment_parser, with_flags
 from keye_model.cli.terminal import Progress, note, say
 from keye_model.inputs.request import Request
 from keye_model.keye import Stream
+from keye_model.processing.chat import vision_items
 from keye_model.processing.fetch import describe
 from keye_model.processing.processor import KeyeProcessor
 
@@ -246,10 +247,9 @@ class Conversation:
         if path.exists() and path not in self._saved:
             raise ValueError(f"/save must name a new file, got {words[0]}, which exists")
         messages = self._chat.messages
-        for message in messages[bool(self._arguments.system) :: 2]:
-            for item in message["content"]:
-                if not isinstance(source := item[item["type"]], str):
-                    item["image"] = source.filename  # a picture turned by --exif
+        for item in vision_items(messages, "image"):
+            if not isinstance(item["image"], str):  # turned by --exif
+                item["image"] = item["image"].filename
         write_messages(path, messages, self._processor.rules)
         self._saved.add(path)
         note(f"saved {len(messages)} messages to {words[0]}")
