@@ -64,12 +64,12 @@ def generate(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     """Talk until the input ends."""
     processor, options = _checked(arguments)
-    conversation = Conversation(processor, arguments, options)
+    conversation = Conversation(processor, arguments)
     for kind in ("image", "video"):
         for source in getattr(arguments, kind):
             conversation.attach(kind, source, arguments)
-    conversation.keye = _load(arguments, processor)
-    return conversation.run()
+    keye = _load(arguments, processor)
+    return conversation.run(keye.chat(arguments.system or None, **options))
 
 
 def demo(arguments: argparse.Namespace) -> int:
