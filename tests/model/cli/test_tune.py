@@ -23,7 +23,9 @@ def test_show_and_clear(capsys, cache):
     assert "no verdicts for cpu: never tuned here" in capsys.readouterr().err
     _verdicts.save("cpu", [ROW])
     assert cli.main(["tune", "--device", "cpu", "--show"]) == 0
-    assert "silu_mul, one row\n  reference         2.5 us ± 0.5  chosen" in capsys.readouterr().out
+    assert (
+        "silu_mul, one row\n  reference           2.5 us ± 0.5  chosen" in capsys.readouterr().out
+    )
     assert cli.main(["tune", "--device", "cpu", "--clear"]) == 0
     assert not list(cache.glob("*.json"))
 
