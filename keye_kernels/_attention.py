@@ -67,11 +67,12 @@ def launch_config(
     elif head <= 64:
         block_n, num_stages = 64, 3
         # Three programs of 4 warps per multiprocessor, and on sm_90 two of 8: one computes
-        # exponentials while another multiplies. Elsewhere, and with more columns, it would spill.
-        if block_m == 64 and head_dim <= 80 and (major == 9 or device.capability == (8, 0)):
+        # exponentials while another multiplies. Elsewhere, and with more columns, it would spill;
+        # on sm_80 causal calls and those with lse do, up to 32 bytes at 72 columns.
+        if major == 9 and head_dim <= 80:
+            max_registers = 128 if block_m == 128 else 168
+        elif device.capability == (8, 0) and head_dim <= 72 and block_m == 64:
             max_registers = 168
-        elif block_m == 128 and head_dim <= 80 and major == 9:
-            max_registers = 128
     else:
         # One stage less where a program has 99 KB of shared memory at most.
         fewer = device.capability in ((8, 6), (8, 9)) or major == 12
@@ -132,6 +133,7 @@ def _key_rows(
     UNIT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Pointers [BLOCK_N, 1] to the rows of the keys from start_n on, which lie in ``pages``."""
+    # The order of these sums matters: others spill (Triton 3.7.1 on sm_80, 3.9.0 on sm_90).
     stride = stride.to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     if PAGE_SIZE % BLOCK_N > 0:  # a page for each key
@@ -140,7 +142,7 @@ def _key_rows(
     if PAGE_SIZE > 0:
         ptr += pages * stride_page * UNIT
         start_n %= PAGE_SIZE
-    return ptr + offs_n * (stride * UNIT) + start_n * (stride * UNIT)
+    return ptr + start_n * (stride * UNIT) + offs_n * (stride * UNIT)
 
 
 # These change from call to call: a kernel for each divisibility would be compiled on the way.

@@ -1,7 +1,7 @@
-"""Attention of other libraries, where they are installed: candidates that `tune` may choose.
+"""Attention of PyTorch and of other libraries if installed: candidates that `tune` may choose.
 
-A peer keeps the contract of our op or refuses the call. What each refuses can be told from shapes
-alone. None is needed, and none serves without a verdict.
+A peer keeps the contract of our op or refuses the call; it decides from shapes alone. None is
+needed, and none serves without a verdict.
 """
 
 from __future__ import annotations
@@ -124,8 +124,12 @@ def _sdpa(attend: Callable[..., Any], *args: Any) -> None:
 
 
 def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
-    # By its own name: `sdpa_kernel` would change the choice of other threads.
+    # Called directly, because `sdpa_kernel` would change the choice of other threads.
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, **options)
+
+
+def _math(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, None, 0.0, **options)
 
 
 def _sdpa_refuses(*args: Any) -> str | None:
@@ -173,9 +177,18 @@ def register() -> None:
             why_not=functools.partial(_why_not, *where),
             refuses=functools.partial(_varlen_refuses, *where),
         )
-    for label, attend in (("sdpa", F.scaled_dot_product_attention), ("cudnn", _cudnn)):
-        run = functools.partial(_sdpa, attend)
-        _backends.register("varlen_attention", label, run, refuses=_sdpa_refuses)
+    for label, attend, device_types in (
+        ("sdpa", F.scaled_dot_product_attention, ("cpu", "cuda")),
+        ("math", _math, ("cpu",)),
+        ("cudnn", _cudnn, ("cuda",)),
+    ):
+        _backends.register(
+            "varlen_attention",
+            label,
+            functools.partial(_sdpa, attend),
+            device_types=device_types,
+            refuses=_sdpa_refuses,
+        )
     for label, module, multiple in (
         ("flash_attn_2", "flash_attn", 256),
         ("flash_attn_3", "flash_attn_interface", 16),

@@ -74,6 +74,7 @@ def _transposed(
 
 
 _backends.register("linear", "triton", _gemm)
+_backends.register("linear", "gemm", _gemm, device_types=("cpu",))
 _backends.register("linear", "transposed", _transposed, device_types=("cpu",))
 _backends.register_class("linear", lambda x, weight, *_: ((), (x.shape[0], weight.numel())))
 

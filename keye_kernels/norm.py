@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -166,7 +167,22 @@ def _layer_norm_triton(
     _launch(_layer_norm_kernel, x, (weight, bias), eps, residual, out, residual_out)
 
 
+def _rms_norm_fused(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    residual_out: torch.Tensor | None,
+) -> None:
+    """Normalise all rows in one call of F.rms_norm, which rounds once, after the weight."""
+    if residual is not None:
+        x = torch.add(x, residual, out=residual_out)
+    out.copy_(F.rms_norm(x, x.shape[-1:], weight, eps))
+
+
 _backends.register("rms_norm", "triton", _rms_norm_triton)
+_backends.register("rms_norm", "fused", _rms_norm_fused, device_types=("cpu",))
 _backends.register("layer_norm", "triton", _layer_norm_triton)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keye_model.answer import Answer
+    from keye_model.chat import Chat
     from keye_model.checkpoint.config import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
     from keye_model.conditional_generation import KeyeForConditionalGeneration
     from keye_model.engine.memory import Limits
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Chat",
     "Keye",
     "KeyeConfig",
     "KeyeForConditionalGeneration",
@@ -40,6 +42,7 @@ _NAMES = {
     "conditional_generation": "KeyeForConditionalGeneration",
     "checkpoint.config": "KeyeConfig KeyeTextConfig KeyeVisionConfig",
     "answer": "Answer",
+    "chat": "Chat",
     "keye": "Keye",
     "network.model": "KeyeModel",
     "engine.memory": "Limits",

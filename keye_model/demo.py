@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from keye_kernels import backends
+from keye_kernels import backends, tune, verdicts
 from keye_model.answer import Answer
 from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import PREVIEW
@@ -29,6 +29,7 @@ def run(model: str | Checkpoint | None = None, *, max_new_tokens: int = 32) -> N
             say("No model named: making a tiny checkpoint with random weights.")
             say("Its words mean nothing; pass MODEL=<directory or Hub id> for a real one.\n")
             model = build(folder / "checkpoint", PREVIEW)
+        tune_first()
         keye = Keye.from_pretrained(model)
         config, device = keye.model.config, keye.model.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -65,11 +66,20 @@ def run(model: str | Checkpoint | None = None, *, max_new_tokens: int = 32) -> N
     say("\n" + describe_backends())
 
 
+def tune_first() -> None:
+    """On a GPU that was never tuned, prove and time the kernels before one of them is used."""
+    if torch.cuda.is_available() and verdicts("cuda") is None:
+        say("Proving and timing the kernels on this GPU, once.\n")
+        with Progress() as progress:
+            tune(quick=True, progress=lambda _, done, total: progress("cases", done, total))
+
+
 def describe_backends() -> str:
     """The backend of each op, and why the others do not serve it; equal ops are grouped."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     groups: dict[tuple[str, ...], list[str]] = {}
-    for op, served in backends(device).items():
+    found = backends(device)
+    for op, served in found.items():
         reasons = (
             f"{name}: {why}".replace(f" for {op}", "") for name, why in served.why_not.items()
         )
@@ -81,7 +91,8 @@ def describe_backends() -> str:
             textwrap.fill(", ".join(ops), 100, initial_indent=head, subsequent_indent=" " * 14)
         )
         lines += [f"{'':16}not {reason}" for reason in reasons]
-    return "\n".join(lines)
+    tuned = [f"  {op}: {line}" for op, served in found.items() for line in served.verdicts]
+    return "\n".join(lines + (["verdicts of keye tune", *tuned] if tuned else []))
 
 
 def draw_picture(path: Path) -> Path:

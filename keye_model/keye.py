@@ -11,6 +11,7 @@ import torch
 
 from keye_kernels import backends
 from keye_model.answer import Answer, Timings, Usage
+from keye_model.chat import Chat
 from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.engine.answering import Draft, answer, chosen
@@ -179,6 +180,14 @@ class Keye:
             videos are read, and mistakes raised, here.
         """
         return Stream(_Run(self, [messages], options, thinking, progress))
+
+    def chat(self, system: str | None = None, **options: Unpack[AnswerKeywords]) -> Chat:
+        """Begin a conversation, with a system message if there is one.
+
+        Args:
+            options: As in `stream`, for all its turns.
+        """
+        return Chat(self, system, **options)
 
 
 class Stream(Iterator[str]):

@@ -16,6 +16,7 @@ from keye_kernels._tune.cases import Case, Make
 _GUARD = 4096  # elements before and after each output, which no candidate may write
 _ROTATED_BYTES = 2**28  # of the copies that are timed in turn, so that no cache holds them
 _COMPARED = 2**22  # elements that are compared at once
+_COPIED_BYTES = 2**24  # larger inputs are not copied to see whether a candidate writes to them
 
 
 def arguments_of(case: Case, make: Make) -> list[Any]:
@@ -66,11 +67,15 @@ def _copied(args: list[Any], convert: Callable[[torch.Tensor], torch.Tensor]) ->
     return [convert(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
+def _copy_of_small(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.numel() * tensor.itemsize <= _COPIED_BYTES else tensor
+
+
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """In fp32, or fp64 if it is that already, which the exact result is computed in."""
     if not tensor.is_floating_point():
-        return tensor.clone()
-    return tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32, copy=True)
+        return tensor
+    return tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32)
 
 
 def _distance(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> str | None:
@@ -120,20 +125,20 @@ class Trial:
 
     def __init__(self, op: str, candidate: str, device: str, dtype: torch.dtype, seed: int) -> None:
         self.op, self.candidate = op, candidate
-        self._make = lambda: Make(device, dtype, seed)
+        self._make = Make(device, dtype, seed)
         self._cuda = device == "cuda"
         self._args: list[Any] = []
         self._copies: list[list[Any]] = []
 
     def check(self, case: Case) -> tuple[str, str, tuple]:
         """Status, reason, and class of shapes of the case; keeps its tensors for `time`."""
-        self._args = args = arguments_of(case, self._make())
+        self._args = args = arguments_of(case, self._make)
         self._copies = []
         shape_class = _backends.classify(self.op, args)
         outputs, fresh = written(self.op), _fresh(self.op)
         tries = []
         for _ in range(2):
-            given = _copied(args, torch.clone)
+            given = _copied(args, _copy_of_small)
             memories = {}
             for i in outputs:
                 if given[i] is not None:
@@ -148,7 +153,7 @@ class Trial:
                     edges = [torch.cat((m[:_GUARD], m[-_GUARD:])) for m in ends]
                     if not _same(*edges):
                         return "wrong", "it writes outside of its output", shape_class
-                elif isinstance(arg, torch.Tensor) and not _same(arg, args[i]):
+                elif arg is not args[i] and not _same(arg, args[i]):
                     return "wrong", "it writes into an input", shape_class
             tries.append({i: given[i] for i in memories})
         for i in tries[0]:
@@ -156,7 +161,7 @@ class Trial:
                 return "wrong", "two calls with the same arguments differ", shape_class
         if self.candidate == "reference":  # the definition itself
             return "right", "", shape_class
-        plain, exact = (self._defined(args, fresh, convert) for convert in (torch.clone, _wide))
+        plain, exact = self._defined(args, lambda tensor: tensor), self._defined(args, _wide)
         for i in tries[0]:
             reason = _distance(tries[0][i], plain[i], exact[i])
             if reason is not None:
@@ -164,22 +169,27 @@ class Trial:
         return "right", "", shape_class
 
     def _defined(
-        self, args: list[Any], fresh: set[int], convert: Callable[[torch.Tensor], torch.Tensor]
+        self, args: list[Any], convert: Callable[[torch.Tensor], torch.Tensor]
     ) -> list[Any]:
-        given = _copied(args, convert)
-        for i in fresh:
+        """Arguments after a call of the definition on converted tensors."""
+        given, fresh = _copied(args, convert), _fresh(self.op)
+        for i in written(self.op):
             if given[i] is not None:
-                _poison(given[i])
+                given[i] = given[i].clone()
+                if i in fresh:
+                    _poison(given[i])
         _backends.run_candidate(self.op, "reference", given)
         return given
 
     def time(self, seconds: float) -> float:
         """Microseconds per call, over about ``seconds``, of the case that was checked last."""
         if not self._copies:
+            self._copies = [self._args]
+            first = self._spent(self._call_each)
             size = sum(a.numel() * a.itemsize for a in self._args if isinstance(a, torch.Tensor))
-            count = max(min(_ROTATED_BYTES // max(size, 1), 8), 1)
-            copies = (_copied(self._args, torch.clone) for _ in range(count - 1))
-            self._copies = [self._args, *copies]
+            # As many as no cache holds, but no more than are called in the time.
+            count = min(_ROTATED_BYTES // max(size, 1), 8, int(seconds / first))
+            self._copies += [_copied(self._args, torch.clone) for _ in range(count - 1)]
             self._turn = self._captured() if self._cuda else self._call_each
             self._turn()
         calls, spent = 0, 0.0

@@ -1,4 +1,4 @@
-"""The command line: `keye generate | chat | demo | info | plan`.
+"""The command line: `keye generate | chat | demo | tune | info | plan`.
 
 Only the parser is imported here: importing torch takes seconds, and `--help` and mistakes need not
 wait for it.
@@ -153,6 +153,16 @@ def _parser() -> Parser:
     demo = command("demo", "show a picture, a video and a mixed batch")
     demo.add_argument("--model", help="directory or Hub id; without it random weights")
     _add_max_new_tokens(demo, "of each answer (%(default)s)", 32)
+
+    tune = command("tune", "prove and time the kernels on this machine")
+    tune.set_defaults(model=None)
+    tune.add_argument("--op", metavar="OP", help="this op alone; verdicts of others stay")
+    tune.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    tune.add_argument("--device", choices=("cuda", "cpu"), help="a GPU if there is one, else cpu")
+    tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    instead = tune.add_mutually_exclusive_group()
+    instead.add_argument("--show", action="store_true", help="print the verdicts and tune nothing")
+    instead.add_argument("--clear", action="store_true", help="delete them and tune nothing")
 
     info = command("info", "print versions, backends and a checkpoint's facts")
     _add_model(info, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from keye_model.answer import Answer
+from keye_model.chat import Chat, Reply, write_messages
 from keye_model.cli.attachments import image_item, prepare, video_item, vision_tokens
 from keye_model.cli.options import ERRORS, attachment_parser, with_flags
 from keye_model.cli.terminal import Progress, note, say
 from keye_model.inputs.request import Request
-from keye_model.keye import Keye, Stream
+from keye_model.keye import Stream
+from keye_model.processing.chat import vision_items
 from keye_model.processing.fetch import describe
 from keye_model.processing.processor import KeyeProcessor
 
@@ -34,50 +35,40 @@ Ctrl-C stops an answer. A space before / makes it text."""
 
 @dataclass
 class _Turn:
-    """A question and its answer, and the tokens of the context up to its end."""
+    """What was attached to a question, and the tokens of the context up to its answer's end."""
 
-    attached: list[dict[str, Any]]
-    messages: list[dict[str, Any]]
+    attached: list[tuple[dict[str, Any], int]]
     tokens: int
 
 
 class Conversation:
-    """The turns of a conversation, and the attachments of the next message.
+    """Lines that make up a `Chat`, and the attachments of the next message.
 
     Args:
         processor: The checkpoint's.
-        arguments: The command line's: the system message, thinking, and defaults for videos.
-        options: Options of `Keye.stream`.
-
-    Attributes:
-        keye: The model that answers; not needed to attach.
+        arguments: The command line's: lengths, thinking, and defaults for videos.
     """
 
-    def __init__(
-        self, processor: KeyeProcessor, arguments: argparse.Namespace, options: dict[str, Any]
-    ) -> None:
-        self.keye: Keye | None = None
+    def __init__(self, processor: KeyeProcessor, arguments: argparse.Namespace) -> None:
+        self._chat: Chat | None = None
         self._processor = processor
         self._arguments = arguments
-        self._options = options
-        system = arguments.system
-        self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[_Turn] = []
         self._attached: list[tuple[dict[str, Any], int]] = []
         self._noted: set[str] = set()
         self._saved: set[Path] = set()
         self._interactive = False
 
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        return [*self._system, *(message for turn in self._turns for message in turn.messages)]
-
-    def run(self) -> int:
+    def run(self, chat: Chat) -> int:
         """Read lines until the input ends.
+
+        Args:
+            chat: Answers them.
 
         Returns:
             The exit status: 130 after Ctrl-C (at a terminal, twice); 1 if a script's line failed.
         """
+        self._chat = chat
         interactive = self._interactive = sys.stdin.isatty()
         leaving = failed = False
         if interactive:
@@ -137,7 +128,9 @@ class Conversation:
         elif command == "/undo":
             self._undo()
         elif command == "/reset":
-            self._turns, self._attached = [], []
+            while self._turns:
+                self._forget()
+            self._attached = []
         elif command == "/save":
             self._save(_words(rest.strip()))
         elif command == "/help":
@@ -170,29 +163,29 @@ class Conversation:
         question = {"role": "user", "content": [*attached, {"type": "text", "text": text}]}
         with Progress() as progress:
             try:
-                request = self._prepare([*self.messages, question], progress)
+                request = self._prepare([*self._chat.messages, question], progress)
             except ERRORS:
                 self._drop_broken()
                 raise
-            with closing(self.keye.stream(request, progress=progress, **self._options)) as stream:
+            with closing(self._chat.reply_to(question, request, progress=progress)) as stream:
                 pieces: list[str] = []
                 try:
                     write_answer(stream, progress, pieces)
-                except KeyboardInterrupt:
-                    if not pieces or not self._interactive:
+                except BaseException as error:
+                    stopped = isinstance(error, KeyboardInterrupt) and self._interactive
+                    if not (stopped and pieces):
+                        stream.forget()
                         raise
                     note("(stopped)")
-        said = "".join(pieces)
         tokens, answer = request.input_ids.numel(), stream.answer
         if answer is None:  # stopped
-            tokens += len(self._processor.tokenizer.encode(said).ids)
+            tokens += len(self._processor.tokenizer.encode("".join(pieces)).ids)
         else:
             tokens += answer.usage.new_tokens
-            if cut := why_cut(answer, self._processor):
-                note(cut)
-        messages = [question, {"role": "assistant", "content": said}]
-        self._turns.append(_Turn(self._attached, messages, tokens))
+        self._turns.append(_Turn(self._attached, tokens))
         self._attached = []
+        if answer is not None and (cut := why_cut(answer, self._processor)):
+            note(cut)
 
     def _prepare(
         self,
@@ -204,7 +197,7 @@ class Conversation:
         return prepare(
             self._processor,
             messages,
-            self._options["max_new_tokens"],
+            self._arguments.max_new_tokens,
             thinking=self._arguments.thinking,
             used=used,
             shapes_only=shapes_only,
@@ -236,26 +229,30 @@ class Conversation:
             item, _ = self._attached.pop()
             note(f"{_name(item)} is dropped")
         elif self._turns:
-            self._attached = self._turns.pop().attached
+            self._attached = self._forget()
             waits = "; its attachments go to the next message" if self._attached else ""
             note(f"the last question and its answer are forgotten{waits}")
         else:
             raise ValueError("there is nothing to undo")
 
+    def _forget(self) -> list[tuple[dict[str, Any], int]]:
+        """Forget the last turn; returns what was attached to it."""
+        self._chat.undo()
+        return self._turns.pop().attached
+
     def _save(self, words: list[str]) -> None:
         if len(words) != 1:
             raise ValueError(f"/save must be followed by one file, got {len(words)}")
         path = Path(words[0]).expanduser().resolve()
-        # No other file is overwritten. A picture turned by --exif is saved as its path.
         if path.exists() and path not in self._saved:
             raise ValueError(f"/save must name a new file, got {words[0]}, which exists")
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-            json.dump(
-                self.messages, file, ensure_ascii=False, indent=2, default=lambda p: p.filename
-            )
-            file.write("\n")
+        messages = self._chat.messages
+        for item in vision_items(messages, "image"):
+            if not isinstance(item["image"], str):  # turned by --exif
+                item["image"] = item["image"].filename
+        write_messages(path, messages, self._processor.rules)
         self._saved.add(path)
-        note(f"saved {len(self.messages)} messages to {words[0]}")
+        note(f"saved {len(messages)} messages to {words[0]}")
 
     def _note_once(self, text: str) -> None:
         """Print how a video was sampled, once, even if the room left in the prompt has changed."""
@@ -276,7 +273,7 @@ def why_cut(answer: Answer, processor: KeyeProcessor) -> str | None:
     return f"[cut at {number}; --max-new-tokens]"
 
 
-def write_answer(stream: Stream, progress: Progress, pieces: list[str]) -> None:
+def write_answer(stream: Stream | Reply, progress: Progress, pieces: list[str]) -> None:
     """Write an answer to standard output as it is made; add what was written to ``pieces``."""
     try:
         for piece in stream:

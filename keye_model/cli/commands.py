@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import keye_kernels
+from keye_kernels import __main__ as tuning
 from keye_model import demo as demonstration
 from keye_model.answer import Answer
 from keye_model.checkpoint.config import KeyeConfig
@@ -63,18 +64,23 @@ def generate(arguments: argparse.Namespace) -> int:
 def chat(arguments: argparse.Namespace) -> int:
     """Talk until the input ends."""
     processor, options = _checked(arguments)
-    conversation = Conversation(processor, arguments, options)
+    conversation = Conversation(processor, arguments)
     for kind in ("image", "video"):
         for source in getattr(arguments, kind):
             conversation.attach(kind, source, arguments)
-    conversation.keye = _load(arguments, processor)
-    return conversation.run()
+    keye = _load(arguments, processor)
+    return conversation.run(keye.chat(arguments.system or None, **options))
 
 
 def demo(arguments: argparse.Namespace) -> int:
     """Show the stack at work."""
     demonstration.run(arguments.model, max_new_tokens=arguments.max_new_tokens)
     return 0
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Prove and time the kernels, or show or clear what was found."""
+    return tuning.run(arguments)
 
 
 def info(arguments: argparse.Namespace) -> int:

@@ -124,7 +124,7 @@ class Progress:
             if bar is None or bar.desc != stage:
                 if bar is not None:
                     bar.close()
-                unit = "frame" if stage == "frames" else "token"
+                unit = {"frames": "frame", "cases": "case"}.get(stage, "token")
                 options = {"leave": False, "dynamic_ncols": True, "file": self._stream}
                 bar = tqdm(total=total, initial=done, desc=stage, unit=unit, **options)
                 if bar.ncols is not None and bar.ncols < 1:  # a terminal of unknown size

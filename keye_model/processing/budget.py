@@ -35,7 +35,7 @@ class TokenBudget:
         Raises:
             ValueError: They do not fit.
         """
-        if self.enforced and not self._fits(tokens):
+        if self.enforced and not self.fits(tokens):
             got = f"{self.used} and {tokens} more of" if self.used else f"{tokens} of"
             raise ValueError(
                 f"prompt must have at most {self.limit} tokens, got {got} {what}"
@@ -52,8 +52,8 @@ class TokenBudget:
             key: Of the message item, which sets the number of frames.
         """
         tokens = tokens_of(count)
-        if not self._fits(tokens):
-            most = next((n for n in range(count - 2, 0, -2) if self._fits(tokens_of(n))), None)
+        if not self.fits(tokens):
+            most = next((n for n in range(count - 2, 0, -2) if self.fits(tokens_of(n))), None)
             advice = f"{key}={most} fits" if most else "a lower max_pixels may fit"
             self.check(tokens, f"{what} with {count} frames", advice)
 
@@ -72,7 +72,8 @@ class TokenBudget:
             left -= need
         return needs[0]
 
-    def _fits(self, tokens: int) -> bool:
+    def fits(self, tokens: int) -> bool:
+        """Whether ``tokens`` more are within the limit."""
         return self.limit is None or self.used + tokens <= self.limit
 
 

@@ -31,6 +31,7 @@ from keye_model.processing.image_processor import KeyeImageProcessor
 from keye_model.processing.patches import ImagePatches, VideoPatches
 from keye_model.processing.rules import of
 from keye_model.processing.source import source_of
+from keye_model.processing.source_cache import SourceCache
 from keye_model.processing.template import choose_template, read_template, render, template_reads
 from keye_model.processing.tokenizer import TokenIds
 from keye_model.processing.video_processor import KeyeVideoProcessor
@@ -57,6 +58,8 @@ class RequestProcessor:
             "default" is taken unless another is named.
         special_tokens: What the files call ``eos_token`` and so on; chat templates see them.
         token_ids: Placeholder, padding and end ids.
+        source_cache: Keeps what pictures and videos were processed into, so that a later turn of a
+            conversation does not process them again. ``max_bytes = 0`` switches it off.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class RequestProcessor:
         self.special_tokens = dict(special_tokens or {})
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.local_files_only = local_files_only
+        self.source_cache = SourceCache()
         # Programs ask the tokenizer of transformers for these.
         tokenizer.eos_token_id, tokenizer.pad_token_id = token_ids.eos[0], token_ids.pad
         self._reserved = text_side.reserved_tokens(tokenizer)
@@ -294,19 +298,31 @@ class RequestProcessor:
         budget.take(num_text, "text")
         images = []
         for item in pictures:
+            images.append(self._image(item))
+            num_tokens = len(images[-1].pixels) // self.image_processor.merge_size**2
+            budget.take(num_tokens, f"image {describe(source_of(item))}")
+        videos = self.video_processor.patches_of_items(
+            films,
+            budget=budget,
+            count_tokens=self._placeholders.count,
+            sources=self.source_cache,
+            **of_videos,
+        )
+        return text, images, videos
+
+    def _image(self, item: Mapping[str, Any]) -> ImagePatches:
+        key = self.source_cache.key(item, (self.rules.version, vars(self.image_processor)))
+        found = self.source_cache.get(key)
+        if found is None:
             picture = fetch_image(
                 item,
                 self.rules,
                 factor=self.image_processor.factor,
                 local_files_only=self.local_files_only,
             )
-            images.append(self.image_processor.patches(picture))
-            num_tokens = len(images[-1].pixels) // self.image_processor.merge_size**2
-            budget.take(num_tokens, f"image {describe(source_of(item))}")
-        videos = self.video_processor.patches_of_items(
-            films, budget=budget, count_tokens=self._placeholders.count, **of_videos
-        )
-        return text, images, videos
+            found = self.image_processor.patches(picture)
+            self.source_cache.put(key, found, found.pixels)
+        return found
 
     def _model_pixels(self, cut: Sequence[ImagePatches | VideoPatches]) -> torch.Tensor | None:
         """Patches as a `Request` holds them; None if there are none."""

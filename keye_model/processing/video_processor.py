@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs.request import Progress
 from keye_model.processing.batch import BatchFeature
 from keye_model.processing.budget import Fit, TokenBudget
+from keye_model.processing.fetch import describe
 from keye_model.processing.film import Film
 from keye_model.processing.image import normalize, patchify
 from keye_model.processing.image_processor import KeyeImageProcessor
@@ -25,7 +27,27 @@ from keye_model.processing.patches import Frame, Sample, VideoPatches
 from keye_model.processing.picture import array_pixels, load_image
 from keye_model.processing.rules import of
 from keye_model.processing.rules.base import Rules
+from keye_model.processing.source_cache import SourceCache
 from keye_model.processing.video_sampling import FACTOR, TOKEN_PIXELS
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """What a video became in a prompt.
+
+    Attributes:
+        patches: On the meta device if it was not decoded.
+        smaller: As in `Sample`.
+        tokens: Marks and times included.
+        published: Its frames by the published rules if it may be made to fit, else None.
+        room: As in `Fit`.
+    """
+
+    patches: VideoPatches
+    smaller: bool
+    tokens: int
+    published: tuple[Frame, ...] | None
+    room: int | None
 
 
 class KeyeVideoProcessor:
@@ -90,6 +112,7 @@ class KeyeVideoProcessor:
         fit_videos: Callable[[str], None] | None = None,
         progress: Progress | None = None,
         shapes_only: bool = False,
+        sources: SourceCache | None = None,
     ) -> list[VideoPatches]:
         """Sample, resize and cut up the videos of a prompt's message items.
 
@@ -103,6 +126,7 @@ class KeyeVideoProcessor:
                 refused before its frames are decoded (8B-Preview, a file) or resized (1.5).
             count_tokens: Tokens of a video of such frames; by default those of the pixels alone.
             fit_videos, progress, shapes_only: As in `KeyeProcessor.request`.
+            sources: Where videos are kept, and found again unopened.
 
         Raises:
             FileNotFoundError, ValueError, TypeError, RuntimeError: As `VideoFile`, or a key is out
@@ -111,13 +135,23 @@ class KeyeVideoProcessor:
         budget = budget or TokenBudget()
         count_tokens = count_tokens or self._pixel_tokens
         checked = [checked_item(item, "video", "a video item", self.rules) for item in items]
-        films = [Film(item, local_files_only=self.local_files_only) for item in checked]
+        if sources is None or shapes_only:
+            sources = SourceCache(0)
+        settings = self.version, vars(self.image_processor), fit_videos is not None
+        settings += (os.environ.get("VIDEO_MAX_PIXELS"),)
+        keys = [sources.key(item, settings) for item in checked]
+        kept: list[_Processed | None] = [sources.get(key) for key in keys]
+        films = [
+            self._film(item) if one is None else None
+            for item, one in zip(checked, kept, strict=True)
+        ]
         # Frames by the published rules of the films that may be made to fit.
-        published = {
-            place: self._layout(self.rules.sample(film, decode=False))[0]
-            for place, film in enumerate(films)
-            if fit_videos is not None and film.elastic
-        }
+        published: dict[int, tuple[Frame, ...]] = {}
+        for place, (film, one) in enumerate(zip(films, kept, strict=True)):
+            if one is not None and one.published is not None:
+                published[place] = one.published
+            elif film is not None and fit_videos is not None and film.elastic:
+                published[place] = self._layout(self.rules.sample(film, decode=False))[0]
         needs = {place: count_tokens(frames) for place, frames in published.items()}
 
         done: dict[int, VideoPatches] = {}
@@ -128,29 +162,55 @@ class KeyeVideoProcessor:
             if place in published:
                 room = budget.share([needs[other] for other in waiting[at:]])
             fit = Fit(budget, self._layout, count_tokens, room)
-            done[place], smaller = self._sampled(films[place], fit, progress, not shapes_only)
-            frames = done[place].frames
-            if room is not None and (smaller or len(frames) < len(published[place])):
-                change = self._change(films[place], frames, len(published[place]))
+            name = f"video {describe(checked[place]['video'])}"
+            one, film = sources.get(keys[place]), films[place]
+            if one is not None and one.room != room:
+                film = film or self._film(checked[place])
+                one = one if self._unchanged(one, film, fit) else None
+            if one is not None and budget.fits(one.tokens):
+                budget.take(one.tokens, name)
+            else:
+                film = film or self._film(checked[place])
+                one = self._sampled(film, fit, progress, not shapes_only, published.get(place))
+                sources.put(keys[place], one, one.patches.pixels)
+            done[place], frames = one.patches, one.patches.frames
+            if room is not None and (one.smaller or len(frames) < len(published[place])):
+                change = self._change(name, frames, len(published[place]))
                 fit_videos(f"{change}, to fit a prompt of {budget.limit:,} tokens")
         return [done[place] for place in range(len(films))]
 
+    def _film(self, item: Mapping[str, Any]) -> Film:
+        return Film(item, local_files_only=self.local_files_only)
+
     def _sampled(
-        self, film: Film, fit: Fit, progress: Progress | None, decode: bool
-    ) -> tuple[VideoPatches, bool]:
-        """The film's patches (on the meta device without ``decode``), and `Sample.smaller`."""
+        self,
+        film: Film,
+        fit: Fit,
+        progress: Progress | None,
+        decode: bool,
+        published: tuple[Frame, ...] | None,
+    ) -> _Processed:
         sample = self.rules.sample(film, fit, decode=decode, progress=progress)
         frames, seconds = self._layout(sample)
-        what = f"{film.name} with {sample.count} frames"
-        fit.budget.take(fit.count_tokens(frames), what, self.rules.advice)
-        return VideoPatches(self._cut(sample.frames, frames), frames, seconds), sample.smaller
+        tokens = fit.count_tokens(frames)
+        fit.budget.take(tokens, f"{film.name} with {sample.count} frames", self.rules.advice)
+        patches = VideoPatches(self._cut(sample.frames, frames), frames, seconds)
+        return _Processed(patches, sample.smaller, tokens, published, fit.room)
 
-    def _change(self, film: Film, frames: Sequence[Frame], published: int) -> str:
+    def _unchanged(self, one: _Processed, film: Film, fit: Fit) -> bool:
+        """Whether a film becomes the same in another room: in a smaller one it does while that
+        holds its frames, which are the largest that fit, and as many are sampled.
+        """
+        if fit.room is None or one.room is None or not one.tokens <= fit.room < one.room:
+            return False
+        return self.rules.sample(film, fit, decode=False).count == len(one.patches.frames)
+
+    def _change(self, name: str, frames: Sequence[Frame], published: int) -> str:
         """One line on a film that was fitted; the published rules take ``published`` frames."""
         most = max(frame.rows * frame.columns for frame in frames)
         most = most * self.image_processor.patch_size**2 // TOKEN_PIXELS
         instead = f" instead of {published}" if len(frames) < published else ""
-        return f"{film.name}: {len(frames)} frames{instead}, at most {most} tokens each"
+        return f"{name}: {len(frames)} frames{instead}, at most {most} tokens each"
 
     def patches_from_frames(self, frames: Any, **options: Any) -> VideoPatches:
         """Resize and cut up frames that `process_vision_info` sampled, ours or the published one.

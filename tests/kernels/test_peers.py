@@ -142,8 +142,9 @@ def test_flash_attention_2_reads_pages_of_256(installed):
 
 
 @pytest.mark.parametrize("case", VARLEN, ids=str)
-def test_scaled_dot_product_attention(case):
-    status, reason = check("varlen_attention", "sdpa", case)
+@pytest.mark.parametrize("candidate", ["sdpa", "math"])
+def test_scaled_dot_product_attention(case, candidate):
+    status, reason = check("varlen_attention", candidate, case)
     refused = {
         "lse": "the log-sum-exp is not asked of it",
         "[(0, 0), (65": "sequences must be equally long",
