@@ -11,8 +11,8 @@
 # All it writes is in build/hardware: verdicts/, which hold as long as the kernels do not change,
 # and a folder of this GPU and these sources with summary.txt, a log per step, results.json,
 # results.csv, table.txt and plots. If $OUT is set, it gets summary.txt and all that as
-# hardware.tar.gz after each step. To go on in another copy of the sources, unpack the archive in its
-# root first.
+# hardware.tar.gz after each step. To go on in another copy of the sources, unpack the archive in
+# its root first.
 #
 # Uses the python3 on PATH (PYTHON=... names another). The GPU's settings are left as they are.
 set -u
@@ -167,10 +167,10 @@ fi
 
 # 5. Tests, for what tune does not show. It compares each kernel with its definition at the
 # checkpoint's shapes and at a few edges. It does not capture whole steps, nor try strides, other
-# dtypes and head sizes, out=, empty input, offsets past 2^31 and torch.compile. Each module compiles
-# kernels of its own, so all tests do not fit. Left out are those of the reference, which is
-# PyTorch's own code; test_leading_dims, which repeats the ops' other tests at other ranks; and all
-# that never touches a GPU.
+# dtypes and head sizes, out=, empty input, offsets past 2^31 and torch.compile. Each module
+# compiles kernels of its own, so all tests do not fit. Left out are those of the reference, which
+# is PyTorch's own code; test_leading_dims, which repeats the ops' other tests at other ranks; and
+# all that never touches a GPU.
 options=(-v -rfE)
 # A worker whose CUDA context a fault has ended is replaced (tests/broken_cuda.py).
 has xdist && options+=(-n "$(($(nproc) * 3 / 4 + 1))" --max-worker-restart 40)
