@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from keye_kernels import use_backend
+from keye_model.engine.calls import Run
 from keye_model.engine.detokenizer import Detokenizer
-from keye_model.engine.scheduler import Scheduler
 
 
 @dataclass(eq=False)
@@ -29,26 +27,18 @@ class Draft:
     first_token: float = 0.0
 
 
-def answer(
-    scheduler: Scheduler, drafts: Sequence[Draft], backend: str = "auto"
-) -> Iterator[tuple[int, str]]:
+def answer(run: Run, drafts: Sequence[Draft]) -> Iterator[tuple[int, str]]:
     """Run a batch to its end and fill its drafts.
 
     Args:
-        scheduler: Of the batch.
+        run: Of the batch.
         drafts: One for each of its requests.
-        backend: Serves the ops; "auto" leaves the choice to `keye_kernels.use_backend`.
 
     Yields:
         (request, the next piece of its text), whole characters, none of them empty.
     """
     started = time.perf_counter()
-    tokens = iter(scheduler)
-    while True:
-        with chosen(backend):  # not across a yield: the caller has a choice too
-            token = next(tokens, None)
-        if token is None:
-            return
+    for token in run:
         draft, piece = drafts[token.request], ""
         if not draft.token_ids:
             draft.first_token = time.perf_counter() - started
@@ -58,12 +48,7 @@ def answer(
         if text := draft.detokenizer:
             piece = text.add(token.token_id) + (text.finish() if token.finish_reason else "")
             if text.stopped:
-                scheduler.stop(token.request)
+                run.stop(token.request)
                 draft.finish_reason = "stop"
         if piece:
             yield token.request, piece
-
-
-def chosen(backend: str) -> AbstractContextManager:
-    """`use_backend`, where "auto" leaves the choice as it is."""
-    return nullcontext() if backend == "auto" else use_backend(backend)

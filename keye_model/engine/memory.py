@@ -1,11 +1,14 @@
-"""What bounds the memory of a run: limits, pages of the cache, and activations."""
+"""What bounds the memory of an engine: limits, pages of the cache, features, and activations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from keye_model.checkpoint.config import KeyeConfig
+from keye_model.engine.cuda_graph import GRAPH_BYTES
 from keye_model.engine.decode_batch import MAX_ROWS
 from keye_model.inputs.request import GridTHW, Request
 from keye_model.network.cache import PAGE_SIZE
@@ -20,14 +23,18 @@ class Limits:
         max_prefill_tokens: Prompt tokens per forward pass of the decoder.
         max_patches_per_call: Patches per forward pass of the vision tower. A segment of attention
             (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
-        max_cache_tokens: Tokens of all running requests together. None: as many as the requests
-            need, and on a GPU at most what fits into 90 % of the free memory beside the widest
-            activations and 512 MB for CUDA graphs.
+        max_cache_tokens: Tokens in the cache, those of running requests and those that are kept to
+            be found again. None: the model's context, or what the requests of a call need together
+            if that is more; on a GPU at most what fits into 90 % of the free memory beside the
+            widest activations and 512 MB for CUDA graphs.
+        max_feature_bytes: Features of pictures and videos that are kept to be found again. None:
+            256 MiB on a CPU, 1 GiB on a GPU.
     """
 
     max_prefill_tokens: int = 8192
     max_patches_per_call: int = MAX_PATCHES_PER_CALL
     max_cache_tokens: int | None = None
+    max_feature_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -42,6 +49,41 @@ def cache_pages(num_tokens: Sequence[int]) -> int:
     """
     pages = sorted(-(-(count - 1) // PAGE_SIZE) for count in num_tokens)
     return sum(pages[-MAX_ROWS:])
+
+
+def kept_pages(config: KeyeConfig, num_pages: int, limits: Limits) -> int:
+    """Pages that an engine allocates when the requests of a call need ``num_pages`` together."""
+    if limits.max_cache_tokens is not None:
+        return limits.max_cache_tokens // PAGE_SIZE
+    return max(cache_pages([config.text_config.max_position_embeddings]), num_pages)
+
+
+def kept_feature_bytes(limits: Limits, device_type: str) -> int:
+    """Most bytes of features that an engine keeps."""
+    if limits.max_feature_bytes is not None:
+        return limits.max_feature_bytes
+    return 1 << 30 if device_type == "cuda" else 256 << 20
+
+
+def free_pages(
+    config: KeyeConfig,
+    requests: Sequence[Request],
+    limits: Limits,
+    weight: torch.Tensor,
+    graphs: bool,
+    held_bytes: int,
+) -> int:
+    """Pages for a GPU, beside activations, features and graphs; ``held_bytes`` will be freed."""
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    # mem_get_info counts blocks that PyTorch keeps for reuse as taken.
+    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    text, itemsize = config.text_config, weight.dtype.itemsize
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    # Each prompt token also has its embedding while its request is prefilled.
+    token = (cached + text.hidden_size) * itemsize
+    beside = activation_bytes(config, requests, limits, itemsize)
+    beside += kept_feature_bytes(limits, "cuda") + (GRAPH_BYTES if graphs else 0)
+    return max(int(0.9 * (free + held_bytes)) - beside, 0) // (token * PAGE_SIZE)
 
 
 def activation_bytes(

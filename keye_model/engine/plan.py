@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.weights import DECODER_LAYERS, PROJECTOR, TOWER, tensor_shapes
-from keye_model.engine.memory import Limits, activation_bytes, attention_segments, cache_pages
+from keye_model.engine.memory import (
+    Limits,
+    activation_bytes,
+    attention_segments,
+    cache_pages,
+    kept_feature_bytes,
+    kept_pages,
+)
 from keye_model.inputs.request import Request, num_patches
 from keye_model.network.cache import PAGE_SIZE
 
@@ -73,7 +80,9 @@ class Plan:
     decode_step_flops: int  # the last, most expensive step
     decode_step_bytes: int
     weight_bytes: int
-    cache_bytes: int  # whole pages
+    cache_bytes: int  # whole pages of this batch
+    kept_cache_bytes: int  # of all pages that an engine made for it has
+    kept_feature_bytes: int  # at most
     activation_bytes: int
     pixel_bytes: int
 
@@ -87,7 +96,12 @@ class Plan:
         }
 
 
-def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -> Plan:
+def plan(
+    config: KeyeConfig,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    device_type: str = "cpu",
+) -> Plan:
     """Count what one batch will need.
 
     Args:
@@ -95,6 +109,7 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
         requests: Prompts as the processor makes them; only sizes are read.
         max_new_tokens: Of each request, fewer where the context ends; the cache and the last decode
             step are counted with all.
+        device_type: Where features of pictures and videos will be kept.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens}")
@@ -117,6 +132,7 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     vision = costs.vision_linear * patches + costs.vision_attention * squares
     prefill = costs.text_linear * sum(prompts) + costs.lm_head * len(prompts)
     prefill += costs.text_attention * sum(prompt**2 for prompt in prompts) // 2
+    pages, page_bytes = cache_pages(totals), costs.cache_bytes * PAGE_SIZE
     step = (costs.text_linear + costs.lm_head) * len(prompts)
     return Plan(
         prompt_tokens=prompts,
@@ -129,7 +145,9 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
         decode_step_flops=step + costs.text_attention * cached,
         decode_step_bytes=costs.decode_bytes + costs.cache_bytes * cached,
         weight_bytes=costs.weight_bytes,
-        cache_bytes=costs.cache_bytes * cache_pages(totals) * PAGE_SIZE,
+        cache_bytes=page_bytes * pages,
+        kept_cache_bytes=page_bytes * kept_pages(config, pages, limits),
+        kept_feature_bytes=kept_feature_bytes(limits, device_type),
         activation_bytes=activation_bytes(config, requests, limits, itemsize) + waiting * itemsize,
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )

@@ -1,17 +1,17 @@
-"""The generation loop on tokens alone: against full recomputation, and against itself."""
+"""The engine on tokens alone: against full recomputation, and against itself."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.conditional_generation import KeyeForConditionalGeneration
-from keye_model.engine import scheduler as scheduler_module
+from keye_model.engine import engine as engine_module
+from keye_model.engine import memory
+from keye_model.engine.calls import Engines
 from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.scheduler import Scheduler
 from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
 
@@ -55,14 +55,20 @@ def requests(model):
     ]
 
 
-def run(model, requests, params=GREEDY, eos=(), limits=None):
-    """Token ids and finish reason of each request."""
+def start(model, requests, params=GREEDY, eos=(), limits=None, *, engines=None, head=None, **more):
+    """A run in an engine of its own, or in that of ``engines``."""
     params = params if isinstance(params, list) else [params] * len(requests)
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests, params, eos_token_ids=eos, limits=limits
+    engines = Engines() if engines is None else engines
+    head = model.lm_head if head is None else head
+    return engines.run(
+        model.model, head, requests, params, eos_token_ids=eos, limits=limits, **more
     )
+
+
+def run(model, requests, *args, **options):
+    """Token ids and finish reason of each request."""
     ids, reasons = [[] for _ in requests], [None] * len(requests)
-    for token in scheduler:
+    for token in start(model, requests, *args, **options):
         assert reasons[token.request] is None, "a token came after the last one"
         ids[token.request].append(token.token_id)
         reasons[token.request] = token.finish_reason
@@ -114,29 +120,24 @@ def test_limits_do_not_change_tokens(model, requests, limits):
     assert run(model, requests, limits=limits) == run(model, requests)
 
 
-def test_all_pages_come_back(model, requests):
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
-    )
-    caches = [scheduler._workspace.cache for _ in scheduler]
-    assert len(caches) == 6 * len(requests)
-    assert caches[0].num_pages == sum(-(-(r.input_ids.numel() + 5) // 64) for r in requests)
-    assert caches[-1].num_free_pages == caches[-1].num_pages
+@pytest.mark.parametrize("cache", [False, True])
+def test_all_pages_come_back(model, requests, cache):
+    engines = Engines()
+    ids, _ = run(model, requests, engines=engines, cache=cache)
+    assert [len(row) for row in ids] == [6] * len(requests)
+    pages = engines.engine.workspace.cache
+    assert pages.num_pages == model.config.text_config.max_position_embeddings // 64
+    assert pages.num_free_pages == pages.num_pages
+    assert not pages._sequences
+    assert engines.engine.idle
 
 
-def test_pages_that_do_not_come_back_end_the_run(model, requests):
+def test_pages_that_do_not_come_back_end_the_call(model, requests):
     """Two requests in turn, each with the whole cache; the first keeps what it had."""
-    scheduler = Scheduler(
-        model.model,
-        model.lm_head,
-        requests[:2],
-        [GREEDY] * 2,
-        eos_token_ids=(),
-        limits=Limits(max_cache_tokens=64),
-    )
-    tokens = iter(scheduler)
+    engines, limits = Engines(), Limits(max_cache_tokens=64)
+    tokens = iter(start(model, requests[:2], limits=limits, engines=engines))
     assert next(tokens).request == 0
-    scheduler._workspace.cache.free = lambda _: None
+    engines.engine.workspace.cache.free = lambda *_: None
     with pytest.raises(
         RuntimeError,
         match="the cache must have 1 free pages for request 1 when nothing runs, got 0 of 1",
@@ -158,14 +159,12 @@ def test_the_last_token_takes_no_room_in_the_cache(model):
 
 def test_so_many_requests_run_at_once(model, requests, monkeypatch):
     whole = run(model, requests)
-    monkeypatch.setattr(scheduler_module, "MAX_ROWS", 2)
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
-    )
+    monkeypatch.setattr(engine_module, "MAX_ROWS", 2)
+    engines = Engines()
     ids = [[] for _ in requests]
-    for token in scheduler:
+    for token in start(model, requests, engines=engines):
         ids[token.request].append(token.token_id)
-        assert len(scheduler._running) <= 2
+        assert len(engines.engine._running) <= 2
     assert ids == whole[0]
 
 
@@ -192,28 +191,19 @@ def test_either_stop_id_ends_a_request(model, requests):
 
 
 def test_stop_from_outside(model, requests):
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
-    )
+    running = start(model, requests)
     counts = [0] * len(requests)
-    for token in scheduler:
+    for token in running:
         counts[token.request] += 1
         if token.request == 1:
-            scheduler.stop(1)
+            running.stop(1)
     assert counts == [6, 1, 6, 6, 6]
 
 
 def test_stop_before_admission(model, requests):
-    scheduler = Scheduler(
-        model.model,
-        model.lm_head,
-        requests[:2],
-        [GREEDY] * 2,
-        eos_token_ids=(),
-        limits=Limits(max_cache_tokens=64),
-    )
-    scheduler.stop(1)
-    assert {token.request for token in scheduler} == {0}
+    running = start(model, requests[:2], limits=Limits(max_cache_tokens=64))
+    running.stop(1)
+    assert {token.request for token in running} == {0}
 
 
 def test_different_lengths_leave_the_batch_one_by_one(model, requests):
@@ -256,8 +246,8 @@ def test_a_generated_placeholder_is_an_ordinary_token(model, requests):
     )
     torch.nn.init.zeros_(head.weight)
     head.bias.data[config.image_token_id] = 1.0
-    scheduler = Scheduler(model.model, head, requests[2:3], [GREEDY], eos_token_ids=())
-    assert [token.token_id for token in scheduler] == [config.image_token_id] * 6
+    running = start(model, requests[2:3], head=head)
+    assert [token.token_id for token in running] == [config.image_token_id] * 6
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
@@ -269,9 +259,9 @@ def test_broken_logits_are_not_answered(model, requests, penalty):
     )
     head.bias.data[:] = float("nan")
     params = dataclasses.replace(GREEDY, repetition_penalty=penalty)
-    scheduler = Scheduler(model.model, head, requests[:1], [params], eos_token_ids=())
+    running = start(model, requests[:1], [params], head=head)
     with pytest.raises(RuntimeError, match="logits of request 0 must hold a finite value"):
-        list(scheduler)
+        list(running)
 
 
 def test_the_context_ends_an_answer(model):
@@ -301,18 +291,14 @@ def test_no_requests(model):
 
 
 def test_timings_are_filled(model, requests):
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests, [GREEDY] * len(requests), eos_token_ids=()
-    )
-    list(scheduler)
-    timings = scheduler.timings
+    running = start(model, requests)
+    list(running)
+    timings = running.timings
     assert min(timings.vision, timings.prefill, timings.decode) > 0
 
 
 def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
-    """Counts PyTorch's idle blocks as free, and leaves room for the activations."""
-    scheduler = Scheduler(model.model, model.lm_head, requests, [GREEDY] * 5, eos_token_ids=())
-    scheduler._device = torch.device("cuda")
+    """Counts PyTorch's idle blocks as free, and leaves room for activations and features."""
     free, reserved, allocated = 10 << 20, 7 << 20, 3 << 20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
@@ -321,11 +307,14 @@ def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
     patches = 2 * 24 + 2 * 32
     widest = max(patches * (7 * 144 + 2 * 288), tokens * (7 * 128 + 3 * 256)) * 4 + 5 * 576 * 5
     token = (2 * 2 * 128 + 128) * 4
-    pages = scheduler._max_pages()
-    assert pages == (int(0.9 * (14 << 20)) - widest) // (token * 64)
-    scheduler._workspaces = SimpleNamespace(idle_bytes=800 << 20)
-    widest += 512 << 20  # for graphs
-    assert scheduler._max_pages() == (int(0.9 * (814 << 20)) - widest) // (token * 64)
-    scheduler._workspaces = None
+    limits, weight = Limits(max_feature_bytes=1 << 20), model.lm_head.weight
+
+    def pages(graphs, held):
+        return memory.free_pages(model.config, requests, limits, weight, graphs, held)
+
+    beside = widest + (1 << 20)
+    assert pages(False, 0) == (int(0.9 * (14 << 20)) - beside) // (token * 64)
+    beside += 512 << 20  # for graphs
+    assert pages(True, 800 << 20) == (int(0.9 * (814 << 20)) - beside) // (token * 64)
     free = reserved = allocated = 0
-    assert scheduler._max_pages() == 0
+    assert pages(False, 0) == 0

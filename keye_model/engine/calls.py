@@ -1,0 +1,187 @@
+"""From a call of `generate` to the engine of its model, and back to its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from threading import Lock
+
+from torch import nn
+
+from keye_kernels import backends
+from keye_model.engine.cuda_graph import why_no_graphs
+from keye_model.engine.engine import Engine
+from keye_model.engine.job import Call, Job, Token
+from keye_model.engine.memory import Limits, cache_pages, free_pages, kept_pages
+from keye_model.engine.sampling import SamplingParams
+from keye_model.inputs.content import PromptInputs
+from keye_model.inputs.request import Progress, Request
+from keye_model.network.cache import PAGE_SIZE
+from keye_model.network.model import KeyeModel
+
+
+class Run:
+    """The requests of one call; iterate to get their tokens as they are generated.
+
+    They enter the engine with the first token asked for, and leave it when the iteration ends, is
+    closed or garbage-collected, or raises.
+
+    Attributes:
+        timings: Seconds of the stages so far.
+        cached_tokens: Of each request, the prompt tokens that were found in the cache.
+        cuda_graphs: Whether passes are captured.
+    """
+
+    def __init__(
+        self, engine: Engine, call: Call, jobs: list[Job], progress: Progress | None
+    ) -> None:
+        self._engine, self._call, self._jobs, self._progress = engine, call, jobs, progress
+        self._stopped: set[int] = set()
+        self.timings, self.cached_tokens = call.timings, call.cached_tokens
+        self.cuda_graphs = engine.workspace.graphs is not None
+
+    def __iter__(self) -> Iterator[Token]:
+        jobs = [job for job in self._jobs if job.request not in self._stopped]
+        try:
+            self._call.left = len(jobs)
+            self._engine.enqueue(jobs)
+            while (found := self._engine.next(self._call)) is not None:
+                if not isinstance(found, Token):
+                    self._progress(*found)
+                elif found.request not in self._stopped:
+                    yield found
+        finally:
+            self.close()
+
+    def stop(self, request: int) -> None:
+        """End a request early (a stop string, a closed connection): it gives no more tokens."""
+        self._stopped.add(request)
+        self._engine.stop([self._jobs[request]])
+
+    def close(self) -> None:
+        """End all requests and free what they hold."""
+        if self._call.left:
+            self._engine.stop(self._jobs)
+
+    __del__ = close
+
+
+class Engines:
+    """The engine of one model, made at first use and again when what it was made for has changed.
+
+    That is the caller's options, the kernels in force, and the weights, which keys, values and
+    features depend on. A call that needs more pages than an idle engine has gets a larger one,
+    within the limits.
+
+    Attributes:
+        engine: None before the first use.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._made_for: tuple | None = None
+        self.engine: Engine | None = None
+
+    def __reduce__(self) -> tuple:
+        return Engines, ()  # a copy of the model gets an engine of its own
+
+    def run(
+        self,
+        model: KeyeModel,
+        lm_head: nn.Module,
+        requests: Sequence[Request],
+        params: Sequence[SamplingParams],
+        *,
+        eos_token_ids: Collection[int],
+        limits: Limits | None = None,
+        cuda_graphs: bool = True,
+        cache: bool = True,
+        progress: Progress | None = None,
+    ) -> Run:
+        """Prepare requests for the engine.
+
+        Args:
+            model, lm_head: Tower, projector and decoder, and its head.
+            requests, params: Prompts, and how each is answered.
+            eos_token_ids: A request ends after any of these.
+            limits: Bounds of memory.
+            cuda_graphs: Capture passes where that is possible.
+            cache: Find pages and features that earlier requests have left.
+            progress: Called as ``progress(stage, done, total)`` while prompts are launched: tokens
+                of "vision" and of "prefill", those that were found included.
+
+        Raises:
+            ValueError: There is no request, a prompt is malformed or longer than the context, or
+                one request needs more cache than there may be. Raised before anything runs.
+        """
+        if not requests:
+            raise ValueError("requests must hold at least one prompt, got none")
+        tells, totals = progress is not None, {"vision": 0, "prefill": 0}
+        call = Call(frozenset(eos_token_ids), [0] * len(requests), totals, tells)
+        pairs = zip(requests, params, strict=True)
+        jobs = [_job(call, k, *pair, model, cache) for k, pair in enumerate(pairs)]
+        totals["prefill"] = sum(job.left for job in jobs)
+        totals["vision"] = sum(len(item.index) for job in jobs for item in job.inputs.items)
+        limits, weight = limits or Limits(), lm_head.weight
+        wanted = kept_pages(model.config, cache_pages([job.max_tokens for job in jobs]), limits)
+        kernels = backends(weight.device.type)
+        made_for = limits, cuda_graphs, cache, kernels, _weights(model, lm_head)
+        with self._lock:
+            idle = self.engine is not None and self.engine.idle
+            had = 0 if self.engine is None else self.engine.workspace.cache.num_pages
+            if made_for != self._made_for or (idle and had < wanted):
+                capture = cuda_graphs and not why_no_graphs(weight.device)
+                if weight.device.type == "cuda":
+                    beside = self.engine.workspace.cache.num_bytes if idle else 0
+                    fits = free_pages(model.config, requests, limits, weight, capture, beside)
+                    wanted = min(wanted, fits)
+                if made_for != self._made_for or wanted > 1.2 * had:  # not for a little more
+                    _check_room(jobs, wanted)
+                    if idle:
+                        self.engine = None  # its memory is needed
+                    options = {"capture": capture, "cache": cache}
+                    self.engine = Engine(model, lm_head, limits, wanted, **options)
+                    self._made_for = made_for
+            engine = self.engine
+        _check_room(jobs, engine.workspace.cache.num_pages)
+        return Run(engine, call, jobs, progress)
+
+    def clear_cache(self) -> None:
+        """Drop what could be found again."""
+        if self.engine is not None:
+            self.engine.clear()
+
+
+def _job(
+    call: Call, index: int, request: Request, params: SamplingParams, model: KeyeModel, cache: bool
+) -> Job:
+    """A request; its answer is as long as its own limit, or what the context leaves."""
+    context, ids = model.config.text_config.max_position_embeddings, request.input_ids
+    if len(ids) >= context:
+        raise ValueError(
+            f"input_ids of request {index} must be shorter than the context of {context} "
+            f"tokens, got {len(ids)}; fewer or smaller images and frames make it shorter "
+            "(max_pixels, max_frames, fps)"
+        )
+    model.check_ids(ids)
+    inputs = PromptInputs(request, model.config, hashed=cache)
+    most = min(len(ids) + params.max_new_tokens, context)
+    options = {"call": call, "inputs": inputs, "max_tokens": most, "findable": cache}
+    return Job(index, None, ids, params, inputs.next_position, **options)
+
+
+def _check_room(jobs: list[Job], num_pages: int) -> None:
+    for job in jobs:
+        if (pages := cache_pages([job.max_tokens])) > num_pages:
+            raise ValueError(
+                f"request {job.request} must fit into the cache with its prompt and "
+                f"max_new_tokens: it needs {pages * PAGE_SIZE} tokens, got room for "
+                f"{num_pages * PAGE_SIZE}"
+            )
+
+
+def _weights(model: KeyeModel, lm_head: nn.Module) -> tuple:
+    """Changes when a weight is moved, converted or written to."""
+    return tuple(
+        (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+        for weight in (*model.parameters(), *lm_head.parameters())
+    )
