@@ -23,9 +23,9 @@ from keye_model.engine.answering import Draft, answer
 from keye_model.engine.calls import Engines
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.memory import Limits
-from keye_model.engine.options import SamplingOptions
 from keye_model.engine.sampling import sampling_params
 from keye_model.inputs.keywords import GENERATING, LOADING, refuse, without_idle
+from keye_model.inputs.options import SamplingOptions
 from keye_model.inputs.packing import pack, requests_of, split_batch
 from keye_model.network.cache import PagedCache
 from keye_model.network.model import KeyeModel

@@ -17,8 +17,8 @@ from keye_model.conditional_generation import KeyeForConditionalGeneration, reso
 from keye_model.engine.answering import Draft, answer
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.memory import Limits
-from keye_model.engine.options import SamplingKeywords, SamplingOptions
 from keye_model.engine.sampling import sampling_params
+from keye_model.inputs.options import SamplingKeywords, SamplingOptions
 from keye_model.inputs.request import Progress, Request, num_patches
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor

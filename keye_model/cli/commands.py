@@ -23,10 +23,10 @@ from keye_model.cli.terminal import Progress, note, say
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.engine.detokenizer import Detokenizer
-from keye_model.engine.options import SamplingOptions
 from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
 from keye_model.engine.sampling import sampling_params
+from keye_model.inputs.options import SamplingOptions
 from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
 

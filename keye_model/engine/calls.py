@@ -100,13 +100,12 @@ class Engines:
         """Prepare requests for the engine.
 
         Args:
-            model, lm_head: Tower, projector and decoder, and its head.
-            requests, params: Prompts, and how each is answered.
-            eos_token_ids: A request ends after any of these.
+            model, lm_head: Tower, projector and decoder; and what maps hidden_size to vocab_size.
+            requests, params, eos_token_ids: Prompts, how each is answered, and what ends any.
             limits: Bounds of memory.
             cuda_graphs: Capture passes where that is possible.
             cache: Find pages and features that earlier requests have left.
-            progress: Called as ``progress(stage, done, total)`` while prompts are launched: tokens
+            progress: Called as ``progress(stage, done, total)`` before passes over prompts: tokens
                 of "vision" and of "prefill", those that were found included.
 
         Raises:
@@ -155,15 +154,8 @@ def _job(
     call: Call, index: int, request: Request, params: SamplingParams, model: KeyeModel, cache: bool
 ) -> Job:
     """A request; its answer is as long as its own limit, or what the context leaves."""
+    inputs = PromptInputs(request, model.config, PAGE_SIZE, index=index, hashed=cache)
     context, ids = model.config.text_config.max_position_embeddings, request.input_ids
-    if len(ids) >= context:
-        raise ValueError(
-            f"input_ids of request {index} must be shorter than the context of {context} "
-            f"tokens, got {len(ids)}; fewer or smaller images and frames make it shorter "
-            "(max_pixels, max_frames, fps)"
-        )
-    model.check_ids(ids)
-    inputs = PromptInputs(request, model.config, hashed=cache)
     most = min(len(ids) + params.max_new_tokens, context)
     options = {"call": call, "inputs": inputs, "max_tokens": most, "findable": cache}
     return Job(index, None, ids, params, inputs.next_position, **options)

@@ -42,16 +42,13 @@ class Engine:
     on a GPU the stream, whoever takes it.
 
     Args:
-        model: Tower, projector and decoder.
-        lm_head: Maps hidden_size to vocab_size.
-        limits: Bounds of memory.
+        model, lm_head, limits: As for `Engines.run`.
         num_pages: Of the cache.
         capture: Capture passes as CUDA graphs.
         cache: Keep features of pictures and videos.
 
     Attributes:
-        workspace: Cache, buffers and graphs.
-        features: That are kept.
+        workspace, features: Cache, buffers and graphs; and the features that are kept.
         stats: Counts "prompt tokens" and how many of them were "cached tokens", "tower calls",
             "cached items" (whose features were kept) and decode "steps".
     """
@@ -88,7 +85,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
-        return not (self._waiting or self._group or self._running or self._chores)
+        return not (self._jobs() or self._chores)
 
     def enqueue(self, jobs: list[Job]) -> None:
         """Let jobs wait for admission, after those that wait already."""
@@ -156,28 +153,34 @@ class Engine:
             self._news.notify_all()
 
     def _do_chores(self) -> None:
-        while self._chores:
+        while self._chores:  # Ctrl-C must not lose one; to do it twice does no harm
             self._chores[0]()
-            self._chores.popleft()  # not before: Ctrl-C must not lose one; twice does no harm
+            self._chores.popleft()
 
     def _take_turn(self, call: Call) -> None:
+        self._touched = []
         try:
             self._do_chores()
             if not call.inbox and call.left:  # another driver may have been faster
                 self._context.run(self._work)
         except Exception as error:
+            if not self._touched:
+                raise
             self._fail(self._touched, error)
         except BaseException as error:  # Ctrl-C, perhaps in the middle of any bookkeeping
             self.workspace.cache.reset()
-            for job in (*self._waiting, *self._group, *self._running):
+            for job in self._jobs():
                 job.handle = None
             stopped = RuntimeError(f"all that ran was given up: {type(error).__name__}")
             self._fail((*self._group, *self._running), stopped)
             raise
         self._do_chores()
 
+    def _jobs(self) -> set[Job]:
+        return {*self._waiting, *self._group, *self._running}
+
     def _enter(self, jobs: list[Job]) -> None:
-        known = set(self._waiting)
+        known = self._jobs()
         self._waiting.extend(job for job in jobs if job not in known)
 
     def _fail(self, jobs: Iterable[Job], error: BaseException) -> None:
@@ -185,17 +188,16 @@ class Engine:
         calls = {job.call for job in jobs}
         for call in calls:
             call.error = error
-        everywhere = (*self._waiting, *self._group, *self._running)
-        self._end([job for job in everywhere if job.call in calls], findable=False)
+        self._end([job for job in self._jobs() if job.call in calls], findable=False)
         self._placed, self._spans = None, []
 
     def _end(self, jobs: Collection[Job], findable: bool = True) -> None:
         ended = set(jobs)
-        for job in {*self._waiting, *self._group, *self._running} & ended:
+        for job in self._jobs() & ended:
             job.call.left -= 1
             if job.handle is not None:
                 keep = findable and job.findable
-                self.workspace.cache.free(job.handle, job.content if keep else None)
+                self.workspace.cache.free(job.handle, job.inputs.page if keep else None)
                 job.handle = None
         self._waiting = deque(job for job in self._waiting if job not in ended)
         self._group = [job for job in self._group if job not in ended]
@@ -225,9 +227,9 @@ class Engine:
     def _admit(self) -> None:
         """Begin a group: those in front that fit, up to one that needs what they will compute."""
         cache, group, begun = self.workspace.cache, [], set()
-        self._touched, self._passes = [], None
+        self._passes = None
         for job in self._waiting:
-            pages, missing = cache.find(job.shareable())
+            pages, missing = cache.find(job.inputs.shareable() if job.findable else ())
             full = len(self._running) + len(group) == MAX_ROWS
             if full or missing in begun or not cache.has_room(job.max_tokens - 1, pages):
                 break
@@ -263,6 +265,7 @@ class Engine:
         for call in {job.call for job in group}:
             call.tell("vision")
         yield False
+        group = [job for job in group if job.handle is not None]  # without those that were stopped
         inputs, cached = [job.inputs for job in group], [job.num_cached for job in group]
         embedding = Embedding(self._model, inputs, cached, self.features)
         self.stats["cached items"] += embedding.num_hits
@@ -281,7 +284,7 @@ class Engine:
             for call in {job.call for job, _ in pieces}:
                 call.tell("prefill")
             yield read
-            if pieces := self._pieces(group):  # without those that were stopped meanwhile
+            if pieces := self._pieces(group):  # some may have been stopped
                 read = self._pass(pieces, *inputs)
 
     def _tell_vision(self, group: list[Job], done: list[int]) -> None:
@@ -316,7 +319,7 @@ class Engine:
             job.num_done += length
             job.call.done["prefill"] += length
             if job.findable:
-                cache.publish(job.handle, job.content)
+                cache.publish(job.handle, job.inputs.page)
             if not job.left:
                 ready.append(job)
                 last.append(out[end - 1 : end])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from keye_model.engine.decode_batch import Sequence
-from keye_model.inputs.content import PageContent, PromptInputs
-from keye_model.network.cache import PAGE_SIZE
+from keye_model.inputs.content import PromptInputs
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,11 @@ class Call:
     """What the engine knows of a call; it holds nothing of its client, who may be gone.
 
     Attributes:
-        eos_token_ids: A request ends after any of these.
-        cached_tokens: Of each request, the prompt tokens that were found in the cache.
+        eos_token_ids, cached_tokens: What ends a request; tokens of each that were found.
         totals, done: Tokens of "vision" and of "prefill", of all its prompts and so far.
         tells: Whether `tell` shall put (stage, done, total) into the inbox.
         left: Requests that have not ended.
-        inbox: What the client has not taken yet.
-        error: Why the engine gave the call up.
+        inbox, error: What the client has not taken yet; why the engine gave the call up.
     """
 
     eos_token_ids: frozenset[int]
@@ -83,16 +79,10 @@ class Job(Sequence):
     num_seen: int = 0
     row: int = 0
 
+    def __post_init__(self) -> None:
+        self.token_ids = self.inputs.answer
+
     @property
     def left(self) -> int:
         """Prompt tokens that are not in the cache yet."""
         return len(self.prompt) - self.num_done
-
-    def content(self, index: int) -> PageContent:
-        """What a full page of it holds."""
-        return self.inputs.page(index, PAGE_SIZE, self.token_ids)
-
-    def shareable(self) -> Iterator[PageContent]:
-        """Contents of the prompt's pages, without that of its last token, which is computed."""
-        pages = (len(self.prompt) - 1) // PAGE_SIZE if self.findable else 0
-        return map(self.content, range(pages))

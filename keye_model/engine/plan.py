@@ -13,14 +13,8 @@ from dataclasses import dataclass
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.weights import DECODER_LAYERS, PROJECTOR, TOWER, tensor_shapes
-from keye_model.engine.memory import (
-    Limits,
-    activation_bytes,
-    attention_segments,
-    cache_pages,
-    kept_feature_bytes,
-    kept_pages,
-)
+from keye_model.engine import memory
+from keye_model.engine.memory import Limits, activation_bytes, attention_segments, cache_pages
 from keye_model.inputs.request import Request, num_patches
 from keye_model.network.cache import PAGE_SIZE
 
@@ -97,10 +91,7 @@ class Plan:
 
 
 def plan(
-    config: KeyeConfig,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    device_type: str = "cpu",
+    config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int, device_type: str = "cpu"
 ) -> Plan:
     """Count what one batch will need.
 
@@ -146,8 +137,8 @@ def plan(
         decode_step_bytes=costs.decode_bytes + costs.cache_bytes * cached,
         weight_bytes=costs.weight_bytes,
         cache_bytes=page_bytes * pages,
-        kept_cache_bytes=page_bytes * kept_pages(config, pages, limits),
-        kept_feature_bytes=kept_feature_bytes(limits, device_type),
+        kept_cache_bytes=page_bytes * memory.kept_pages(config, pages, limits),
+        kept_feature_bytes=memory.kept_feature_bytes(limits, device_type),
         activation_bytes=activation_bytes(config, requests, limits, itemsize) + waiting * itemsize,
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )

@@ -7,7 +7,7 @@ since attention is causal and a token's position depends on what comes before it
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,7 +16,7 @@ import torch
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs.positions import Placed, place
-from keye_model.inputs.request import GridTHW, Request, num_patches
+from keye_model.inputs.request import GridTHW, Request, check_ids, num_patches
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +58,34 @@ class PromptInputs:
     Args:
         request: Its tensors stay where they are.
         config: Of the model.
+        page_size: Tokens in a page.
+        index: Of the request, for errors.
         hashed: Whether equal patches give items of equal keys; otherwise no two keys are equal.
 
     Attributes:
         ids: [num_tokens], int64.
         positions: [3, num_tokens], int64: (t, h, w).
         next_position: That of the first generated token.
+        answer: Generated tokens; whoever generates them adds them.
         items: Images and videos, in the order of their tokens; may be emptied when they are done.
 
     Raises:
-        ValueError: Placeholders and grids disagree, or patches have another size than the model's.
+        ValueError: The prompt fills the context, an id is outside the vocabulary, placeholders and
+            grids disagree, or patches have another size than the model's.
     """
 
-    def __init__(self, request: Request, config: KeyeConfig, *, hashed: bool) -> None:
-        self.ids = request.input_ids.numpy()
+    def __init__(
+        self, request: Request, config: KeyeConfig, page_size: int, *, index: int, hashed: bool
+    ) -> None:
+        self.ids, self.answer, self._page_size = request.input_ids.numpy(), [], page_size
+        context = config.text_config.max_position_embeddings
+        if len(self.ids) >= context:
+            raise ValueError(
+                f"input_ids of request {index} must be shorter than the context of {context} "
+                f"tokens, got {len(self.ids)}; fewer or smaller images and frames make it shorter "
+                "(max_pixels, max_frames, fps)"
+            )
+        check_ids(request.input_ids, config)
         grids = request.image_grid_thw, request.video_grid_thw, request.second_per_grid_ts
         placed = place(self.ids, *grids, config)
         self.positions, self.next_position = placed.positions, placed.next_position
@@ -81,12 +95,18 @@ class PromptInputs:
         self._lasts = list(accumulate((int(one.index[-1]) for one in self.items), max))
         self._shown = [(one.key, one.seconds) for one in self.items]
 
-    def page(self, index: int, page_size: int, answer: Sequence[int] = ()) -> PageContent:
+    def page(self, index: int) -> PageContent:
         """What a full page of the prompt and its answer holds."""
-        first, end = index * page_size, (index + 1) * page_size
-        ids = self.ids if end <= len(self.ids) else np.append(self.ids, np.array(answer, np.int64))
+        first, end = index * self._page_size, (index + 1) * self._page_size
+        ids = self.ids
+        if end > len(ids):
+            ids = np.append(ids, np.array(self.answer, np.int64))
         shown = slice(bisect_left(self._lasts, first), bisect_left(self._firsts, end))
         return PageContent(ids[first:end].tobytes(), tuple(self._shown[shown]))
+
+    def shareable(self) -> Iterator[PageContent]:
+        """The prompt's full pages, without that of its last token, which is always computed."""
+        return map(self.page, range((len(self.ids) - 1) // self._page_size))
 
 
 def _vision_items(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from keye_model.checkpoint.config import KeyeConfig
+
 GridTHW = tuple[int, int, int]  # frames, rows, columns of patches
 Grid = tuple[GridTHW, ...]
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -114,6 +116,14 @@ class PackedInputs:
 def num_patches(grid: Grid) -> int:
     """Patches of all rows of a grid."""
     return sum(t * h * w for t, h, w in grid)
+
+
+def check_ids(input_ids: torch.Tensor, config: KeyeConfig) -> None:
+    """Raise a ValueError if an id, on the host, is outside the vocabulary."""
+    least, most = int(input_ids.min()), int(input_ids.max())
+    vocab_size = config.text_config.vocab_size
+    if not 0 <= least <= most < vocab_size:
+        raise ValueError(f"input_ids must be in [0, {vocab_size}), got {least} to {most}")
 
 
 def patch_digest(patches: torch.Tensor) -> bytes:

@@ -13,7 +13,7 @@ from torch import nn
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs import packing
-from keye_model.inputs.request import PackedInputs, host_grid, num_patches
+from keye_model.inputs.request import PackedInputs, check_ids, host_grid, num_patches
 from keye_model.network.cache import CacheLayout, PagedCache
 from keye_model.network.features import MAX_PATCHES_PER_CALL, vision_features
 from keye_model.network.projector import KeyeProjector
@@ -65,7 +65,7 @@ class KeyeModel(nn.Module):
         Raises:
             ValueError: An id is outside the vocabulary, or max_patches_per_call is not positive.
         """
-        self.check_ids(packed.input_ids)
+        check_ids(packed.input_ids, self.config)
         hidden = self.language_model.embed_tokens(upload(packed.input_ids, self.device))
         for pixels, grid, index in (
             (packed.pixel_values, packed.image_grid_thw, packed.image_index),
@@ -79,13 +79,6 @@ class KeyeModel(nn.Module):
                 hidden.index_copy_(0, index[first:last], features)
                 first = last
         return hidden
-
-    def check_ids(self, input_ids: torch.Tensor) -> None:
-        """Raise a ValueError if an id, on the host, is outside the vocabulary."""
-        least, most = int(input_ids.min()), int(input_ids.max())
-        vocab_size = self.config.text_config.vocab_size
-        if not 0 <= least <= most < vocab_size:
-            raise ValueError(f"input_ids must be in [0, {vocab_size}), got {least} to {most}")
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_thw: GridLike

@@ -1,10 +1,15 @@
 """The engine on tokens alone: against full recomputation, and against itself."""
 
 import dataclasses
+import gc
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 
+from keye_kernels import backends, use_backend
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine import engine as engine_module
@@ -14,6 +19,7 @@ from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import SamplingParams
 from keye_model.inputs.packing import pack
 from keye_model.inputs.request import Request
+from tests.model.engine.prompts import check, check_idle
 
 GREEDY = SamplingParams(max_new_tokens=6)
 
@@ -188,6 +194,284 @@ def test_either_stop_id_ends_a_request(model, requests):
     assert [len(row) for row in ids] == [
         next(n for n, token in enumerate(row, 1) if token in eos) for row in greedy
     ]
+
+
+def test_a_call_joins_and_leaves_while_others_run(model, requests):
+    """Its tokens cost no step of their own while others run, and steps are shared."""
+    want, _ = run(model, requests[:3])
+    engines = Engines()
+    calls = [iter(start(model, [one], engines=engines)) for one in requests[:3]]
+    found = [[next(calls[0]).token_id, next(calls[0]).token_id], [next(calls[1]).token_id], []]
+    for row, tokens in zip(found, calls, strict=True):
+        row += [token.token_id for token in tokens]
+    assert found == want
+    steps = engines.engine.stats["steps"]
+    assert steps < 3 * 5
+    check_idle(engines.engine)
+
+
+def test_first_come_first_served(model):
+    """With room for one, in order; a small one behind a large one waits too."""
+    engines, limits = Engines(), Limits(max_cache_tokens=192)
+    prompts = [Request(torch.arange(count) % 50) for count in (150, 160, 3, 170, 2)]
+    firsts = []
+    for token in start(model, prompts, limits=limits, engines=engines):
+        if token.request not in firsts:
+            firsts.append(token.request)
+        check(engines.engine.workspace.cache)
+    assert firsts == [0, 1, 2, 3, 4]
+
+
+def test_one_chunk_of_a_prompt_between_two_steps(model, monkeypatch):
+    """A long prompt does not keep running requests waiting."""
+    passes, forward = [], model.model.language_model.forward
+
+    def recorded(hidden, positions, cache, layout):
+        passes.append("step" if layout.is_decode else hidden.shape[0])
+        return forward(hidden, positions, cache, layout)
+
+    monkeypatch.setattr(model.model.language_model, "forward", recorded)
+    engines, limits = Engines(), Limits(max_prefill_tokens=64)
+    short = iter(
+        start(model, [Request(torch.arange(9))], [SamplingParams(20)], (), limits, engines=engines)
+    )
+    next(short)
+    del passes[:]
+    ids, _ = run(model, [Request(torch.arange(300) % 60)], limits=limits, engines=engines)
+    assert ids == run(model, [Request(torch.arange(300) % 60)])[0]
+    chunks = [k for k, one in enumerate(passes) if one != "step"]
+    assert [passes[k] for k in chunks[:5]] == [64, 64, 64, 64, 44]
+    assert all(b - a >= 2 for a, b in itertools.pairwise(chunks[:5]))
+    assert len(list(short)) == 19
+
+
+PROMPT = 150  # tokens, in chunks of 64: two passes of the table and tower, three of the decoder
+
+
+@pytest.mark.parametrize("events", range(12))
+def test_leaving_at_every_point(model, requests, events):
+    """A client that raises at an event of progress or a token; another one is not disturbed."""
+    engines, limits = Engines(), Limits(max_prefill_tokens=64, max_patches_per_call=1)
+    seen = []
+
+    def leave():
+        seen.append(1)
+        if len(seen) > events:
+            raise KeyboardInterrupt
+
+    other = iter(start(model, requests[2:4], limits=limits, engines=engines))
+    found = [next(other)]
+    prompts = [Request(torch.arange(PROMPT) % 60), requests[3]]
+    options = {"limits": limits, "engines": engines, "progress": lambda *_: leave()}
+
+    def listen():
+        for _ in start(model, prompts, **options):
+            leave()
+
+    with pytest.raises(KeyboardInterrupt):
+        listen()
+    cache = engines.engine.workspace.cache
+    check(cache)
+    assert len(cache._sequences) <= 2
+    found += other
+    check_idle(engines.engine)
+    want, _ = run(model, requests[2:4])
+    ids = [[token.token_id for token in found if token.request == k] for k in range(2)]
+    assert ids == want
+    assert run(model, prompts, limits=limits, engines=engines) == run(model, prompts)
+
+
+ERRORS = [RuntimeError("broken"), torch.OutOfMemoryError("full"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("failing", range(7))
+def test_an_error_in_any_pass(model, requests, monkeypatch, failing, error):
+    """It reaches whom it touches, frees what they had, and the next call works."""
+    engines, limits = Engines(), Limits(max_prefill_tokens=64)
+    prompts = [Request(torch.arange(PROMPT) % 60), requests[3]]
+    want = [run(model, prompts, limits=limits)[0], run(model, requests[2:3])[0]]
+    forward, count = model.model.language_model.forward, iter(range(100))
+
+    def fail(*arguments):
+        if next(count) == failing:
+            raise error
+        return forward(*arguments)
+
+    monkeypatch.setattr(model.model.language_model, "forward", fail)
+    ended = []
+    runs = [
+        iter(start(model, prompts, limits=limits, engines=engines)),
+        iter(start(model, requests[2:3], limits=limits, engines=engines)),
+    ]
+    ids = [[[], []], [[]]]
+    live = [0, 1]
+    while live:
+        for k in list(live):
+            try:
+                token = next(runs[k])
+                ids[k][token.request].append(token.token_id)
+            except StopIteration:
+                live.remove(k)
+                assert ids[k] == want[k]
+            except BaseException as raised:
+                live.remove(k)
+                ended.append(raised)
+            check(engines.engine.workspace.cache)
+    assert error in ended
+    assert all(one is error or "all that ran was given up" in str(one) for one in ended)
+    check_idle(engines.engine)
+    assert run(model, prompts, limits=limits, engines=engines)[0] == want[0]
+    check_idle(engines.engine)
+
+
+def test_broken_logits_end_only_their_call(model, requests, monkeypatch):
+    engines = Engines()
+    bad, good = (
+        start(model, requests[:1], engines=engines),
+        start(model, requests[1:2], engines=engines),
+    )
+    tokens = [iter(bad), iter(good)]
+    first = next(tokens[0])
+    batch = engines.engine.workspace.batch
+    read = batch.tokens
+    ids = [next(tokens[1]).token_id]
+    monkeypatch.setattr(batch, "tokens", lambda rows: [-1, *read(rows)[1:]])
+    with pytest.raises(RuntimeError, match="logits of request 0 must hold a finite value"):
+        list(tokens[0])
+    monkeypatch.undo()
+    ids += [token.token_id for token in tokens[1]]
+    assert first.token_id == run(model, requests[:1])[0][0][0]
+    assert ids == run(model, requests[1:2])[0][0]
+    check_idle(engines.engine)
+
+
+def test_bad_input_touches_nobody(model, requests):
+    engines = Engines()
+    tokens = iter(start(model, requests[:1], engines=engines))
+    ids = [next(tokens).token_id]
+    config = model.config
+    for bad, message in (
+        (Request(torch.tensor([10**6])), "input_ids must be in"),
+        (Request(torch.tensor([config.image_token_id])), "as many image placeholders"),
+        (Request(requests[2].input_ids, torch.zeros(24, 3, 7, 7), ((1, 4, 6),)), "of 14 x 14"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start(model, [requests[1], bad], engines=engines)
+    assert ids + [token.token_id for token in tokens] == run(model, requests[:1])[0][0]
+
+
+def test_pixels_of_different_kinds_meet(model, requests):
+    """One call has bytes, another one normalised values."""
+    engines = Engines()
+    values = requests[2].pixel_values.float() / 127.5 - 1
+    normal = dataclasses.replace(requests[2], pixel_values=values, image_digests=None)
+    want = [run(model, [one])[0][0] for one in (requests[2], normal)]
+    assert run(model, [requests[2], normal], engines=engines)[0] == want
+
+
+def test_a_call_within_a_call(model, requests):
+    """From a callback it works, from within a pass it is refused instead of waiting for itself."""
+    engines, inner = Engines(), []
+
+    def call(*_):
+        inner.append(run(model, requests[:1], engines=engines)[0])
+
+    want = run(model, requests[:1])[0]
+    assert run(model, requests[2:3], engines=engines, progress=call) == run(model, requests[2:3])
+    assert inner
+    assert inner == [want] * len(inner)
+    layer = model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(call)
+    with pytest.raises(RuntimeError, match="must not be called from within a pass of its model"):
+        run(model, requests[:1], engines=engines)
+    hook.remove()
+    check_idle(engines.engine)
+    assert run(model, requests[:1], engines=engines)[0] == want
+
+
+def test_threads_share_an_engine(model, requests):
+    """Each has its own answers, whoever takes the turns."""
+    engines = Engines()
+    want = [run(model, [one])[0] for one in requests]
+    barrier = Barrier(len(requests))
+
+    def work(k):
+        barrier.wait()
+        return [
+            run(model, [requests[(k + n) % len(requests)]], engines=engines)[0] for n in range(4)
+        ]
+
+    with ThreadPoolExecutor(len(requests)) as threads:
+        found = list(threads.map(work, range(len(requests))))
+    for k, rows in enumerate(found):
+        assert rows == [want[(k + n) % len(requests)] for n in range(4)]
+    check_idle(engines.engine)
+
+
+def test_a_thread_that_dies_leaves_the_others(model, requests, monkeypatch):
+    """Ctrl-C in one: those whose requests ran get an error, who waits does not."""
+    engines, forward, count = Engines(), model.model.language_model.forward, iter(range(1000))
+
+    def fail(*arguments):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(model.model.language_model, "forward", fail)
+
+    def work(k):
+        try:
+            return run(model, [requests[k]], engines=engines)[0]
+        except (KeyboardInterrupt, RuntimeError) as error:
+            return error
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(work, [0, 1, 2, 3]))
+    errors = [one for one in found if isinstance(one, BaseException)]
+    assert sum(isinstance(one, KeyboardInterrupt) for one in errors) == 1
+    for k, one in enumerate(found):
+        assert one in errors or one == run(model, [requests[k]])[0]
+    check_idle(engines.engine)
+
+
+def test_dropped_runs_free_their_pages(model, requests, monkeypatch):
+    """Also from a garbage collection in the middle of a turn, and from a cycle."""
+    engines = Engines()
+    tokens = iter(start(model, requests[:1], engines=engines))
+    next(tokens)
+    cycle = [tokens]
+    cycle.append(cycle)
+    del tokens, cycle
+    want = run(model, requests[1:2])
+    forward, collected = model.model.language_model.forward, []
+
+    def collect(*arguments):
+        if not collected:
+            collected.append(gc.collect())
+        return forward(*arguments)
+
+    monkeypatch.setattr(model.model.language_model, "forward", collect)
+    assert run(model, requests[1:2], engines=engines) == want
+    assert collected
+    check_idle(engines.engine)
+
+
+def test_the_backend_is_that_of_the_call(model, requests, monkeypatch):
+    """Whoever takes the turn, and between tokens the caller has its own choice."""
+    found, forward = [], model.model.language_model.forward
+
+    def recorded(*arguments):
+        found.append(backends()["rms_norm"].why_not.get("triton"))
+        return forward(*arguments)
+
+    monkeypatch.setattr(model.model.language_model, "forward", recorded)
+    engines, outside = Engines(), backends()["rms_norm"].why_not
+    with use_backend("reference"):
+        named = iter(start(model, requests[:1], engines=engines))
+    for _ in named:
+        assert backends()["rms_norm"].why_not == outside
+    assert set(found) == {"backend 'reference' was asked for"}
 
 
 def test_stop_from_outside(model, requests):
