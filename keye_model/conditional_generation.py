@@ -19,8 +19,7 @@ from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.checkpoint.weights import load_model
-from keye_model.engine.answering import Draft, answer
-from keye_model.engine.calls import Engines
+from keye_model.engine.calls import Draft, Engines, answer
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import sampling_params

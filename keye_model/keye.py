@@ -14,7 +14,7 @@ from keye_kernels import backends, use_backend
 from keye_model.answer import Answer, Timings, Usage
 from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
-from keye_model.engine.answering import Draft, answer
+from keye_model.engine.calls import Draft, answer
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import sampling_params

@@ -23,6 +23,7 @@ from keye_model.cli.terminal import Progress, note, say
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.engine.detokenizer import Detokenizer
+from keye_model.engine.memory import Limits, kept_feature_bytes
 from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
 from keye_model.engine.sampling import sampling_params
@@ -112,7 +113,7 @@ def plan(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    counts = count(config, [request] * batch, new_tokens, device)
+    counts = count(config, [request] * batch, new_tokens)
     seconds = counts.floor_seconds(arguments.matmul * 1e12, arguments.copy * 1e12)
     context = config.text_config.max_position_embeddings
     # Only decoding tells which frames of a video are slow and which are fast.
@@ -129,7 +130,7 @@ def plan(arguments: argparse.Namespace) -> int:
     say(
         f"cache         {counts.cache_bytes / 1e9:.3f} GB with {new_tokens} new tokens each; kept "
         f"to be found again: pages of {counts.kept_cache_bytes / 1e9:.3f} GB with these, features "
-        f"of {counts.kept_feature_bytes / 1e9:.3f} GB at most"
+        f"of {kept_feature_bytes(Limits(), device) / 1e9:.3f} GB at most"
     )
     if device == "cuda":
         say(f"graphs        {GRAPH_BYTES / 1e9:.3f} GB at most")

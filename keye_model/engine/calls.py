@@ -1,17 +1,21 @@
-"""From a call of `generate` to the engine of its model, and back to its tokens."""
+"""From a call of `generate` to the engine of its model, and back to the text of its answers."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from threading import Lock
 
 from torch import nn
 
 from keye_kernels import backends
-from keye_model.engine.cuda_graph import why_no_graphs
+from keye_model.engine import memory
+from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
+from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.engine import Engine
 from keye_model.engine.job import Call, Job, Token
-from keye_model.engine.memory import Limits, cache_pages, free_pages, kept_pages
+from keye_model.engine.memory import Limits, cache_pages, kept_pages
 from keye_model.engine.sampling import SamplingParams
 from keye_model.inputs.content import PromptInputs
 from keye_model.inputs.request import Progress, Request
@@ -22,8 +26,8 @@ from keye_model.network.model import KeyeModel
 class Run:
     """The requests of one call; iterate to get their tokens as they are generated.
 
-    They enter the engine with the first token asked for, and leave it when the iteration ends, is
-    closed or garbage-collected, or raises.
+    They enter the engine with the first token asked for, and leave it with the iteration, however
+    that ends.
 
     Attributes:
         timings: Seconds of the stages so far.
@@ -68,18 +72,14 @@ class Run:
 class Engines:
     """The engine of one model, made at first use and again when what it was made for has changed.
 
-    That is the caller's options, the kernels in force, and the weights, which keys, values and
-    features depend on. A call that needs more pages than an idle engine has gets a larger one,
-    within the limits.
-
-    Attributes:
-        engine: None before the first use.
+    That is the caller's options, the kernels in force, and the weights. A call that needs more
+    pages than an idle engine has gets a larger one, within the limits.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._made_for: tuple | None = None
-        self.engine: Engine | None = None
+        self.engine: Engine | None = None  # before the first use
 
     def __reduce__(self) -> tuple:
         return Engines, ()  # a copy of the model gets an engine of its own
@@ -125,24 +125,22 @@ class Engines:
         kernels = backends(weight.device.type)
         made_for = limits, cuda_graphs, cache, kernels, _weights(model, lm_head)
         with self._lock:
-            idle = self.engine is not None and self.engine.idle
-            had = 0 if self.engine is None else self.engine.workspace.cache.num_pages
-            if made_for != self._made_for or (idle and had < wanted):
-                capture = cuda_graphs and not why_no_graphs(weight.device)
-                if weight.device.type == "cuda":
-                    beside = self.engine.workspace.cache.num_bytes if idle else 0
-                    fits = free_pages(model.config, requests, limits, weight, capture, beside)
-                    wanted = min(wanted, fits)
-                if made_for != self._made_for or wanted > 1.2 * had:  # not for a little more
-                    _check_room(jobs, wanted)
-                    if idle:
-                        self.engine = None  # its memory is needed
-                    options = {"capture": capture, "cache": cache}
-                    self.engine = Engine(model, lm_head, limits, wanted, **options)
-                    self._made_for = made_for
-            engine = self.engine
-        _check_room(jobs, engine.workspace.cache.num_pages)
-        return Run(engine, call, jobs, progress)
+            changed, had, idle = made_for != self._made_for, 0, False
+            if self.engine is not None:
+                had, idle = self.engine.workspace.cache.num_pages, self.engine.idle
+            capture = cuda_graphs and not why_no_graphs(weight.device)
+            if weight.is_cuda and (changed or wanted > had):
+                itemsize, graphs = weight.dtype.itemsize, GRAPH_BYTES if capture else 0
+                beside = memory.activation_bytes(model.config, requests, limits, itemsize) + graphs
+                beside -= self.engine.workspace.cache.num_bytes if idle else 0
+                wanted = min(wanted, memory.free_pages(model.config, limits, weight, beside))
+            renew = changed or (idle and wanted > 1.2 * had)  # not for a little more
+            _check_room(jobs, wanted if renew else had)
+            if renew:
+                self.engine = self._made_for = None  # its memory is needed
+                self.engine = Engine(model, lm_head, limits, wanted, capture, cache)
+                self._made_for = made_for
+            return Run(self.engine, call, jobs, progress)
 
     def clear_cache(self) -> None:
         """Drop what could be found again."""
@@ -177,3 +175,47 @@ def _weights(model: KeyeModel, lm_head: nn.Module) -> tuple:
         (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
         for weight in (*model.parameters(), *lm_head.parameters())
     )
+
+
+@dataclass(eq=False)
+class Draft:
+    """The answer to one request, as far as it is made.
+
+    Attributes:
+        detokenizer: Of its text; None where only ids are wanted.
+        token_ids: All generated ids, with the stop id if there was one.
+        finish_reason: "stop" (a stop id or a stop string) or "length", final when the loop ends.
+        first_token: Seconds from the start of the loop to the first token.
+    """
+
+    detokenizer: Detokenizer | None = None
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    first_token: float = 0.0
+
+
+def answer(run: Run, drafts: Sequence[Draft]) -> Iterator[tuple[int, str]]:
+    """Run a batch to its end and fill its drafts.
+
+    Args:
+        run: Of the batch.
+        drafts: One for each of its requests.
+
+    Yields:
+        (request, the next piece of its text), whole characters, none of them empty.
+    """
+    started = time.perf_counter()
+    for token in run:
+        draft, piece = drafts[token.request], ""
+        if not draft.token_ids:
+            draft.first_token = time.perf_counter() - started
+        draft.token_ids.append(token.token_id)
+        if token.finish_reason:
+            draft.finish_reason = token.finish_reason
+        if text := draft.detokenizer:
+            piece = text.add(token.token_id) + (text.finish() if token.finish_reason else "")
+            if text.stopped:
+                run.stop(token.request)
+                draft.finish_reason = "stop"
+        if piece:
+            yield token.request, piece

@@ -1,13 +1,10 @@
 """What runs requests: prompts in chunks between decode steps, all from one paged cache.
 
 Requests are admitted in the order of arrival, each when the cache has room for its prompt and
-everything it may generate. There is no thread: whoever waits for a token takes a turn, which is one
-pass over prompts or one decode step over all running requests, and clients of other threads find
-their tokens in their inboxes. What other threads or a garbage collector ask for is a chore, done
-when no turn runs.
-
-A prompt's lengths, positions and slots are host values; decode steps count on the device. The one
-device read of a step is its sampled tokens.
+everything it may generate. There is no thread: whoever waits for a token takes a turn, one pass
+over prompts or one decode step of all that run, and clients of other threads find their tokens in
+their inboxes. What other threads or a garbage collector ask for is a chore, done between turns.
+Decode steps count on the device; the one device read of a step is its sampled tokens.
 """
 
 from __future__ import annotations
@@ -59,9 +56,8 @@ class Engine:
         lm_head: nn.Module,
         limits: Limits,
         num_pages: int,
-        *,
-        capture: bool = False,
-        cache: bool = True,
+        capture: bool,
+        cache: bool,
     ) -> None:
         self._model, self._lm_head, self._limits = model, lm_head, limits
         self._device = lm_head.weight.device
@@ -79,13 +75,11 @@ class Engine:
         self._turn, self._driver = Lock(), 0
         self._news, self._chores = Condition(), deque[Callable[[], None]]()
         self._context = copy_context()
-        on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.current_stream(self._device) if on_gpu else None
+        self._stream = torch.cuda.current_stream(self._device) if lm_head.weight.is_cuda else None
 
     @property
     def idle(self) -> bool:
-        """Whether no request waits or runs."""
-        return not (self._jobs() or self._chores)
+        return not (self._waiting or self._group or self._running or self._chores)
 
     def enqueue(self, jobs: list[Job]) -> None:
         """Let jobs wait for admission, after those that wait already."""
@@ -108,9 +102,7 @@ class Engine:
     def next(self, call: Call) -> Token | tuple[str, int, int] | None:
         """What comes next in a call's inbox, after as many turns as it takes; None at its end.
 
-        Raises:
-            BaseException: What gave the call up.
-            RuntimeError: This thread is within a turn of this engine.
+        Raises the error that gave the call up, and RuntimeError within a turn of this thread.
         """
         me = get_ident()
         while not call.inbox:
@@ -143,7 +135,11 @@ class Engine:
     def _settle(self) -> None:
         while self._chores and self._turn.acquire(blocking=False):
             try:
-                self._do_chores()
+                self._chores[0]()
+                self._chores.popleft()  # not before: Ctrl-C must not lose it, twice does no harm
+            except BaseException as error:
+                self._give_up(error)
+                raise
             finally:
                 self._release_turn()
 
@@ -152,29 +148,24 @@ class Engine:
         with self._news:
             self._news.notify_all()
 
-    def _do_chores(self) -> None:
-        while self._chores:  # Ctrl-C must not lose one; to do it twice does no harm
-            self._chores[0]()
-            self._chores.popleft()
-
     def _take_turn(self, call: Call) -> None:
         self._touched = []
         try:
-            self._do_chores()
             if not call.inbox and call.left:  # another driver may have been faster
                 self._context.run(self._work)
-        except Exception as error:
-            if not self._touched:
+        except BaseException as error:
+            if not isinstance(error, Exception) or not self._touched:
+                self._give_up(error)
                 raise
             self._fail(self._touched, error)
-        except BaseException as error:  # Ctrl-C, perhaps in the middle of any bookkeeping
-            self.workspace.cache.reset()
-            for job in self._jobs():
-                job.handle = None
-            stopped = RuntimeError(f"all that ran was given up: {type(error).__name__}")
-            self._fail((*self._group, *self._running), stopped)
-            raise
-        self._do_chores()
+
+    def _give_up(self, error: BaseException) -> None:
+        """Fail all that run: Ctrl-C may have come in the middle of any bookkeeping."""
+        self.workspace.cache.reset()
+        for job in self._jobs():
+            job.handle = None
+        stopped = RuntimeError(f"all that ran was given up: {type(error).__name__}")
+        self._fail((*self._group, *self._running), stopped)
 
     def _jobs(self) -> set[Job]:
         return {*self._waiting, *self._group, *self._running}
@@ -253,17 +244,14 @@ class Engine:
         stage, calls, start = self._stage, {job.call for job in self._group}, self._mark()
         read = next(self._passes, True)
         self._spans.append((stage, calls, start, self._mark()))
-        if read:
-            for stage, calls, start, end in self._spans:
-                seconds = _seconds(start, end)
-                for call in calls:
-                    setattr(call.timings, stage, getattr(call.timings, stage) + seconds)
-            self._spans = []
+        while read and self._spans:
+            stage, calls, *edges = self._spans.pop()
+            for call in calls:
+                call.timings.add(stage, _seconds(*edges))
 
     def _over_prompts(self, group: list[Job]) -> Iterator[bool]:
         """The passes of a group, one between two yields; true if tokens were read after it."""
-        for call in {job.call for job in group}:
-            call.tell("vision")
+        _tell(group, "vision")
         yield False
         group = [job for job in group if job.handle is not None]  # without those that were stopped
         inputs, cached = [job.inputs for job in group], [job.num_cached for job in group]
@@ -271,9 +259,9 @@ class Engine:
         self.stats["cached items"] += embedding.num_hits
         for _ in embedding.calls(self._limits.max_patches_per_call, self.workspace.encode):
             self.stats["tower calls"] += 1
-            self._tell_vision(group, embedding.done)
+            self._tell_vision(group, embedding)
             yield False
-        self._tell_vision(group, embedding.done)
+        self._tell_vision(group, embedding)
         for job, start in zip(group, embedding.starts, strict=True):
             job.row, job.inputs.items = start - job.num_cached, []  # pixels are not needed again
         positions = [job.inputs.positions[:, job.num_cached :] for job in group]
@@ -281,18 +269,15 @@ class Engine:
         inputs = embedding.hidden, upload(positions, self._device)
         self._stage, read = "prefill", False
         while pieces := self._pieces(group):
-            for call in {job.call for job, _ in pieces}:
-                call.tell("prefill")
+            _tell([job for job, _ in pieces], "prefill")
             yield read
             if pieces := self._pieces(group):  # some may have been stopped
                 read = self._pass(pieces, *inputs)
 
-    def _tell_vision(self, group: list[Job], done: list[int]) -> None:
-        for job, seen in zip(group, done, strict=True):
-            job.call.done["vision"] += seen - job.num_seen
-            job.num_seen = seen
-        for call in {job.call for job in group}:
-            call.tell("vision")
+    def _tell_vision(self, group: list[Job], embedding: Embedding) -> None:
+        for job, tokens in zip(group, embedding.take_done(), strict=True):
+            job.call.done["vision"] += tokens
+        _tell(group, "vision")
 
     def _pieces(self, group: list[Job]) -> list[tuple[Job, int]]:
         """The next chunk of prompts, one run of rows: (job, so many of its tokens)."""
@@ -325,8 +310,8 @@ class Engine:
                 last.append(out[end - 1 : end])
         if ready:
             batch.place(ready)
-            self._placed = None
             batch.sample(self._lm_head(torch.cat(last)), batch.penalised)
+            self._placed = None
             self._group = [job for job in self._group if job.left]
             self._running = self._running + ready
             self._collect(ready)
@@ -342,9 +327,8 @@ class Engine:
         workspace.step(self._model, self._lm_head, len(running), longest)
         self.stats["steps"] += 1
         self._collect(running)
-        seconds = time.perf_counter() - started
         for call in {job.call for job in running}:
-            call.timings.decode += seconds
+            call.timings.add("decode", time.perf_counter() - started)
 
     def _collect(self, jobs: list[Job]) -> None:
         """Read the tokens just sampled for the placed jobs; end those that have their last."""
@@ -375,6 +359,11 @@ class Engine:
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event
+
+
+def _tell(jobs: list[Job], stage: str) -> None:
+    for call in {job.call for job in jobs}:
+        call.tell(stage)
 
 
 def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:

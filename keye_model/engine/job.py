@@ -26,6 +26,9 @@ class Timings:
     prefill: float = 0.0
     decode: float = 0.0
 
+    def add(self, stage: str, seconds: float) -> None:
+        setattr(self, stage, getattr(self, stage) + seconds)
+
 
 @dataclass(eq=False)
 class Call:
@@ -63,10 +66,8 @@ class Job(Sequence):
 
     Attributes:
         call, inputs: What it is part of, and its prompt.
-        max_tokens: Prompt and answer together, at most.
-        findable: Whether others may find its pages.
+        max_tokens, findable: Prompt and answer at most; whether others may find its pages.
         num_cached, num_done: Prompt tokens that were found in the cache, and that are there now.
-        num_seen: Tokens of its pictures and videos that are embedded, or were not needed.
         row: That of its token 0 among the new tokens of its group; negative if that was found.
     """
 
@@ -76,7 +77,6 @@ class Job(Sequence):
     findable: bool
     num_cached: int = 0
     num_done: int = 0
-    num_seen: int = 0
     row: int = 0
 
     def __post_init__(self) -> None:

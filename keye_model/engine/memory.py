@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from keye_model.checkpoint.config import KeyeConfig
-from keye_model.engine.cuda_graph import GRAPH_BYTES
 from keye_model.engine.decode_batch import MAX_ROWS
 from keye_model.inputs.request import GridTHW, Request
 from keye_model.network.cache import PAGE_SIZE
@@ -23,12 +22,11 @@ class Limits:
         max_prefill_tokens: Prompt tokens per forward pass of the decoder.
         max_patches_per_call: Patches per forward pass of the vision tower. A segment of attention
             (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
-        max_cache_tokens: Tokens in the cache, those of running requests and those that are kept to
-            be found again. None: the model's context, or what the requests of a call need together
-            if that is more; on a GPU at most what fits into 90 % of the free memory beside the
-            widest activations and 512 MB for CUDA graphs.
-        max_feature_bytes: Features of pictures and videos that are kept to be found again. None:
-            256 MiB on a CPU, 1 GiB on a GPU.
+        max_cache_tokens: Tokens in the cache, of running requests or kept to be found again. None:
+            the model's context, or what the requests of a call need together if that is more; on a
+            GPU at most what fits into 90 % of the free memory beside features, the widest
+            activations and 512 MB for CUDA graphs.
+        max_feature_bytes: Features of pictures that are kept; None: 256 MiB, on a GPU 1 GiB.
     """
 
     max_prefill_tokens: int = 8192
@@ -65,25 +63,17 @@ def kept_feature_bytes(limits: Limits, device_type: str) -> int:
     return 1 << 30 if device_type == "cuda" else 256 << 20
 
 
-def free_pages(
-    config: KeyeConfig,
-    requests: Sequence[Request],
-    limits: Limits,
-    weight: torch.Tensor,
-    graphs: bool,
-    held_bytes: int,
-) -> int:
-    """Pages for a GPU, beside activations, features and graphs; ``held_bytes`` will be freed."""
+def free_pages(config: KeyeConfig, limits: Limits, weight: torch.Tensor, beside: int) -> int:
+    """Pages that fit into a GPU's memory with features and ``beside`` other bytes."""
     free, _ = torch.cuda.mem_get_info(weight.device)
     # mem_get_info counts blocks that PyTorch keeps for reuse as taken.
     free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-    text, itemsize = config.text_config, weight.dtype.itemsize
+    text = config.text_config
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     # Each prompt token also has its embedding while its request is prefilled.
-    token = (cached + text.hidden_size) * itemsize
-    beside = activation_bytes(config, requests, limits, itemsize)
-    beside += kept_feature_bytes(limits, "cuda") + (GRAPH_BYTES if graphs else 0)
-    return max(int(0.9 * (free + held_bytes)) - beside, 0) // (token * PAGE_SIZE)
+    token = (cached + text.hidden_size) * weight.dtype.itemsize
+    beside += kept_feature_bytes(limits, "cuda")
+    return max(int(0.9 * free) - beside, 0) // (token * PAGE_SIZE)
 
 
 def activation_bytes(

@@ -76,7 +76,6 @@ class Plan:
     weight_bytes: int
     cache_bytes: int  # whole pages of this batch
     kept_cache_bytes: int  # of all pages that an engine made for it has
-    kept_feature_bytes: int  # at most
     activation_bytes: int
     pixel_bytes: int
 
@@ -90,9 +89,7 @@ class Plan:
         }
 
 
-def plan(
-    config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int, device_type: str = "cpu"
-) -> Plan:
+def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -> Plan:
     """Count what one batch will need.
 
     Args:
@@ -100,7 +97,6 @@ def plan(
         requests: Prompts as the processor makes them; only sizes are read.
         max_new_tokens: Of each request, fewer where the context ends; the cache and the last decode
             step are counted with all.
-        device_type: Where features of pictures and videos will be kept.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens}")
@@ -123,7 +119,7 @@ def plan(
     vision = costs.vision_linear * patches + costs.vision_attention * squares
     prefill = costs.text_linear * sum(prompts) + costs.lm_head * len(prompts)
     prefill += costs.text_attention * sum(prompt**2 for prompt in prompts) // 2
-    pages, page_bytes = cache_pages(totals), costs.cache_bytes * PAGE_SIZE
+    page_bytes, pages = costs.cache_bytes * PAGE_SIZE, cache_pages(totals)
     step = (costs.text_linear + costs.lm_head) * len(prompts)
     return Plan(
         prompt_tokens=prompts,
@@ -138,7 +134,6 @@ def plan(
         weight_bytes=costs.weight_bytes,
         cache_bytes=page_bytes * pages,
         kept_cache_bytes=page_bytes * memory.kept_pages(config, pages, limits),
-        kept_feature_bytes=memory.kept_feature_bytes(limits, device_type),
         activation_bytes=activation_bytes(config, requests, limits, itemsize) + waiting * itemsize,
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )

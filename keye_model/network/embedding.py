@@ -41,7 +41,6 @@ class Embedding:
     Attributes:
         hidden: [num_tokens, hidden_size], the new tokens, packed; complete after `calls`.
         starts: The first row of each prompt.
-        done: Tokens of each prompt's pictures that are complete, or are not needed.
         num_hits: Items whose features were in the cache.
     """
 
@@ -57,12 +56,12 @@ class Embedding:
         self.starts = np.cumsum([0, *map(len, new[:-1])]).tolist()
         ids = upload(torch.from_numpy(np.concatenate(new)), model.device)
         self.hidden = model.language_model.embed_tokens(ids)
-        self.done, self.num_hits = [0] * len(prompts), 0
+        self._done, self.num_hits = [0] * len(prompts), 0
         uses: dict[Hashable, list[_Use]] = {}
         for k, prompt in enumerate(prompts):
             for item in prompt.items:
                 if item.index[-1] < num_cached[k]:
-                    self.done[k] += len(item.index)
+                    self._done[k] += len(item.index)
                 else:
                     use = _Use(k, item, self.starts[k], num_cached[k])
                     uses.setdefault(item.key, []).append(use)
@@ -88,6 +87,11 @@ class Embedding:
         self._missing = []
         for alike in kinds.values():
             yield from self._encode(alike, max_patches, encode)
+
+    def take_done(self) -> list[int]:
+        """Tokens of each prompt's pictures that became complete, or are not needed, since then."""
+        done, self._done = self._done, [0] * len(self._done)
+        return done
 
     def _encode(
         self, missing: list[list[_Use]], max_patches: int, encode: Encode
@@ -121,7 +125,7 @@ class Embedding:
     def _write(self, same: list[_Use], first: int, features: torch.Tensor) -> None:
         """Put features, of which the first is that of an item's token ``first``, where they go."""
         for use in same:
-            self.done[use.prompt] += len(features)
+            self._done[use.prompt] += len(features)
             index = use.item.index[first : first + len(features)]
             skipped = int(np.searchsorted(index, use.first))
             rows = torch.from_numpy(index[skipped:] - use.first + use.row)

@@ -593,12 +593,9 @@ def test_cache_on_a_gpu_takes_what_is_free(model, requests, monkeypatch):
     token = (2 * 2 * 128 + 128) * 4
     limits, weight = Limits(max_feature_bytes=1 << 20), model.lm_head.weight
 
-    def pages(graphs, held):
-        return memory.free_pages(model.config, requests, limits, weight, graphs, held)
-
-    beside = widest + (1 << 20)
-    assert pages(False, 0) == (int(0.9 * (14 << 20)) - beside) // (token * 64)
-    beside += 512 << 20  # for graphs
-    assert pages(True, 800 << 20) == (int(0.9 * (814 << 20)) - beside) // (token * 64)
+    beside = memory.activation_bytes(model.config, requests, limits, 4)
+    assert beside == widest
+    pages = memory.free_pages(model.config, limits, weight, beside)
+    assert pages == (int(0.9 * (14 << 20)) - widest - (1 << 20)) // (token * 64)
     free = reserved = allocated = 0
-    assert pages(False, 0) == 0
+    assert memory.free_pages(model.config, limits, weight, beside) == 0

@@ -212,7 +212,6 @@ def test_plan_matches_what_is_allocated(checkpoints, name, prompts, max_new_toke
             used = cache.num_pages - cache.num_free_pages
     assert counts.kept_cache_bytes == cache.num_bytes
     assert max_new_tokens == 1 or counts.cache_bytes == used * cache.num_bytes // cache.num_pages
-    assert counts.kept_feature_bytes == engines.engine.features.max_bytes
     assert counts.weight_bytes == sum(weight.nbytes for weight in model.parameters())
     assert count == sum(min(max_new_tokens, 1024 - count) for count in prompts)
 
@@ -229,11 +228,10 @@ def test_plan_of_more_requests_than_run_at_once():
 
 
 def test_an_engine_keeps_a_whole_context():
-    one, many = (plan(config(), [request(8000)] * count, 193, "cuda") for count in (1, 8))
+    one, many = (plan(config(), [request(8000)] * count, 193) for count in (1, 8))
     assert one.cache_bytes == 128 * 64 * 147_456
     assert one.kept_cache_bytes == 40960 * 147_456
     assert many.kept_cache_bytes == many.cache_bytes == 8 * one.cache_bytes
-    assert many.kept_feature_bytes == 1 << 30
 
 
 def test_plan_of_a_prompt_that_is_too_long():

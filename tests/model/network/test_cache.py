@@ -259,6 +259,19 @@ def test_equal_pages_written_twice():
     assert cache.find("abc")[0] == [0, 1, 2]
 
 
+def test_a_page_is_not_older_than_those_found_behind_it():
+    """The equal page of a sequence that ended earlier counts as used again."""
+    cache = make(6)
+    first, _ = fill(cache, "abc", end=False)
+    second, pages = fill(cache, "abd", end=False)
+    cache.free(first, "abc".__getitem__)
+    cache.free(second, "abd".__getitem__)
+    check(cache)
+    fill(cache, "xyz")
+    assert cache.find("abd")[0] == [0, 1, pages[2]]
+    assert cache.find("abc")[0] == [0, 1]
+
+
 def test_forgetting_and_starting_over():
     cache = make(8)
     fill(cache, "ab")

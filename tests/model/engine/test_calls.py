@@ -2,7 +2,7 @@
 
 import pytest
 
-from keye_model.engine.answering import Draft, answer
+from keye_model.engine.calls import Draft, answer
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.job import Token
 from keye_model.processing.tokenizer import load_tokenizer
