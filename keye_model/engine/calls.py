@@ -30,9 +30,8 @@ class Run:
     that ends.
 
     Attributes:
-        timings: Seconds of the stages so far.
+        timings, cuda_graphs: Seconds of the stages so far, and whether passes are captured.
         cached_tokens: Of each request, the prompt tokens that were found in the cache.
-        cuda_graphs: Whether passes are captured.
     """
 
     def __init__(

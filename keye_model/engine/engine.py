@@ -41,8 +41,7 @@ class Engine:
     Args:
         model, lm_head, limits: As for `Engines.run`.
         num_pages: Of the cache.
-        capture: Capture passes as CUDA graphs.
-        cache: Keep features of pictures and videos.
+        capture, cache: Capture passes as CUDA graphs; keep features of pictures and videos.
 
     Attributes:
         workspace, features: Cache, buffers and graphs; and the features that are kept.
@@ -149,7 +148,6 @@ class Engine:
             self._news.notify_all()
 
     def _take_turn(self, call: Call) -> None:
-        self._touched = []
         try:
             if not call.inbox and call.left:  # another driver may have been faster
                 self._context.run(self._work)
@@ -158,6 +156,7 @@ class Engine:
                 self._give_up(error)
                 raise
             self._fail(self._touched, error)
+        self._touched = []
 
     def _give_up(self, error: BaseException) -> None:
         """Fail all that run: Ctrl-C may have come in the middle of any bookkeeping."""
@@ -166,6 +165,7 @@ class Engine:
             job.handle = None
         stopped = RuntimeError(f"all that ran was given up: {type(error).__name__}")
         self._fail((*self._group, *self._running), stopped)
+        self._touched = []
 
     def _jobs(self) -> set[Job]:
         return {*self._waiting, *self._group, *self._running}
@@ -193,6 +193,10 @@ class Engine:
         self._waiting = deque(job for job in self._waiting if job not in ended)
         self._group = [job for job in self._group if job not in ended]
         self._running = [job for job in self._running if job not in ended]
+        if not self._group:
+            self._passes = None  # with what it has embedded
+        if not self._running:
+            self._placed = None
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -218,7 +222,6 @@ class Engine:
     def _admit(self) -> None:
         """Begin a group: those in front that fit, up to one that needs what they will compute."""
         cache, group, begun = self.workspace.cache, [], set()
-        self._passes = None
         for job in self._waiting:
             pages, missing = cache.find(job.inputs.shareable() if job.findable else ())
             full = len(self._running) + len(group) == MAX_ROWS

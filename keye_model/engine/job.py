@@ -11,7 +11,7 @@ from keye_model.inputs.content import PromptInputs
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token of one request; ``finish_reason`` ("stop", "length") on its last."""
+    """A generated token of a request; ``finish_reason`` ("stop", "length") on its last."""
 
     request: int
     token_id: int
