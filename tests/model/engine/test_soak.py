@@ -42,6 +42,12 @@ def resident_bytes():
         return 0
 
 
+def alive():
+    """Calls and jobs that something still refers to."""
+    gc.collect()
+    return {one for one in gc.get_objects() if type(one) in (Call, Job)}
+
+
 class Client:
     """One thread's requests, in an order drawn from its seed."""
 
@@ -116,7 +122,7 @@ def test_soak(checkpoints, line):
         for pieces in prompts:
             key = tuple(pieces), params
             [cold[key]] = tokens(model, [request(model.config, pieces)], params=params)
-    engines = Engines()
+    engines, earlier = Engines(), alive()
     clients = [Client(model, engines, seed, cold) for seed in range(THREADS)]
     sizes, end = [], time.monotonic() + SECONDS / 2
 
@@ -128,11 +134,10 @@ def test_soak(checkpoints, line):
 
     with ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(work, clients))
-    gc.collect()
     check_idle(engines.engine)
     assert engines.engine.features.num_bytes <= LIMITS.max_feature_bytes
     assert engines.engine.stats["cached tokens"] > 0
-    assert not [one for one in gc.get_objects() if type(one) in (Call, Job)]
+    assert not alive() - earlier
     if len(sizes) > 20:  # after the first rounds, which fill caches and the allocator's pools
         settled = max(sizes[: len(sizes) // 4])
         assert max(sizes) < settled + (64 << 20), f"grew from {settled} to {max(sizes)} bytes"
