@@ -169,7 +169,7 @@ def _check_room(jobs: list[Job], num_pages: int) -> None:
 
 
 def _weights(model: KeyeModel, lm_head: nn.Module) -> tuple:
-    """Changes when a weight is moved, converted or written to."""
+    """Changes when a weight is moved, converted or written to, but not through its `.data`."""
     return tuple(
         (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
         for weight in (*model.parameters(), *lm_head.parameters())

@@ -104,10 +104,13 @@ class Engine:
         Raises the error that gave the call up, and RuntimeError within a turn of this thread.
         """
         me = get_ident()
-        while not call.inbox:
+        while True:
+            ended = not call.left  # before the inbox: its last token came before its end
+            if call.inbox:
+                return call.inbox.popleft()
             if call.error is not None:
                 raise call.error
-            if not call.left:
+            if ended:
                 return None
             if self._turn.acquire(blocking=False):
                 try:
@@ -121,10 +124,8 @@ class Engine:
                 raise RuntimeError("generate() must not be called from within a pass of its model")
             else:
                 with self._news:
-                    # The driver tells after its turn, unless Ctrl-C comes between the two.
-                    if self._turn.locked():
+                    if self._turn.locked():  # its driver tells, unless Ctrl-C comes in between
                         self._news.wait(1.0)
-        return call.inbox.popleft()
 
     def _later(self, chore: Callable[[], None]) -> None:
         """Do it now, or after the turn that runs. Never waits: a finalizer may call it anywhere."""
@@ -180,7 +181,7 @@ class Engine:
         for call in calls:
             call.error = error
         self._end([job for job in self._jobs() if job.call in calls], findable=False)
-        self._placed, self._spans = None, []
+        self._placed = None
 
     def _end(self, jobs: Collection[Job], findable: bool = True) -> None:
         ended = set(jobs)
@@ -194,7 +195,7 @@ class Engine:
         self._group = [job for job in self._group if job not in ended]
         self._running = [job for job in self._running if job not in ended]
         if not self._group:
-            self._passes = None  # with what it has embedded
+            self._passes, self._spans = None, []
         if not self._running:
             self._placed = None
 
@@ -244,11 +245,11 @@ class Engine:
         """One pass of the tower or of the decoder over the prompts of the group."""
         if self._passes is None:
             self._passes, self._stage = self._over_prompts(self._group), "vision"
-        stage, calls, start = self._stage, {job.call for job in self._group}, self._mark()
-        read = next(self._passes, True)
-        self._spans.append((stage, calls, start, self._mark()))
-        while read and self._spans:
-            stage, calls, *edges = self._spans.pop()
+        stage, calls, spans = self._stage, {job.call for job in self._group}, self._spans
+        start, read = self._mark(), next(self._passes, True)
+        spans.append((stage, calls, start, self._mark()))
+        while read and spans:
+            stage, calls, *edges = spans.pop()
             for call in calls:
                 call.timings.add(stage, _seconds(*edges))
 

@@ -1,7 +1,6 @@
 """Memory of an engine: the cache, the buffers of its passes, and the graphs captured on them.
 
-A graph stores the addresses of the weights, the cache's pages and the buffers, so a `Workspace`
-holds all of these together.
+A graph stores the addresses of weights, pages and buffers, so a `Workspace` holds them together.
 """
 
 from __future__ import annotations

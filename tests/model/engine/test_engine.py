@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -15,6 +16,7 @@ from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine import engine as engine_module
 from keye_model.engine import memory
 from keye_model.engine.calls import Engines
+from keye_model.engine.job import Token
 from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import SamplingParams
 from keye_model.inputs.packing import pack
@@ -407,6 +409,25 @@ def test_threads_share_an_engine(model, requests):
     for k, rows in enumerate(found):
         assert rows == [want[(k + n) % len(requests)] for n in range(4)]
     check_idle(engines.engine)
+
+
+def test_the_last_token_of_another_threads_turn_is_not_lost(model, requests):
+    """It comes while this thread has just found its inbox empty."""
+    engines = Engines()
+    running = start(model, requests[:1], engines=engines)
+    call = running._call
+
+    class Inbox(deque):
+        def __bool__(self):
+            if call.left:
+                call.left = 0
+                self.append(Token(0, 7, "stop"))
+                return False
+            return len(self) > 0
+
+    call.left, call.inbox = 1, Inbox()
+    assert engines.engine.next(call).token_id == 7
+    assert engines.engine.next(call) is None
 
 
 def test_a_thread_that_dies_leaves_the_others(model, requests, monkeypatch):
