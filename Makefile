@@ -14,13 +14,16 @@ PYTHONS ?= $(shell PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | paste -s
 	python3.$$minor -c 'import sys; print(sys.executable)' 2>/dev/null; done; true)
 NEWEST = $(VENV)-newest-$*
 
-.PHONY: demo test test-newest test-transformers test-vllm bench kernels lint format clean
+.PHONY: demo test soak test-newest test-transformers test-vllm bench kernels lint format clean
 
 demo: $(VENV)/.installed  ## a picture, a video and a mixed batch through the whole stack (MODEL=<dir or hub id>)
 	$(BIN)/python -m keye_model demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.installed-test  ## the test suite
 	$(BIN)/python -m pytest tests -n 2
+
+soak: $(VENV)/.installed-test  ## ten minutes of requests, aborts and errors from four threads on the tiny models
+	KEYE_SOAK_SECONDS=600 $(BIN)/python -m pytest tests/model/engine/test_soak.py
 
 test-newest:  ## the suite and the demo with the newest releases that pip gives each Python found; PYTHONS names others
 	@test -n "$(PYTHONS)" || { echo "no python3.10 to python3.14 was found; name some in PYTHONS"; exit 1; }

@@ -25,12 +25,12 @@ pytest.importorskip("transformers.models.paddleocr_vl", reason="the tower's peer
 
 from benchmarks import models  # noqa: E402
 from benchmarks.models import DTYPE, IMAGE, TEXT_CONFIG, VISION_CONFIG  # noqa: E402
+from keye_model.engine.calls import Engines  # noqa: E402
 from keye_model.engine.cuda_graph import CudaGraphs, why_no_graphs  # noqa: E402
 from keye_model.engine.decode_batch import Sequence  # noqa: E402
 from keye_model.engine.sampling import SamplingParams  # noqa: E402
-from keye_model.engine.scheduler import Scheduler  # noqa: E402
 from keye_model.engine.vision_batch import MAX_PATCHES, VisionBatch  # noqa: E402
-from keye_model.engine.workspace import Workspace, WorkspacePool  # noqa: E402
+from keye_model.engine.workspace import Workspace  # noqa: E402
 from keye_model.inputs.request import Request  # noqa: E402
 from keye_model.network.cache import PAGE_SIZE, PagedCache  # noqa: E402
 
@@ -238,19 +238,19 @@ def bench_decode_step(ours, decoder, measure, batch, context):
     )
 
 
+def _run(ours, request, engines, **options):
+    """Greedy tokens of one request, computed anew."""
+    params = [SamplingParams(max_new_tokens=NEW_TOKENS)]
+    options |= {"eos_token_ids": (), "cache": False}
+    return engines.run(ours.model, ours.lm_head, [request], params, **options)
+
+
 def bench_generate(ours, decoder, measure):
     """Prefill of 64 tokens and greedy tokens, each side's own loop."""
-    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    launching = Engines()
 
-    def mine(ids, workspaces=None):
-        run = Scheduler(
-            ours.model,
-            ours.lm_head,
-            [Request(ids)],
-            [params],
-            eos_token_ids=(),
-            workspaces=workspaces,
-        )
+    def mine(ids, engines=None):
+        run = _run(ours, Request(ids), engines or launching, cuda_graphs=engines is not None)
         return [token.token_id for token in run]
 
     def theirs(ids):
@@ -268,7 +268,7 @@ def bench_generate(ours, decoder, measure):
         f"64 + {NEW_TOKENS} tokens",
         make=lambda: {"ids": torch.randint(100, 2000, (64,))},
         providers=our_model(mine, capture=False)
-        | _with_graphs(mine, WorkspacePool)
+        | _with_graphs(mine, Engines)
         | {"transformers": Provider(theirs, capture=False)},
         definition=theirs,
         differs=differs,
@@ -290,23 +290,16 @@ def bench_request(ours, tower, projector, decoder, measure, name):
         start += count
     ids = torch.cat([*pieces, ids[num_image_tokens:]])
     request = Request(ids, pixel_values=pixels, image_grid_thw=tuple(grids))
-    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    launching = Engines()
 
-    def mine(workspaces=None):
-        run = Scheduler(
-            ours.model,
-            ours.lm_head,
-            [request],
-            [params],
-            eos_token_ids=(),
-            workspaces=workspaces,
-        )
+    def mine(engines=None):
+        run = _run(ours, request, engines or launching, cuda_graphs=engines is not None)
         assert len(list(run)) == NEW_TOKENS
         return dataclasses.asdict(run.timings)
 
     runs = {"ours": mine}
     if not why_no_graphs(DEVICE):
-        held = WorkspacePool()
+        held = Engines()
         runs["ours (graph)"] = lambda: mine(held)
 
     grid_thw = torch.tensor(grids, device=DEVICE)

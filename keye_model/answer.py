@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one request; ``prompt_tokens`` includes image and video tokens."""
+    """Token counts of one request.
+
+    Attributes:
+        prompt_tokens: Image and video tokens included.
+        cached_tokens: Those of the prompt that earlier requests had left in the cache. It is not
+            compared: it says what ran before, not what was asked and answered.
+    """
 
     prompt_tokens: int
     image_tokens: int
     video_tokens: int
     new_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

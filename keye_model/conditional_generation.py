@@ -19,14 +19,12 @@ from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.checkpoint.weights import load_model
-from keye_model.engine.answering import Draft, answer
+from keye_model.engine.calls import Draft, Engines, answer
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.memory import Limits
-from keye_model.engine.options import SamplingOptions
 from keye_model.engine.sampling import sampling_params
-from keye_model.engine.scheduler import Scheduler
-from keye_model.engine.workspace import WorkspacePool
 from keye_model.inputs.keywords import GENERATING, LOADING, refuse, without_idle
+from keye_model.inputs.options import SamplingOptions
 from keye_model.inputs.packing import pack, requests_of, split_batch
 from keye_model.network.cache import PagedCache
 from keye_model.network.model import KeyeModel
@@ -59,7 +57,7 @@ class KeyeForConditionalGeneration(nn.Module):
         text = config.text_config
         self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         self.generation_config: GenerationDefaults | None = None
-        self.workspaces = WorkspacePool()
+        self.engines = Engines()
         self._directory: Path | None = None
 
     @classmethod
@@ -225,16 +223,15 @@ class KeyeForConditionalGeneration(nn.Module):
         if sampling.stop_strings is not None and sampling.stop_strings != []:
             tokenizer = self._tokenizer()
             drafts = [Draft(Detokenizer(tokenizer, sampling.stop_strings)) for _ in rows]
-        scheduler = Scheduler(
+        run = self.engines.run(
             self.model,
             self.lm_head,
             requests,
             params,
             eos_token_ids=ends,
             limits=limits,
-            workspaces=self.workspaces,
         )
-        for _ in answer(scheduler, drafts):
+        for _ in answer(run, drafts):
             pass
         longest = max(len(draft.token_ids) for draft in drafts)
         padded = [one.token_ids + [pad] * (longest - len(one.token_ids)) for one in drafts]

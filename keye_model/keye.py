@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from keye_kernels import backends
+from keye_kernels import backends, use_backend
 from keye_model.answer import Answer, Timings, Usage
 from keye_model.chat import Chat
 from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
-from keye_model.engine.answering import Draft, answer, chosen
+from keye_model.engine.calls import Draft, answer
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.memory import Limits
-from keye_model.engine.options import SamplingKeywords, SamplingOptions
 from keye_model.engine.sampling import sampling_params
-from keye_model.engine.scheduler import Scheduler
+from keye_model.inputs.options import SamplingKeywords, SamplingOptions
 from keye_model.inputs.request import Progress, Request, num_patches
 from keye_model.processing.chat import Messages, Thinking, parse_answer
 from keye_model.processing.processor import KeyeProcessor
@@ -52,17 +52,20 @@ class Keye:
         backend: str = "auto",
         limits: Limits | None = None,
         cuda_graphs: bool = True,
+        cache: bool = True,
     ) -> None:
         if not isinstance(limits, Limits | None):
             raise TypeError(f"limits must be a Limits, got {type(limits).__name__}")
-        if not isinstance(cuda_graphs, bool):
-            raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r}")
+        for name, switch in (("cuda_graphs", cuda_graphs), ("cache", cache)):
+            if not isinstance(switch, bool):
+                raise TypeError(f"{name} must be True or False, got {switch!r}")
         check_backend(backend, model.device)
         self.model = model
         self.processor = processor
         self.backend = backend
         self.limits = limits or Limits()
         self.cuda_graphs = cuda_graphs
+        self.cache = cache
 
     def __repr__(self) -> str:
         name, dtype = self.model.config.variant.name, str(self.model.dtype).removeprefix("torch.")
@@ -78,6 +81,7 @@ class Keye:
         backend: str = "auto",
         limits: Limits | None = None,
         cuda_graphs: bool = True,
+        cache: bool = True,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         local_files_only: bool = False,
@@ -93,8 +97,10 @@ class Keye:
                 which leaves the choice to `keye_kernels.use_backend`.
             limits: Bounds of memory.
             cuda_graphs: On a GPU capture decode steps, and the tower's layers for small images, and
-                replay them, which saves the time of their launches; the results are the same. Up to
-                8192 tokens of cache then stay with the model between runs.
+                replay them, which saves the time of their launches; the results are the same.
+            cache: Keep what requests leave, and find it again by its content: keys and values of
+                prompts and answers, features of pictures and videos. A later turn of a conversation
+                then computes only what is new.
             min_pixels, max_pixels: Of an image, instead of the checkpoint's own bounds.
             local_files_only: Never touch the network.
 
@@ -112,7 +118,18 @@ class Keye:
         model = KeyeForConditionalGeneration.from_pretrained(
             checkpoint, dtype=dtype, device_map=device
         )
-        return cls(model, processor, backend=backend, limits=limits, cuda_graphs=cuda_graphs)
+        return cls(
+            model,
+            processor,
+            backend=backend,
+            limits=limits,
+            cuda_graphs=cuda_graphs,
+            cache=cache,
+        )
+
+    def clear_cache(self) -> None:
+        """Drop what requests have left to be found again."""
+        self.model.engines.clear_cache()
 
     @overload
     def generate(
@@ -232,7 +249,6 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.answers: list[Answer] = []
-        self._backend = keye.backend
         started = time.perf_counter()
         model, processor = keye.model, keye.processor
         options = SamplingOptions.of(keywords, "thinking", "progress")
@@ -255,29 +271,32 @@ class _Run:
         merge = model.config.vision_config.spatial_merge_size**2
         self._prompts = [_prompt_usage(request, merge) for request in requests]
         self._processing = time.perf_counter() - started
-        self._scheduler = Scheduler(
-            model.model,
-            model.lm_head,
-            requests,
-            params,
-            eos_token_ids=model.generation_config.eos_token_ids,
-            limits=keye.limits,
-            workspaces=model.workspaces if keye.cuda_graphs else None,
-            progress=progress,
-        )
+        with _chosen(keye.backend):
+            self._run = model.engines.run(
+                model.model,
+                model.lm_head,
+                requests,
+                params,
+                eos_token_ids=model.generation_config.eos_token_ids,
+                limits=keye.limits,
+                cuda_graphs=keye.cuda_graphs,
+                cache=keye.cache,
+                progress=progress,
+            )
 
     def pieces(self) -> Iterator[str]:
         """Run the batch; yields pieces of text and fills ``answers`` at the end."""
-        for _, piece in answer(self._scheduler, self._drafts, self._backend):
+        for _, piece in answer(self._run, self._drafts):
             yield piece
-        self.answers = [self._answer(*one) for one in zip(self._drafts, self._prompts, strict=True)]
+        drafts = zip(self._drafts, self._prompts, self._run.cached_tokens, strict=True)
+        self.answers = [self._answer(*one) for one in drafts]
 
-    def _answer(self, draft: Draft, prompt: tuple[int, int, int]) -> Answer:
+    def _answer(self, draft: Draft, prompt: tuple[int, int, int], cached_tokens: int) -> Answer:
         timings = Timings(
             processing=self._processing,
             first_token=self._processing + draft.first_token,
-            cuda_graphs=self._scheduler.cuda_graphs,
-            **vars(self._scheduler.timings),
+            cuda_graphs=self._run.cuda_graphs,
+            **vars(self._run.timings),
         )
         parts = parse_answer(draft.detokenizer.text)
         return Answer(
@@ -286,7 +305,7 @@ class _Run:
             parts.analysis,
             tuple(draft.token_ids),
             draft.finish_reason,
-            Usage(*prompt, len(draft.token_ids)),
+            Usage(*prompt, len(draft.token_ids), cached_tokens),
             timings,
         )
 
@@ -304,8 +323,13 @@ def _is_list(value: Any) -> bool:
 
 def check_backend(name: str, device: torch.device) -> None:
     """Refuse a backend that cannot serve the model, rather than in the first answer."""
-    with chosen(name):
+    with _chosen(name):
         for op, served in backends(device.type).items():
             if served.backend is None and op != "mrope_":  # the model rotates in another op
                 why = [*served.why_not.values()][-1]  # of the only candidate, after the others
                 raise RuntimeError(f"backend must serve {op}, got {name!r}, which does not: {why}")
+
+
+def _chosen(backend: str) -> AbstractContextManager:
+    """`use_backend`, where "auto" leaves the choice as it is."""
+    return nullcontext() if backend == "auto" else use_backend(backend)

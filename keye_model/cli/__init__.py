@@ -24,7 +24,7 @@ from keye_model.cli.options import (
     number,
     with_flags,
 )
-from keye_model.engine.options import SamplingOptions
+from keye_model.inputs.options import SamplingOptions
 
 _DEFAULT_MODEL = "Kwai-Keye/Keye-VL-8B-Preview"
 _EXAMPLES = """\

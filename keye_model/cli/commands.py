@@ -24,11 +24,11 @@ from keye_model.cli.terminal import Progress, note, say
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
 from keye_model.engine.cuda_graph import GRAPH_BYTES, why_no_graphs
 from keye_model.engine.detokenizer import Detokenizer
-from keye_model.engine.options import SamplingOptions
+from keye_model.engine.memory import Limits, kept_feature_bytes
 from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
 from keye_model.engine.sampling import sampling_params
-from keye_model.engine.workspace import KEPT_TOKENS
+from keye_model.inputs.options import SamplingOptions
 from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
 
@@ -118,6 +118,7 @@ def plan(arguments: argparse.Namespace) -> int:
             shapes_only=True,
             progress=progress,
         )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = count(config, [request] * batch, new_tokens)
     seconds = counts.floor_seconds(arguments.matmul * 1e12, arguments.copy * 1e12)
     context = config.text_config.max_position_embeddings
@@ -133,11 +134,12 @@ def plan(arguments: argparse.Namespace) -> int:
     )
     say(f"weights       {counts.weight_bytes / 1e9:.2f} GB")
     say(
-        f"cache         {counts.cache_bytes / 1e9:.3f} GB with {new_tokens} new "
-        f"tokens each; with CUDA graphs {KEPT_TOKENS:,} tokens or more, "
-        f"{KEPT_TOKENS * Costs.of(config).cache_bytes / 1e9:.3f} GB, and {GRAPH_BYTES / 1e9:.3f} "
-        "GB left for the graphs"
+        f"cache         {counts.cache_bytes / 1e9:.3f} GB with {new_tokens} new tokens each; kept "
+        f"to be found again: pages of {counts.kept_cache_bytes / 1e9:.3f} GB with these, features "
+        f"of {kept_feature_bytes(Limits(), device) / 1e9:.3f} GB at most"
     )
+    if device == "cuda":
+        say(f"graphs        {GRAPH_BYTES / 1e9:.3f} GB at most")
     say(f"activations   {counts.activation_bytes / 1e9:.3f} GB at most")
     say(f"pixels        {counts.pixel_bytes / 1e9:.3f} GB")
     say(

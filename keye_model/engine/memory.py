@@ -1,9 +1,11 @@
-"""What bounds the memory of a run: limits, pages of the cache, and activations."""
+"""What bounds the memory of an engine: limits, pages of the cache, features, and activations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.engine.decode_batch import MAX_ROWS
@@ -20,14 +22,17 @@ class Limits:
         max_prefill_tokens: Prompt tokens per forward pass of the decoder.
         max_patches_per_call: Patches per forward pass of the vision tower. A segment of attention
             (an image; a frame of 1.5; a whole video of 8B-Preview) is never split.
-        max_cache_tokens: Tokens of all running requests together. None: as many as the requests
-            need, and on a GPU at most what fits into 90 % of the free memory beside the widest
+        max_cache_tokens: Tokens in the cache, of running requests or kept to be found again. None:
+            the model's context, or what the requests of a call need together if that is more; on a
+            GPU at most what fits into 90 % of the free memory beside features, the widest
             activations and 512 MB for CUDA graphs.
+        max_feature_bytes: Features of pictures that are kept; None: 256 MiB, on a GPU 1 GiB.
     """
 
     max_prefill_tokens: int = 8192
     max_patches_per_call: int = MAX_PATCHES_PER_CALL
     max_cache_tokens: int | None = None
+    max_feature_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -42,6 +47,33 @@ def cache_pages(num_tokens: Sequence[int]) -> int:
     """
     pages = sorted(-(-(count - 1) // PAGE_SIZE) for count in num_tokens)
     return sum(pages[-MAX_ROWS:])
+
+
+def kept_pages(config: KeyeConfig, num_pages: int, limits: Limits) -> int:
+    """Pages that an engine allocates when the requests of a call need ``num_pages`` together."""
+    if limits.max_cache_tokens is not None:
+        return limits.max_cache_tokens // PAGE_SIZE
+    return max(cache_pages([config.text_config.max_position_embeddings]), num_pages)
+
+
+def kept_feature_bytes(limits: Limits, device_type: str) -> int:
+    """Most bytes of features that an engine keeps."""
+    if limits.max_feature_bytes is not None:
+        return limits.max_feature_bytes
+    return 1 << 30 if device_type == "cuda" else 256 << 20
+
+
+def free_pages(config: KeyeConfig, limits: Limits, weight: torch.Tensor, beside: int) -> int:
+    """Pages that fit into a GPU's memory with features and ``beside`` other bytes."""
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    # mem_get_info counts blocks that PyTorch keeps for reuse as taken.
+    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    text = config.text_config
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    # Each prompt token also has its embedding while its request is prefilled.
+    token = (cached + text.hidden_size) * weight.dtype.itemsize
+    beside += kept_feature_bytes(limits, "cuda")
+    return max(int(0.9 * free) - beside, 0) // (token * PAGE_SIZE)
 
 
 def activation_bytes(

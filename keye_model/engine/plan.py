@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.weights import DECODER_LAYERS, PROJECTOR, TOWER, tensor_shapes
+from keye_model.engine import memory
 from keye_model.engine.memory import Limits, activation_bytes, attention_segments, cache_pages
 from keye_model.inputs.request import Request, num_patches
 from keye_model.network.cache import PAGE_SIZE
@@ -73,7 +74,8 @@ class Plan:
     decode_step_flops: int  # the last, most expensive step
     decode_step_bytes: int
     weight_bytes: int
-    cache_bytes: int  # whole pages
+    cache_bytes: int  # whole pages of this batch
+    kept_cache_bytes: int  # of all pages that an engine made for it has
     activation_bytes: int
     pixel_bytes: int
 
@@ -117,6 +119,7 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
     vision = costs.vision_linear * patches + costs.vision_attention * squares
     prefill = costs.text_linear * sum(prompts) + costs.lm_head * len(prompts)
     prefill += costs.text_attention * sum(prompt**2 for prompt in prompts) // 2
+    page_bytes, pages = costs.cache_bytes * PAGE_SIZE, cache_pages(totals)
     step = (costs.text_linear + costs.lm_head) * len(prompts)
     return Plan(
         prompt_tokens=prompts,
@@ -129,7 +132,8 @@ def plan(config: KeyeConfig, requests: Sequence[Request], max_new_tokens: int) -
         decode_step_flops=step + costs.text_attention * cached,
         decode_step_bytes=costs.decode_bytes + costs.cache_bytes * cached,
         weight_bytes=costs.weight_bytes,
-        cache_bytes=costs.cache_bytes * cache_pages(totals) * PAGE_SIZE,
+        cache_bytes=page_bytes * pages,
+        kept_cache_bytes=page_bytes * memory.kept_pages(config, pages, limits),
         activation_bytes=activation_bytes(config, requests, limits, itemsize) + waiting * itemsize,
         pixel_bytes=sum(t.nbytes for pair in pixels for t in pair if t is not None),
     )

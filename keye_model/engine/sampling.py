@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from keye_model.checkpoint.generation import GenerationDefaults
-from keye_model.engine.options import SamplingOptions
+from keye_model.inputs.options import SamplingOptions
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from keye_model.checkpoint.config import KeyeConfig
 
 GridTHW = tuple[int, int, int]  # frames, rows, columns of patches
 Grid = tuple[GridTHW, ...]
@@ -30,6 +34,9 @@ class Request:
             columns) for 8B-Preview, and one row for each run of equally large frames for 1.5.
         second_per_grid_ts: Seconds between frames, one for each video row. Read by 8B-Preview's
             temporal positions only; empty means 1.0, as in the published model code.
+        image_digests: What tells the content of each image from others; None: `digests` computes it
+            from the patches. Whoever keeps processed pixels can keep their digests with them.
+        video_digests: The same for each video row.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +45,8 @@ class Request:
     pixel_values_videos: torch.Tensor | None = None
     video_grid_thw: tuple[GridTHW, ...] = ()
     second_per_grid_ts: tuple[float, ...] = ()
+    image_digests: tuple[bytes, ...] | None = None
+    video_digests: tuple[bytes, ...] | None = None
 
     def __post_init__(self) -> None:
         ids = self.input_ids
@@ -55,6 +64,27 @@ class Request:
                 f"second_per_grid_ts must have one value for each of {len(self.video_grid_thw)} "
                 f"rows of video_grid_thw, got {len(self.second_per_grid_ts)}"
             )
+        for name, grid_name in (
+            ("image_digests", "image_grid_thw"), ("video_digests", "video_grid_thw")
+        ):  # fmt: skip
+            digests, rows = getattr(self, name), len(getattr(self, grid_name))
+            if digests is not None and len(digests) != rows:
+                raise ValueError(
+                    f"{name} must have one value for each of {rows} rows of {grid_name}, got "
+                    f"{len(digests)}"
+                )
+
+    def digests(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """The content of each image and of each video row, computed once if not given."""
+        for name, pixels, grid in (
+            ("image_digests", self.pixel_values, self.image_grid_thw),
+            ("video_digests", self.pixel_values_videos, self.video_grid_thw),
+        ):
+            if getattr(self, name) is None:
+                counts = [num_patches((row,)) for row in grid]
+                rows = pixels.split(counts) if counts else ()
+                object.__setattr__(self, name, tuple(map(patch_digest, rows)))
+        return self.image_digests, self.video_digests
 
 
 @dataclass(frozen=True)
@@ -86,6 +116,23 @@ class PackedInputs:
 def num_patches(grid: Grid) -> int:
     """Patches of all rows of a grid."""
     return sum(t * h * w for t, h, w in grid)
+
+
+def check_ids(input_ids: torch.Tensor, config: KeyeConfig) -> None:
+    """Raise a ValueError if an id, on the host, is outside the vocabulary."""
+    least, most = int(input_ids.min()), int(input_ids.max())
+    vocab_size = config.text_config.vocab_size
+    if not 0 <= least <= most < vocab_size:
+        raise ValueError(f"input_ids must be in [0, {vocab_size}), got {least} to {most}")
+
+
+def patch_digest(patches: torch.Tensor) -> bytes:
+    """SHA-256 of patches on the host. On a GPU reading them would stall it: one like no other."""
+    if patches.device.type != "cpu":
+        return os.urandom(32)
+    digest = hashlib.sha256(str(patches.dtype).encode())
+    digest.update(patches.detach().contiguous().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def _check_patches(

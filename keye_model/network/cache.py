@@ -1,14 +1,20 @@
 """The paged key/value cache: pages on the device, bookkeeping on the host.
 
-A sequence owns whole pages, in any order; its block table lists them. Pages are never moved or
+A sequence has whole pages, in any order; its block table lists them. Pages are never moved or
 cleared; a row that its sequence has not written is never read.
+
+A full page can be found again by its content, and sequences that begin alike then read the same
+pages. Such a page is kept when nobody uses it, until its room is needed: the least recently used
+one goes first, and of one sequence the last one, so the page before a findable page is findable.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -42,12 +48,17 @@ class CacheLayout:
     is_decode: bool
 
 
+# What a page holds, the same for equal pages after equal pages: token ids, pictures.
+Content = Callable[[int], Hashable]
+
+
 @dataclass
 class _Sequence:
-    """A sequence's number of tokens, and the pages it owns, in order."""
+    """A sequence's number of tokens, its pages in order, and how many of these can be found."""
 
     num_tokens: int = 0
     pages: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    num_findable: int = 0
 
 
 class PagedCache:
@@ -91,9 +102,19 @@ class PagedCache:
         shape = (layers, num_pages, page_size, config.num_key_value_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=self.device)
         self.v = torch.empty(shape, dtype=dtype, device=self.device)
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._sequences: dict[int, _Sequence] = {}
         self._handles = itertools.count()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all sequences and all contents."""
+        self._sequences: dict[int, _Sequence] = {}
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._users = [0] * self.num_pages  # sequences that have each page
+        # The page that holds a content after another page (-1: none). The number stands for all
+        # that comes before; dict compares whole contents, so equal hashes confuse nothing.
+        self._found: dict[tuple[int, Hashable], int] = {}
+        self._keys: dict[int, tuple[int, Hashable]] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # findable, the next to go first
 
     @classmethod
     def for_single_pass(
@@ -120,7 +141,8 @@ class PagedCache:
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        """Pages that no sequence has; some hold contents that can still be found."""
+        return len(self._free) + len(self._unused)
 
     @property
     def num_bytes(self) -> int:
@@ -135,8 +157,31 @@ class PagedCache:
         """Tokens of a sequence so far."""
         return self._sequence(handle).num_tokens
 
-    def add(self, num_tokens: int = 0) -> int:
-        """Start an empty sequence with pages for `num_tokens` tokens; it takes more as it grows.
+    def find(self, contents: Iterable[Hashable]) -> tuple[list[int], tuple[int, Hashable] | None]:
+        """Look for pages with these contents, one after another from the start of a sequence.
+
+        Returns:
+            The pages found; and the key of the first one that was not, None if all were.
+        """
+        pages, last = [], -1
+        for content in contents:
+            key = last, content
+            last = self._found.get(key, -1)
+            if last < 0:
+                return pages, key
+            pages.append(last)
+        return pages, None
+
+    def has_room(self, num_tokens: int, shared: Sequence[int] = ()) -> bool:
+        """Whether `add` would find enough pages."""
+        taken = sum(self._users[page] == 0 for page in shared)
+        return self.pages_needed(num_tokens) - len(shared) <= self.num_free_pages - taken
+
+    def add(self, num_tokens: int = 0, shared: Sequence[int] = ()) -> int:
+        """Start a sequence with pages for `num_tokens` tokens; it takes more as it grows.
+
+        Args:
+            shared: Pages from `find`, which its first tokens fill.
 
         Returns:
             Its handle.
@@ -144,8 +189,14 @@ class PagedCache:
         Raises:
             RuntimeError: There are too few free pages; nothing has changed then.
         """
-        sequence = _Sequence()
-        self._take([sequence], [num_tokens])
+        if not self.has_room(num_tokens, shared):
+            self._refuse(self.pages_needed(num_tokens) - len(shared), num_tokens)
+        for page in shared:
+            self._users[page] += 1
+            self._unused.pop(page, None)
+        stored, pages = len(shared) * self.page_size, np.array(shared, np.int32)
+        sequence = _Sequence(stored, pages, len(shared))
+        self._take([sequence], [max(num_tokens - stored, 0)])
         handle = next(self._handles)
         self._sequences[handle] = sequence
         return handle
@@ -154,10 +205,60 @@ class PagedCache:
         """Pages of a sequence in order, int32."""
         return self._sequence(handle).pages
 
-    def free(self, handle: int) -> None:
-        """Forget a sequence and give its pages back."""
-        self._free += self._sequence(handle).pages[::-1].tolist()
+    def publish(self, handle: int, content: Content) -> None:
+        """Let the full pages of a sequence be found, up to one whose equal is there already.
+
+        Args:
+            content: Gives what the page of an index holds. All of it must have been written.
+        """
+        sequence = self._sequence(handle)
+        for index in range(sequence.num_findable, sequence.num_tokens // self.page_size):
+            page = int(sequence.pages[index])
+            last = int(sequence.pages[index - 1]) if index else -1
+            if self._name(page, (last, content(index))) != page:
+                return
+            sequence.num_findable = index + 1
+
+    def free(self, handle: int, content: Content | None = None) -> None:
+        """Forget a sequence and give its pages back.
+
+        Args:
+            content: As for `publish`, of which this does the rest. None: pages that cannot be found
+                yet never will be.
+        """
+        sequence = self._sequence(handle)
+        pages = sequence.pages.tolist()
+        alike = pages[: sequence.num_findable]  # the findable page equal to each of the first ones
+        if content is not None:
+            for index in range(len(alike), sequence.num_tokens // self.page_size):
+                last = alike[-1] if alike else -1
+                alike.append(self._name(pages[index], (last, content(index))))
         del self._sequences[handle]
+        for index in range(len(pages) - 1, -1, -1):
+            page = pages[index]
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                if page in self._keys:
+                    self._unused[page] = None
+                else:
+                    self._free.append(page)
+            if index < len(alike) and alike[index] in self._unused:
+                self._unused.move_to_end(alike[index])
+
+    def forget(self) -> None:
+        """Let no page be found; sequences keep theirs."""
+        self._free += self._unused
+        for one in (self._unused, self._found, self._keys):
+            one.clear()
+        for sequence in self._sequences.values():
+            sequence.num_findable = 0
+
+    def _name(self, page: int, key: tuple[int, Hashable]) -> int:
+        """Let a page be found by a key; returns the page that was there before, if one was."""
+        found = self._found.setdefault(key, page)
+        if found == page:
+            self._keys[page] = key
+        return found
 
     def append(self, handles: Sequence[int], new_tokens: Sequence[int]) -> CacheLayout:
         """Make room for new tokens and say where they go.
@@ -209,15 +310,27 @@ class PagedCache:
             max(self.pages_needed(s.num_tokens + new) - len(s.pages), 0)
             for s, new in zip(sequences, new_tokens, strict=True)
         ]
-        if sum(wanted) > len(self._free):
-            raise RuntimeError(
-                f"the cache must have {sum(wanted)} free pages of {self.page_size} tokens for "
-                f"{sum(new_tokens)} new tokens, got {len(self._free)} free of {self.num_pages}"
-            )
+        if sum(wanted) > self.num_free_pages:
+            self._refuse(sum(wanted), sum(new_tokens))
         for sequence, pages in zip(sequences, wanted, strict=True):
             if pages:
-                taken = [self._free.pop() for _ in range(pages)]
+                taken = [self._take_page() for _ in range(pages)]
                 sequence.pages = np.append(sequence.pages, np.array(taken, np.int32))
+
+    def _take_page(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._unused.popitem(last=False)
+            del self._found[self._keys.pop(page)]
+        self._users[page] = 1
+        return page
+
+    def _refuse(self, pages: int, new_tokens: int) -> NoReturn:
+        raise RuntimeError(
+            f"the cache must have {pages} free pages of {self.page_size} tokens for "
+            f"{new_tokens} new tokens, got {self.num_free_pages} free of {self.num_pages}"
+        )
 
     def _describe(self, sequences: list[_Sequence], new_tokens: np.ndarray) -> CacheLayout:
         lengths = np.array([s.num_tokens for s in sequences], np.int64)

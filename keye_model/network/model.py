@@ -6,16 +6,16 @@ no value is read back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.inputs import packing
-from keye_model.inputs.request import PackedInputs, host_grid, num_patches
+from keye_model.inputs.request import PackedInputs, check_ids, host_grid, num_patches
 from keye_model.network.cache import CacheLayout, PagedCache
-from keye_model.network.features import MAX_PATCHES_PER_CALL, Encode, vision_features
+from keye_model.network.features import MAX_PATCHES_PER_CALL, vision_features
 from keye_model.network.projector import KeyeProjector
 from keye_model.network.text import KeyeTextModel
 from keye_model.network.upload import upload
@@ -52,16 +52,12 @@ class KeyeModel(nn.Module):
         self,
         packed: PackedInputs,
         max_patches_per_call: int = MAX_PATCHES_PER_CALL,
-        encode: Encode = KeyeVisionModel.encode,
-        progress: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
         """Embed packed requests, with vision features instead of their placeholders.
 
         Args:
             packed: From `pack`; its tensors may lie on the host.
-            max_patches_per_call, encode: `max_patches` and `encode` of `vision_features`.
-            progress: Called before and after each call of the tower with the number of image and
-                video tokens launched so far, and of all.
+            max_patches_per_call: `max_patches` of `vision_features`.
 
         Returns:
             [num_tokens, hidden_size], in the model's dtype, on its device.
@@ -69,35 +65,19 @@ class KeyeModel(nn.Module):
         Raises:
             ValueError: An id is outside the vocabulary, or max_patches_per_call is not positive.
         """
-        vocab_size = self.config.text_config.vocab_size
-        if not 0 <= int(packed.input_ids.min()) <= int(packed.input_ids.max()) < vocab_size:
-            raise ValueError(
-                f"input_ids must be in [0, {vocab_size}), got {int(packed.input_ids.min())} to "
-                f"{int(packed.input_ids.max())}"
-            )
+        check_ids(packed.input_ids, self.config)
         hidden = self.language_model.embed_tokens(upload(packed.input_ids, self.device))
-        done, total = 0, packed.image_index.numel() + packed.video_index.numel()
-        if progress is not None and total:
-            progress(done, total)
         for pixels, grid, index in (
             (packed.pixel_values, packed.image_grid_thw, packed.image_index),
             (packed.pixel_values_videos, packed.video_grid_thw, packed.video_index),
         ):
             index, first = upload(index, self.device), 0
             for features in vision_features(
-                self.visual,
-                self.mlp_AR,
-                pixels,
-                grid,
-                max_patches=max_patches_per_call,
-                encode=encode,
+                self.visual, self.mlp_AR, pixels, grid, max_patches=max_patches_per_call
             ):
                 last = first + features.shape[0]
                 hidden.index_copy_(0, index[first:last], features)
-                done += last - first
                 first = last
-                if progress is not None:
-                    progress(done, total)
         return hidden
 
     def get_image_features(

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.demo_checkpoint import build
-from keye_model.engine import cuda_graph, workspace
+from keye_model.engine import calls, cuda_graph
 from tests.model.tape import Recorder
 
 # A slow machine is no failure, and the same examples on every run are no surprise.
@@ -47,7 +47,7 @@ def media(tmp_path_factory):
 def recorder(monkeypatch):
     """Steps are captured: on tapes where there is no GPU."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(workspace, "why_no_graphs", lambda _: "")
+        monkeypatch.setattr(calls, "why_no_graphs", lambda _: "")
         monkeypatch.setattr(cuda_graph, "CudaRecorder", Recorder)
     elif why := cuda_graph.why_no_graphs(torch.device("cuda")):
         pytest.skip(f"steps cannot be captured: {why}")

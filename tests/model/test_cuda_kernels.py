@@ -9,7 +9,7 @@ import torch
 from keye_kernels import _ext, backends
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.conditional_generation import KeyeForConditionalGeneration
-from keye_model.engine.workspace import WorkspacePool
+from keye_model.engine.calls import Engines
 from keye_model.inputs.request import Request
 from testing.backends import trusting_cuda
 from tests.model.engine.test_workspace import greedy, run
@@ -28,11 +28,11 @@ def test_captured_steps_equal_launched_ones(checkpoints, rows):
     )
     lengths = [2100, *(1 + 37 * i for i in range(1, rows))]
     requests = [Request(torch.arange(length) * 7 % 90) for length in lengths]
-    params, workspaces = greedy(*[9] * rows), WorkspacePool()
+    params, engines = greedy(*[9] * rows), Engines()
     with trusting_cuda():
         served = {op: by.backend for op, by in backends("cuda").items()}
         assert served["linear"] == served["paged_decode_attention"] == "cuda"
         assert served["qk_norm_mrope_store"] == "cuda"
         want = run(model, requests, params)
         for _ in range(3):  # run, captured, replayed
-            assert run(model, requests, params, workspaces) == want
+            assert run(model, requests, params, engines) == want

@@ -1,8 +1,6 @@
 """The façade on tiny checkpoints: batches, streams, stop strings, and what goes wrong."""
 
-import gc
 import shutil
-import weakref
 
 import pytest
 import torch
@@ -131,16 +129,17 @@ def test_stream_can_be_closed(keye, conversations):
 
 def test_stream_frees_its_cache_after_an_error(keye, conversations, monkeypatch):
     stream = keye.stream(conversations[3], max_new_tokens=5, seed=0)
-    generation = weakref.ref(stream._run._scheduler)
+    engine = keye.model.engines.engine
 
     def fail(*_):
+        assert not engine.idle
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(keye.model.model.language_model, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         next(stream)
-    gc.collect()  # the traceback that pytest keeps is gone by now
-    assert generation() is None
+    assert engine.idle
+    assert engine.workspace.cache.num_free_pages == engine.workspace.cache.num_pages
     assert list(stream) == []
 
 
@@ -182,6 +181,11 @@ def test_limits_must_be_limits(keye):
 def test_cuda_graphs_must_be_a_switch(keye):
     with pytest.raises(TypeError, match="cuda_graphs must be True or False, got 'off'"):
         Keye(keye.model, keye.processor, cuda_graphs="off")
+
+
+def test_cache_must_be_a_switch(keye):
+    with pytest.raises(TypeError, match="cache must be True or False, got 0"):
+        Keye(keye.model, keye.processor, cache=0)
 
 
 def test_backend_of_the_environment_that_cannot_serve(preview_checkpoint, monkeypatch):

@@ -10,7 +10,7 @@ from keye_model.keye import Keye
 @pytest.fixture(params=[PREVIEW, V1_5], ids=lambda variant: variant.name)
 def keye(request, checkpoints):
     limits = Limits(max_prefill_tokens=100, max_patches_per_call=100)
-    return Keye.from_pretrained(checkpoints[request.param.name], limits=limits)
+    return Keye.from_pretrained(checkpoints[request.param.name], limits=limits, cache=False)
 
 
 def conversation(media):

@@ -14,8 +14,8 @@ from keye_model import Keye
 from keye_model.checkpoint.config import PREVIEW, V1_5
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine import decode_batch, vision_batch
+from keye_model.engine.calls import Engines
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.workspace import WorkspacePool
 from keye_model.inputs.request import Request
 from tests.model.engine.test_workspace import run
 from tests.model.tape import LaunchTape
@@ -93,10 +93,9 @@ def test_captured_launches_equal_the_definitions(checkpoints, launches, recorder
     runs = [chats(4, 4, 1), chats(2, 6, 7), chats(2, 4, 63)]  # 63: a second page within a replay
     want = [run(model, requests, params) for requests in runs]
     launches()
-    workspaces = WorkspacePool()
-    assert [run(model, requests, params, workspaces) for requests in runs] == want
-    (workspace,) = workspaces._idle
-    graphs = workspace.graphs._graphs
+    engines = Engines()
+    assert [run(model, requests, params, engines) for requests in runs] == want
+    graphs = engines.engine.workspace.graphs._graphs
     assert list(graphs) == [("vision", 16, 2), ("decode", 2, 128, True), ("decode", 1, 128, True)]
     tower, *steps = [Counter(tape.kernels) for tape in graphs.values()]
     assert tower == {

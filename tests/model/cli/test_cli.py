@@ -20,7 +20,7 @@ from tqdm import tqdm
 import keye_kernels
 import keye_model
 from keye_model.answer import Usage
-from keye_model.checkpoint.config import PREVIEW, V1_5
+from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig
 from keye_model.cli import main
 from keye_model.cli.options import with_flags
 from keye_model.engine.cuda_graph import why_no_graphs
@@ -94,8 +94,10 @@ def test_plan(capsys, preview_checkpoint, media):
     assert status == 0
     assert "72 image tokens" in out
     assert "3 x 58 tokens each" in out
-    kept = 8192 * 2 * 2 * 128 * 4  # two layers, keys and values of one head, fp32
-    assert f"with CUDA graphs 8,192 tokens or more, {kept / 1e9:.3f} GB" in out
+    # The context or more: two layers, keys and values of one head, fp32.
+    context = KeyeConfig.from_pretrained(preview_checkpoint).text_config.max_position_embeddings
+    kept = max(context, 3 * 576) * 2 * 2 * 128 * 4
+    assert f"found again: pages of {kept / 1e9:.3f} GB with these, features of " in out
     assert "not a measurement" in out
 
 

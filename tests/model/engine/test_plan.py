@@ -15,9 +15,9 @@ from triton.runtime.interpreter import GridExecutor
 from keye_kernels import _backends
 from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig, KeyeTextConfig, KeyeVisionConfig
 from keye_model.conditional_generation import KeyeForConditionalGeneration
+from keye_model.engine.calls import Engines
 from keye_model.engine.plan import Costs, plan
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.scheduler import Scheduler
 from keye_model.inputs.request import Request
 from keye_model.network.cache import PagedCache
 from keye_model.network.features import vision_features
@@ -205,11 +205,15 @@ def test_plan_matches_what_is_allocated(checkpoints, name, prompts, max_new_toke
     requests = [request(count) for count in prompts]
     counts = plan(model.model.config, requests, max_new_tokens)
     params = [SamplingParams(max_new_tokens)] * len(requests)
-    run = Scheduler(model.model, model.lm_head, requests, params, eos_token_ids=())
-    caches = [run._workspace.cache for _ in run]
-    assert counts.cache_bytes == caches[0].num_bytes
+    engines, used, count = Engines(), 0, 0
+    for _ in engines.run(model.model, model.lm_head, requests, params, eos_token_ids=()):
+        cache, count = engines.engine.workspace.cache, count + 1
+        if count == len(requests):  # each has its pages, unless it has ended
+            used = cache.num_pages - cache.num_free_pages
+    assert counts.kept_cache_bytes == cache.num_bytes
+    assert max_new_tokens == 1 or counts.cache_bytes == used * cache.num_bytes // cache.num_pages
     assert counts.weight_bytes == sum(weight.nbytes for weight in model.parameters())
-    assert len(caches) == sum(min(max_new_tokens, 1024 - count) for count in prompts)
+    assert count == sum(min(max_new_tokens, 1024 - count) for count in prompts)
 
 
 @functools.cache
@@ -221,6 +225,13 @@ def test_plan_of_more_requests_than_run_at_once():
     counts = plan(config(), [request(64)] * 300 + [request(640)], 1)
     assert counts.cache_bytes == (255 + 10) * 64 * 147_456
     assert len(counts.prompt_tokens) == 301
+
+
+def test_an_engine_keeps_a_whole_context():
+    one, many = (plan(config(), [request(8000)] * count, 193) for count in (1, 8))
+    assert one.cache_bytes == 128 * 64 * 147_456
+    assert one.kept_cache_bytes == 40960 * 147_456
+    assert many.kept_cache_bytes == many.cache_bytes == 8 * one.cache_bytes
 
 
 def test_plan_of_a_prompt_that_is_too_long():

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from keye_model.checkpoint.generation import GenerationDefaults
-from keye_model.engine.options import SamplingOptions
 from keye_model.engine.sampling import SamplingParams, sampling_params
+from keye_model.inputs.options import SamplingOptions
 
 DEFAULTS = GenerationDefaults((7, 8), 8)
 

@@ -18,13 +18,13 @@ from keye_model import Keye
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.conditional_generation import KeyeForConditionalGeneration
 from keye_model.engine import cuda_graph, decode_batch
+from keye_model.engine.calls import Engines
 from keye_model.engine.cuda_graph import why_no_graphs
 from keye_model.engine.decode_batch import DecodeBatch
 from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import SamplingParams
-from keye_model.engine.scheduler import Scheduler
 from keye_model.engine.vision_batch import VisionBatch
-from keye_model.engine.workspace import Workspace, WorkspacePool
+from keye_model.engine.workspace import Workspace
 from keye_model.inputs.request import Request
 
 ON_GPU = torch.cuda.is_available()
@@ -54,23 +54,29 @@ def requests(model):
     ]
 
 
-def run(model, requests, params, workspaces=None, *, eos=(), limits=None, stop=()):
-    """Tokens of each request; `stop`: (request, after so many tokens)."""
-    scheduler = Scheduler(
+def start(model, requests, params, engines=None, *, eos=(), limits=None):
+    """A run with graphs in the engine of ``engines``, or one that launches its kernels."""
+    return (engines or Engines()).run(
         model.model,
         model.lm_head,
         requests,
         params,
         eos_token_ids=eos,
         limits=limits,
-        workspaces=workspaces,
+        cuda_graphs=engines is not None,
+        cache=False,
     )
+
+
+def run(model, requests, params, engines=None, *, stop=(), **options):
+    """Tokens of each request; `stop`: (request, after so many tokens)."""
+    running = start(model, requests, params, engines, **options)
     ids = [[] for _ in requests]
-    for token in scheduler:
+    for token in running:
         ids[token.request].append(token.token_id)
         if (token.request, len(ids[token.request])) in stop:
-            scheduler.stop(token.request)
-    assert scheduler.cuda_graphs == (workspaces is not None)
+            running.stop(token.request)
+    assert running.cuda_graphs == (engines is not None)
     return ids
 
 
@@ -107,13 +113,13 @@ CASES = {
 def test_captured_steps_equal_launched_ones(model, requests, recorder, case):
     params, options = CASES[case]
     want = run(model, requests, params, **options)
-    workspaces = WorkspacePool()
-    assert run(model, requests, params, workspaces, **options) == want
+    engines = Engines()
+    assert run(model, requests, params, engines, **options) == want
     # Another run replays what the first has captured, and captures what came up once in it.
-    assert run(model, requests, params, workspaces, **options) == want
+    assert run(model, requests, params, engines, **options) == want
     if recorder.captures:
         captures = recorder.captures
-        assert run(model, requests, params, workspaces, **options) == want
+        assert run(model, requests, params, engines, **options) == want
         assert recorder.captures == captures
 
 
@@ -123,47 +129,47 @@ def test_stop_ids_end_captured_requests(model, requests):
     eos = (run(model, requests, params)[2][2],)
     want = run(model, requests, params, eos=eos)
     assert min(map(len, want)) < 6
-    assert run(model, requests, params, WorkspacePool(), eos=eos) == want
+    assert run(model, requests, params, Engines(), eos=eos) == want
 
 
-def captured(workspaces):
-    """Keys of the idle workspace's steps, and whether each is captured."""
-    (workspace,) = workspaces._idle
-    return {key: key in workspace.graphs._graphs for key in workspace.graphs._seen}
+def captured(engines):
+    """Keys of the engine's passes, and whether each is captured."""
+    graphs = engines.engine.workspace.graphs
+    return {key: key in graphs._graphs for key in graphs._seen}
 
 
 @uses_recorder
 def test_a_step_is_captured_when_it_comes_again(model, requests):
-    workspaces, found = WorkspacePool(), {}
-    run(model, requests[:1], greedy(2), workspaces)  # one token by prefill, one by a step
-    assert captured(workspaces) == (found := {("decode", 1, 2048, False): False})
-    run(model, requests[:1], greedy(4), workspaces)
-    assert captured(workspaces) == (found := {key: True for key in found})
-    run(model, requests[3:], greedy(3, 3), workspaces)
-    assert captured(workspaces) == (found := found | {("decode", 2, 2048, False): True})
+    engines, found = Engines(), {}
+    run(model, requests[:1], greedy(2), engines)  # one token by prefill, one by a step
+    assert captured(engines) == (found := {("decode", 1, 2048, False): False})
+    run(model, requests[:1], greedy(4), engines)
+    assert captured(engines) == (found := {key: True for key in found})
+    run(model, requests[3:], greedy(3, 3), engines)
+    assert captured(engines) == (found := found | {("decode", 2, 2048, False): True})
     words = [requests[k] for k in (0, 1, 3, 4)]
-    run(model, words[:3], greedy(4, 4, 4), workspaces)
-    assert captured(workspaces) == (found := found | {("decode", 4, 2048, False): True})
-    run(model, words, greedy(4, 4, 4, 4), workspaces)
-    assert captured(workspaces) == found
+    run(model, words[:3], greedy(4, 4, 4), engines)
+    assert captured(engines) == (found := found | {("decode", 4, 2048, False): True})
+    run(model, words, greedy(4, 4, 4, 4), engines)
+    assert captured(engines) == found
 
 
 @uses_recorder
 def test_small_images_are_captured_too(model, requests):
-    workspaces = WorkspacePool()
+    engines = Engines()
     want = run(model, requests[2:3], greedy(1))
     for again in (False, True, True):
-        assert run(model, requests[2:3], greedy(1), workspaces) == want
-        assert captured(workspaces) == {("vision", 64, 2): again}
+        assert run(model, requests[2:3], greedy(1), engines) == want
+        assert captured(engines) == {("vision", 64, 2): again}
 
 
 def test_few_graphs_are_kept(model, requests, recorder, monkeypatch):
     monkeypatch.setattr(cuda_graph, "_MAX_GRAPHS", 2)
-    params, workspaces = greedy(9, 2, 5, 7, 3), WorkspacePool()
+    params, engines = greedy(9, 2, 5, 7, 3), Engines()
     want = run(model, requests, params)
     for _ in range(4):
-        assert run(model, requests, params, workspaces) == want  # the tower, then 8 rows, 4, 2, 1
-        assert 0 < sum(captured(workspaces).values()) <= 2
+        assert run(model, requests, params, engines) == want  # the tower, then 8 rows, 4, 2, 1
+        assert 0 < sum(captured(engines).values()) <= 2
     assert ON_GPU or recorder.captures > 5
 
 
@@ -171,10 +177,10 @@ def test_few_graphs_are_kept(model, requests, recorder, monkeypatch):
 def test_longer_sequences_have_graphs_of_their_own(model, monkeypatch):
     monkeypatch.setattr(decode_batch, "_MIN_CAPACITY", 64)
     prompts = [Request(torch.arange(60) % 50), Request(torch.arange(10))]
-    params, workspaces = greedy(9, 9), WorkspacePool()
+    params, engines = greedy(9, 9), Engines()
     want = run(model, prompts, params)
-    assert run(model, prompts, params, workspaces) == want
-    assert captured(workspaces) == {("decode", 2, size, False): True for size in (64, 256)}
+    assert run(model, prompts, params, engines) == want
+    assert captured(engines) == {("decode", 2, size, False): True for size in (64, 256)}
 
 
 def test_on_a_gpu_launched_steps_have_the_padding_of_captured_ones(model, monkeypatch):
@@ -186,50 +192,48 @@ def test_on_a_gpu_launched_steps_have_the_padding_of_captured_ones(model, monkey
     assert rows == [3, 4]
 
 
-def take(workspaces, model, num_pages=1, max_pages=2**31):
-    return workspaces.take(model.model, model.lm_head, num_pages, max_pages)
+@uses_recorder
+def test_an_engine_stays_for_the_next_call(model, requests):
+    engines = Engines()
+    assert engines.engine is None
+    run(model, requests, greedy(2, 2, 2, 2, 2), engines)
+    first = engines.engine
+    context = model.config.text_config.max_position_embeddings
+    assert first.workspace.cache.num_pages == context // 64
+    run(model, requests[:1], greedy(2), engines)
+    assert engines.engine is first
+    run(model, requests[:1], greedy(2), engines, limits=Limits(max_cache_tokens=192))
+    assert engines.engine is not first
+    assert engines.engine.workspace.cache.num_pages == 3
 
 
 @uses_recorder
-def test_a_workspace_is_kept_for_the_next_run(model):
-    workspaces = WorkspacePool()
-    assert workspaces.idle_bytes == 0
-    first = take(workspaces, model)
-    assert first.cache.num_pages == 128, "8192 tokens"
-    workspaces.keep(first)
-    assert workspaces.idle_bytes == first.cache.k.nbytes + first.cache.v.nbytes
-    assert take(workspaces, model) is first
-    assert workspaces.idle_bytes == 0
-    assert take(workspaces, model) is not first, "it is in use"
-
-
-@uses_recorder
-@pytest.mark.parametrize(
-    ("num_pages", "max_pages", "pages"),
-    [(128, 128, 128), (129, 1000, 129), (5, 100, 100), (100, 100, 100)],
-    ids=["it fits", "too small", "too large", "too large, all used"],
-)
-def test_pages_of_a_workspace(model, num_pages, max_pages, pages):
-    workspaces = WorkspacePool()
-    workspaces.keep(idle := take(workspaces, model))
-    workspace = take(workspaces, model, num_pages, max_pages)
-    assert workspace.cache.num_pages == pages
-    assert (workspace is idle) == (pages == 128)
-    workspaces.keep(workspace)
-    assert bool(workspaces._idle) == (pages <= 128), "a large one is not kept"
+def test_calls_that_need_more_together_get_a_larger_engine(model):
+    """But not while another call runs, and not for a little more."""
+    context = model.config.text_config.max_position_embeddings
+    engines, pages = Engines(), context // 64
+    words = [Request(torch.full((context - 5,), 7))] * 3
+    start(model, words[:1], greedy(5), engines)
+    first = engines.engine
+    start(model, [*words[:1], Request(torch.arange(300))], greedy(5, 5), engines)
+    assert engines.engine is first
+    running = iter(start(model, [Request(torch.arange(5))], greedy(5), engines))
+    next(running)
+    start(model, words, greedy(5, 5, 5), engines)
+    assert engines.engine is first
+    running.close()
+    start(model, words, greedy(5, 5, 5), engines)
+    assert engines.engine.workspace.cache.num_pages == 3 * pages
+    start(model, words[:1], greedy(5), engines)
+    assert engines.engine.workspace.cache.num_pages == 3 * pages
 
 
 @uses_recorder
 def test_two_runs_at_once(model, requests):
-    params, workspaces = greedy(8), WorkspacePool()
+    params, engines = greedy(8), Engines()
     prompts = [requests[:1], requests[2:3]]
     want = [[run(model, prompt, params)] for prompt in prompts]
-    runs = [
-        Scheduler(
-            model.model, model.lm_head, prompt, params, eos_token_ids=(), workspaces=workspaces
-        )
-        for prompt in prompts * 2
-    ]
+    runs = [start(model, prompt, params, engines) for prompt in prompts * 2]
     for pair in (runs[:2], runs[2:]):
         ids = [[], []]
         for tokens in itertools.zip_longest(*pair):
@@ -240,95 +244,94 @@ def test_two_runs_at_once(model, requests):
 
 @uses_recorder
 def test_moved_weights_are_captured_again(model, requests):
-    model, params, workspaces = copy.deepcopy(model), greedy(5), WorkspacePool()
-    want = run(model, requests[:1], params, workspaces)
-    (first,) = workspaces._idle
-    assert run(model, requests[:1], params, workspaces) == want
-    assert list(workspaces._idle) == [first]
+    model, params, engines = copy.deepcopy(model), greedy(5), Engines()
+    want = run(model, requests[:1], params, engines)
+    first = engines.engine
+    assert run(model, requests[:1], params, engines) == want
+    assert engines.engine is first
     model.lm_head.weight.data = -model.lm_head.weight.data
-    changed = run(model, requests[:1], params, workspaces)
+    changed = run(model, requests[:1], params, engines)
     assert changed == run(model, requests[:1], params) != want
-    (second,) = workspaces._idle
+    second = engines.engine
+    model.lm_head.weight.neg_()
+    assert run(model, requests[:1], params, engines) == want
+    assert engines.engine is not second, "keys and values of other weights must not be found"
     model.half()
-    assert run(model, requests[:1], params, workspaces) == run(model, requests[:1], params)
-    (third,) = workspaces._idle
-    assert first is not second is not third
-    assert third.cache.k.dtype == torch.float16
+    assert run(model, requests[:1], params, engines) == run(model, requests[:1], params)
+    assert first is not second
+    assert engines.engine.workspace.cache.k.dtype == torch.float16
 
 
 @needs_no_gpu
 @uses_recorder
-def test_another_backend_is_captured_again(model):
-    workspaces = WorkspacePool()
-    workspaces.keep(first := take(workspaces, model))
-    with use_backend("reference"):
-        assert take(workspaces, model) is first, "a CPU has no other"
-    workspaces.keep(first)
+def test_another_backend_is_captured_again(model, requests):
+    engines = Engines()
+    start(model, requests, greedy(2, 2, 2, 2, 2), engines)
+    first = engines.engine
     with use_backend("triton"):
-        assert take(workspaces, model) is not first
+        start(model, requests, greedy(2, 2, 2, 2, 2), engines)
+    assert engines.engine is not first
 
 
 @uses_recorder
 def test_threads_share_what_is_kept(model, requests):
     """Each on a stream of its own, where there are streams."""
-    workspaces, prompts = WorkspacePool(), [requests[:1], requests[2:3]]
+    engines, prompts = Engines(), [requests[:1], requests[2:3]]
     want = [run(model, prompt, greedy(6)) for prompt in prompts]
 
     def work(prompt):
         with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext():
-            return [run(model, prompt, greedy(6), workspaces) for _ in range(5)]
+            return [run(model, prompt, greedy(6), engines) for _ in range(5)]
 
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(work, prompts))
     assert found == [[one] * 5 for one in want]
-    assert sum(captured(workspaces).values()) > 0
+    assert sum(captured(engines).values()) > 0
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: memory that a graph writes to")
 @uses_recorder
 def test_graphs_survive_what_others_do_with_memory(model, requests):
-    params, workspaces = greedy(6, 6, 6, 6, 6), WorkspacePool()
+    params, engines = greedy(6, 6, 6, 6, 6), Engines()
     want = run(model, requests, params)
     for _ in range(3):
-        assert run(model, requests, params, workspaces) == want
+        assert run(model, requests, params, engines) == want
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         torch.full((free // 8,), torch.nan, device="cuda")  # half of it
 
 
 @uses_recorder
-def test_a_run_that_was_stopped_before_it_began_keeps_nothing(model, requests):
-    workspaces = WorkspacePool()
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests[:1], greedy(5), eos_token_ids=(), workspaces=workspaces
-    )
-    scheduler.stop(0)
-    assert list(scheduler) == []
-    assert not workspaces._idle
+def test_a_run_that_was_stopped_before_it_began(model, requests):
+    engines = Engines()
+    running = start(model, requests[:1], greedy(5), engines)
+    running.stop(0)
+    assert list(running) == []
+    assert captured(engines) == {}
 
 
 @uses_recorder
 def test_an_abandoned_run_leaves_nothing(model, requests):
-    workspaces = WorkspacePool()
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests[:1], greedy(5), eos_token_ids=(), workspaces=workspaces
-    )
-    next(iter(scheduler))
-    del scheduler
-    assert not workspaces._idle
+    engines = Engines()
+    tokens = iter(start(model, requests[:1], greedy(5), engines))
+    next(tokens)
+    cache = engines.engine.workspace.cache
+    assert cache.num_free_pages < cache.num_pages
+    del tokens
+    assert cache.num_free_pages == cache.num_pages
 
 
 @uses_recorder
 def test_a_copied_model_captures_its_own(model, requests):
     own = copy.copy(model)
-    own.workspaces = WorkspacePool()
-    run(own, requests[:1], greedy(3), own.workspaces)
-    assert own.workspaces._idle
+    own.engines = Engines()
+    run(own, requests[:1], greedy(3), own.engines)
+    assert own.engines.engine is not None
     for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
-        assert not copied.workspaces._idle
+        assert copied.engines.engine is None
         want = run(model, requests[:1], greedy(3))
-        assert run(copied, requests[:1], greedy(3), copied.workspaces) == want
-        assert any(captured(copied.workspaces).values())
+        assert run(copied, requests[:1], greedy(3), copied.engines) == want
+        assert any(captured(copied.engines).values())
 
 
 @pytest.mark.parametrize("stop_strings", [None, "e"])
@@ -340,27 +343,23 @@ def test_answers_say_whether_graphs_were_used(checkpoints, stop_strings):
     options = {"max_new_tokens": 12, "seed": 5, "temperature": 1.5, "stop_strings": stop_strings}
     want = launching.generate(chats, **options)
     assert not any(answer.timings.cuda_graphs for answer in want)
-    assert not keye.model.workspaces._idle
+    assert keye.model.engines.engine.workspace.graphs is None
     for _ in range(2):
         answers = keye.generate(chats, **options)
         assert all(answer.timings.cuda_graphs for answer in answers)
         assert [a.token_ids for a in answers] == [a.token_ids for a in want]
         assert [a.text for a in answers] == [a.text for a in want]
-    (workspace,) = keye.model.workspaces._idle
+    engine = keye.model.engines.engine
     ids = torch.arange(5, 10)[None]
     found = keye.model.generate(ids, max_new_tokens=4, do_sample=False)
-    assert list(keye.model.workspaces._idle) == [workspace]
+    assert keye.model.engines.engine is engine
     assert found[0, 5:].tolist() == run(keye.model, [Request(ids[0])], greedy(4))[0]
 
 
 def test_without_a_gpu_nothing_is_captured(model, requests):
     if ON_GPU:
         pytest.skip("there is one")
-    workspaces = WorkspacePool()
-    scheduler = Scheduler(
-        model.model, model.lm_head, requests[:1], greedy(2), eos_token_ids=(), workspaces=workspaces
-    )
-    assert len(list(scheduler)) == 2
-    assert not scheduler.cuda_graphs
-    assert workspaces.idle_bytes == 0
+    running = start(model, requests[:1], greedy(2), Engines())
+    assert len(list(running)) == 2
+    assert not running.cuda_graphs
     assert why_no_graphs(torch.device("cpu")) == "needs a GPU"

@@ -5,7 +5,7 @@ from typing import get_type_hints
 
 import pytest
 
-from keye_model.engine.options import SamplingKeywords, SamplingOptions
+from keye_model.inputs.options import SamplingKeywords, SamplingOptions
 
 
 def test_the_keywords_are_the_fields():

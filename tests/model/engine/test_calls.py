@@ -2,22 +2,20 @@
 
 import pytest
 
-from keye_kernels import backends
-from keye_model.engine.answering import Draft, answer
+from keye_model.engine.calls import Draft, answer
 from keye_model.engine.detokenizer import Detokenizer
-from keye_model.engine.scheduler import Token
+from keye_model.engine.job import Token
 from keye_model.processing.tokenizer import load_tokenizer
 
 
 class Script:
-    """A scheduler that says the given tokens, in turn, to requests that were not stopped."""
+    """A run that says the given tokens, in turn, to requests that were not stopped."""
 
     def __init__(self, *tokens):
-        self.tokens, self.stopped, self.backends = tokens, [], []
+        self.tokens, self.stopped = tokens, []
 
     def __iter__(self):
         for token in self.tokens:
-            self.backends.append(backends()["rms_norm"].backend)
             if token.request not in self.stopped:
                 yield token
 
@@ -74,11 +72,3 @@ def test_ids_alone(tokenizer):
     assert list(answer(Script(*tokens), drafts)) == []
     assert drafts[0].token_ids == [token.token_id for token in tokens]
     assert drafts[0].finish_reason == "stop"
-
-
-def test_the_backend_holds_between_pieces_only(tokenizer):
-    script = Script(*said(tokenizer, 0, "one two three"))
-    outside = backends()["rms_norm"].why_not
-    for _ in answer(script, [Draft(Detokenizer(tokenizer))], "reference"):
-        assert backends()["rms_norm"].why_not == outside
-    assert set(script.backends) == {"reference"}
