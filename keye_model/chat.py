@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from keye_model.answer import Answer
-from keye_model.engine.options import SamplingOptions
+from keye_model.inputs.options import SamplingOptions
 from keye_model.inputs.request import Request
 from keye_model.processing.chat import Messages, normalize_messages
 from keye_model.processing.fetch import describe

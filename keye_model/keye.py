@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 import torch
 
 from keye_kernels import backends, use_backend
@@ -66,6 +67,8 @@ class Keye:
         self.limits = limits or Limits()
         self.cuda_graphs = cuda_graphs
         self.cache = cache
+        if not cache:
+            processor.source_cache.max_bytes = 0
 
     def __repr__(self) -> str:
         name, dtype = self.model.config.variant.name, str(self.model.dtype).removeprefix("torch.")
@@ -99,8 +102,8 @@ class Keye:
             cuda_graphs: On a GPU capture decode steps, and the tower's layers for small images, and
                 replay them, which saves the time of their launches; the results are the same.
             cache: Keep what requests leave, and find it again by its content: keys and values of
-                prompts and answers, features of pictures and videos. A later turn of a conversation
-                then computes only what is new.
+                prompts and answers, features of pictures and videos, and the patches of files, URLs
+                and bytes. A later turn of a conversation then computes only what is new.
             min_pixels, max_pixels: Of an image, instead of the checkpoint's own bounds.
             local_files_only: Never touch the network.
 
@@ -130,6 +133,39 @@ class Keye:
     def clear_cache(self) -> None:
         """Drop what requests have left to be found again."""
         self.model.engines.clear_cache()
+        self.processor.source_cache.clear()
+
+    def warm_up(
+        self, *, batch_sizes: Sequence[int] = (1,), images: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Compile kernels, and capture CUDA graphs, before the first request needs them.
+
+        What was kept to be found again is dropped.
+
+        Args:
+            batch_sizes: Numbers of requests that will decode at once.
+            images: Heights and widths, in pixels, of pictures to come.
+
+        Raises:
+            ValueError: A number is not a positive int. Nothing runs then.
+        """
+        for name, numbers in (("batch_sizes", batch_sizes), ("images", sum(images, ()))):
+            for number in numbers:
+                if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                    raise ValueError(f"{name} must hold positive ints, got {number!r}")
+        greedy: AnswerKeywords = {"do_sample": False, "max_new_tokens": 4}
+        conversations: list[list[Messages]] = [
+            [[{"role": "user", "content": f"{index}"}] for index in range(size)]
+            for size in batch_sizes
+        ]
+        for height, width in images:
+            picture = {"type": "image", "image": np.zeros((height, width, 3), np.uint8)}
+            conversations.append([[{"role": "user", "content": [picture]}]])
+        for batch in conversations:
+            for _ in range(2):  # the first launches compile, the second is captured
+                self.clear_cache()
+                self.generate(batch, **greedy)
+        self.clear_cache()
 
     @overload
     def generate(

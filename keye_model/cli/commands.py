@@ -31,6 +31,7 @@ from keye_model.engine.sampling import sampling_params
 from keye_model.inputs.options import SamplingOptions
 from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor
+from keye_model.processing.source_cache import MAX_BYTES
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -136,7 +137,8 @@ def plan(arguments: argparse.Namespace) -> int:
     say(
         f"cache         {counts.cache_bytes / 1e9:.3f} GB with {new_tokens} new tokens each; kept "
         f"to be found again: pages of {counts.kept_cache_bytes / 1e9:.3f} GB with these, features "
-        f"of {kept_feature_bytes(Limits(), device) / 1e9:.3f} GB at most"
+        f"of {kept_feature_bytes(Limits(), device) / 1e9:.3f} GB, patches of sources of "
+        f"{MAX_BYTES / 1e9:.3f} GB at most"
     )
     if device == "cuda":
         say(f"graphs        {GRAPH_BYTES / 1e9:.3f} GB at most")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from keye_model.inputs.request import GridTHW
+from keye_model.inputs.request import GridTHW, num_patches, patch_digest
 
 Size = tuple[int, int]  # height and width
 
@@ -24,6 +25,11 @@ class ImagePatches:
 
     pixels: torch.Tensor
     grid_thw: GridTHW
+
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """As `Request.image_digests`."""
+        return (patch_digest(self.pixels),)
 
 
 @dataclass(frozen=True)
@@ -79,3 +85,9 @@ class VideoPatches:
             else:
                 grid.append((1, frame.rows, frame.columns))
         return tuple(grid)
+
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """As `Request.video_digests`."""
+        rows = self.pixels.split([num_patches((row,)) for row in self.grid_thw])
+        return tuple(map(patch_digest, rows))

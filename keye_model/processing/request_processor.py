@@ -246,6 +246,8 @@ class RequestProcessor:
             pixel_values_videos=self._model_pixels(videos),
             video_grid_thw=tuple(row for video in videos for row in video.grid_thw),
             second_per_grid_ts=tuple(v.seconds_per_frame for v in videos) if timed else (),
+            image_digests=self._digests(images),
+            video_digests=self._digests(videos),
         )
 
     def requests(self, conversations: Sequence[Messages], **options: Any) -> list[Request]:
@@ -324,17 +326,31 @@ class RequestProcessor:
             self.source_cache.put(key, found, found.pixels)
         return found
 
+    def _digests(self, cut: Sequence[ImagePatches | VideoPatches]) -> tuple[bytes, ...] | None:
+        """Digests that are kept with the patches; None: of other pixels, or nothing is kept."""
+        if (
+            self.source_cache.max_bytes == 0
+            or not self._raw
+            or any(one.pixels.is_meta for one in cut)
+        ):
+            return None
+        return tuple(digest for one in cut for digest in one.digests)
+
     def _model_pixels(self, cut: Sequence[ImagePatches | VideoPatches]) -> torch.Tensor | None:
         """Patches as a `Request` holds them; None if there are none."""
         if not cut:
             return None
+        pixels = joined(cut)
+        if self._raw or pixels.is_meta:
+            return pixels if self._raw else pixels.float()
+        return self.image_processor.normalize(pixels)
+
+    @property
+    def _raw(self) -> bool:
+        """Whether the model normalises as the image processor does."""
         given, known = self.image_processor, self.config.vision_config
         same = tuple(given.image_mean) == tuple(known.image_mean)
-        same = same and tuple(given.image_std) == tuple(known.image_std)
-        pixels = joined(cut)
-        if same or pixels.is_meta:
-            return pixels if same else pixels.float()
-        return given.normalize(pixels)
+        return same and tuple(given.image_std) == tuple(known.image_std)
 
 
 def each(conversations: Sequence[Messages], prepare: Callable[[Messages], T]) -> list[T]:

@@ -458,3 +458,20 @@ def test_a_file_is_told_by_where_and_when(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert File.at("a") == File.at(str(path))
     assert File.at("a").path == str(path)
+
+
+def test_digests_are_kept_with_the_patches(processor, files, monkeypatch):
+    messages = user(*({"type": kind, kind: str(files[kind])} for kind in files))
+    first = processor.request(messages)
+    monkeypatch.setattr(
+        "keye_model.processing.patches.patch_digest", lambda _: pytest.fail("hashed")
+    )
+    monkeypatch.setattr("keye_model.inputs.request.patch_digest", lambda _: pytest.fail("hashed"))
+    assert processor.request(messages).digests() == first.digests()
+    monkeypatch.undo()
+    processor.source_cache.max_bytes = 0
+    cold = processor.request(messages)
+    assert (cold.image_digests, cold.video_digests) == (None, None)
+    assert cold.digests() == first.digests()
+    processor.image_processor.image_mean = (0.1, 0.2, 0.3)
+    assert processor.request(messages).digests() != first.digests()
