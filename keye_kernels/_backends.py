@@ -158,14 +158,15 @@ def _why_not(op: str, backend: str, device_type: str, requested: str) -> str | N
 
 def _choose(op: str, device_type: str, requested: str) -> ServedBy:
     candidates = _ORDER if _checked(_VARIABLE, requested) == "auto" else (requested,)
-    why_not, tuned, chosen = {}, (), None
+    why_not, chosen = {}, None
     for name in _NAMES:
         if name not in candidates:
-            why_not[name] = f"backend {requested!r} was asked for"
-            if requested == "auto":  # CUDA C++
+            reason = f"backend {requested!r} was asked for"
+            if requested == "auto":  # CUDA C++ waits for a verdict
                 unproven = "not proven on this machine, which `keye tune` does"
-                why_not[name] = _why_not(op, name, device_type, requested) or unproven
-            continue
+                reason = _why_not(op, name, device_type, requested) or unproven
+            why_not[name] = reason
+    for name in candidates:
         reason = _why_not(op, name, device_type, requested)
         if reason is not None:
             why_not[name] = reason
@@ -174,9 +175,7 @@ def _choose(op: str, device_type: str, requested: str) -> ServedBy:
         else:
             why_not[name] = f"{chosen} comes first"
     verdicts = _verdicts.current(device_type) if requested == "auto" else None
-    if verdicts is not None:
-        tuned = verdicts.describe(op)
-    return ServedBy(chosen, why_not, tuned)
+    return ServedBy(chosen, why_not, verdicts.describe(op) if verdicts is not None else ())
 
 
 def _bound(op: str, device_type: str, requested: str, backend: str) -> Callable[..., None]:
