@@ -37,15 +37,15 @@ class Run:
     def __init__(
         self, engine: Engine, call: Call, jobs: list[Job], progress: Progress | None
     ) -> None:
-        self._engine, self._call, self._jobs, self._progress = engine, call, jobs, progress
-        self._stopped: set[int] = set()
+        self._engine, self._call, self._progress = engine, call, progress
+        self._jobs, self._new, self._stopped = jobs, jobs, set[int]()
         self.timings, self.cached_tokens = call.timings, call.cached_tokens
         self.cuda_graphs = engine.workspace.graphs is not None
 
     def __iter__(self) -> Iterator[Token]:
-        jobs = [job for job in self._jobs if job.request not in self._stopped]
+        jobs, self._new = [job for job in self._new if job.request not in self._stopped], []
         try:
-            self._call.left = len(jobs)
+            self._call.left += len(jobs)
             self._engine.enqueue(jobs)
             while (found := self._engine.next(self._call)) is not None:
                 if not isinstance(found, Token):

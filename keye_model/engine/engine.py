@@ -233,7 +233,7 @@ class Engine:
             job.handle = cache.add(job.max_tokens - 1, pages)  # the last token is never stored
             job.num_cached = job.num_done = len(pages) * PAGE_SIZE
             group.append(job)
-        self._group = group
+        self._group, self._passes = group, None
         for job in group:
             self._waiting.popleft()
             job.call.cached_tokens[job.request] = job.num_cached

@@ -505,6 +505,12 @@ def test_stop_from_outside(model, requests):
     assert counts == [6, 1, 6, 6, 6]
 
 
+def test_a_run_is_read_once(model, requests):
+    running = start(model, requests[:2])
+    assert len(list(running)) == 12
+    assert list(running) == []
+
+
 def test_stop_before_admission(model, requests):
     running = start(model, requests[:2], limits=Limits(max_cache_tokens=64))
     running.stop(1)
