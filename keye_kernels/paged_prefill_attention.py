@@ -24,7 +24,7 @@ def _paged_prefill_attention_triton(
     cu_seqlens_q: torch.Tensor,
     cache_seqlens: torch.Tensor,
     max_seqlen_q: int,  # noqa: ARG001 - what it bounds is read on the device
-    max_seqlen_k: int,  # noqa: ARG001
+    max_seqlen_k: int,
     softmax_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -33,7 +33,7 @@ def _paged_prefill_attention_triton(
     # tokens make few programs, and packing would make them fewer still.
     attend(
         q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, softmax_scale, True, out,
-        lse=lse, block_table=block_table,
+        lse=lse, block_table=block_table, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
 
 
