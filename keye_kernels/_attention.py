@@ -15,10 +15,6 @@ from keye_kernels._device import Device, device_of
 from keye_kernels._tuples import decode_all, encode
 
 
-# A piece of a sequence has that many keys or more: 16 tiles or more, against a second launch.
-_LEAST_PIECE = 1024
-
-
 class LaunchConfig(NamedTuple):
     """Queries and keys per tile, warps, pipeline depth, bound on registers per thread or None.
 
@@ -94,11 +90,13 @@ def launch_config(
 def choose_num_pieces(num_programs: int, max_seqlen_k: int, block_m: int, num_sms: int) -> int:
     """Pieces of the keys of each sequence, from shapes alone, so that a captured graph stays valid.
 
-    ``num_programs`` would run at once and leave multiprocessors idle: one takes two programs of 64
-    queries, or one of 128.
+    ``num_programs`` would run if keys were not split. Pieces have at least 1024 keys as long as
+    each program has a multiprocessor to itself; at least 2048 where two of 64 queries share one,
+    since both are slower then. Fewer would not save what a second launch costs.
     """
-    room = num_sms * (2 if block_m == 64 else 1)
-    return max(min(room // num_programs, max_seqlen_k // _LEAST_PIECE), 1)
+    alone = num_sms // num_programs
+    shared = 2 * num_sms // num_programs if block_m == 64 else 0
+    return max(min(alone, max_seqlen_k // 1024), min(shared, max_seqlen_k // 2048), 1)
 
 
 @triton.jit
@@ -301,22 +299,23 @@ def _attention_kernel(
 
     if SPLIT:  # out and lse are [num_tokens, num_heads, num_pieces, head_dim or 2]
         out_ptr += piece * HEAD_DIM
-        num_heads = group * tl.num_programs(1)
-        places = ((start_q + rows).to(tl.int64) * num_heads + head) * num_pieces + piece
-        tl.store(lse_ptr + 2 * places, base, mask=rows < len_q)
-        tl.store(lse_ptr + 2 * places + 1, total, mask=rows < len_q)
     else:
         total = tl.where(total == 0, 1.0, total)  # rows that saw no key: 0, and -inf for lse
         acc /= total[:, None]
         if TAIL > 0:
             acc_tail /= total[:, None]
-        if lse_ptr is not None:
-            lse = (base + tl.log2(total)) * 0.6931471805599453  # ln 2
-            tl.store(lse_ptr + head * stride_lse + start_q + rows, lse, mask=rows < len_q)
     out_ptrs = out_ptr + rows[:, None].to(tl.int64) * (stride_out * UNIT)
     _store(out_ptrs, acc, mask_m, 0, HEAD, HEAD_DIM)
     if TAIL > 0:
         _store(out_ptrs, acc_tail, mask_m, HEAD, TAIL, HEAD_DIM)
+    if SPLIT:
+        num_heads = group * tl.num_programs(1)
+        places = ((start_q + rows).to(tl.int64) * num_heads + head) * num_pieces + piece
+        tl.store(lse_ptr + 2 * places, base, mask=rows < len_q)
+        tl.store(lse_ptr + 2 * places + 1, total, mask=rows < len_q)
+    elif lse_ptr is not None:
+        lse = (base + tl.log2(total)) * 0.6931471805599453  # ln 2
+        tl.store(lse_ptr + head * stride_lse + start_q + rows, lse, mask=rows < len_q)
 
 
 def attend(
@@ -352,8 +351,8 @@ def attend(
     if config.block_m != block_m:
         tiles = None
     num_tiles = num_tokens // config.block_m + batch_size if tiles is None else tiles.shape[0]
-    # Of the tiles no more have queries than there are queries.
-    num_programs = min(num_tiles, num_tokens) * num_heads
+    used = min(batch_size, num_tokens)  # of sequences with queries, and then the most tiles
+    num_programs = ((num_tokens - used) // config.block_m + used) * num_heads
     num_pieces = choose_num_pieces(num_programs, max_seqlen_k, config.block_m, device.num_sms)
     written, stats = out, lse
     if num_pieces > 1:

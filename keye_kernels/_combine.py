@@ -1,4 +1,4 @@
-"""Sums over pieces of a sequence's keys, added up: the second launch of attention that was split."""
+"""The second launch of attention whose keys were split: it adds up the pieces of each query."""
 
 import torch
 import triton

@@ -83,7 +83,9 @@ def paged_prefill_attention(
     Returns:
         out [num_tokens, num_heads, head_dim], dtype of ``q``, contiguous; with ``return_lse`` the
         pair (out, lse), lse [num_heads, num_tokens] fp32, natural logarithm. Scores and softmax in
-        fp32.
+        fp32. Where few queries meet ``max_seqlen_k`` of 2048 or more, keys are split into pieces:
+        another number of tokens or sequences, or another max_seqlen_k, may change their number, and
+        so the order of sums. Otherwise a sequence gets the same bits whatever its neighbours hold.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the

@@ -151,7 +151,7 @@ VARIANTS: dict[str, dict[str, int | None]] = {
         "num_warps": 8,
         "block_n": 128,
         "max_registers": None,
-    },  # fmt: skip
+    },
 }
 _backends.register("varlen_attention", "triton", _varlen_attention_triton)
 for _name, _changes in VARIANTS.items():

@@ -163,9 +163,11 @@ def test_opcheck_of_pieces(device):
     [
         (32, 32768, 64, 8),  # up to 64 new tokens of 32 heads: two programs per multiprocessor
         (32, 32768, 128, 4),
-        (32, 3000, 64, 2),  # of 1024 keys or more
-        (32, 2047, 64, 1),
-        (132, 32768, 64, 2),
+        (32, 8192, 64, 4),  # one program per multiprocessor, of 2048 keys
+        (32, 3000, 64, 2),
+        (32, 2047, 64, 1),  # of 1024 keys or more
+        (132, 4096, 64, 2),  # two, of 2048 keys or more
+        (132, 4095, 64, 1),
         (133, 32768, 64, 1),  # some would run after all others
         (544, 32768, 64, 1),
         (1, 2**20, 64, 264),
