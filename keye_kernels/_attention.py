@@ -169,7 +169,7 @@ def _exp2(x):
     bf16 rounds by up to 3.9e-3, fp16 by 4.9e-4. 1.5 x 2^23 rounds x to an integer and leaves it in
     the lowest bits. The polynomial is the best of degree 3 between -0.5 and 0.5 that is 1 at 0.
     """
-    x = tl.maximum(x, -126.0)
+    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
     shifted = x + 12582912.0
     rest = x - (shifted - 12582912.0)
     y = tl.fma(rest, 0.0550090578, 0.242210975)
