@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-ROUND = 32  # pieces that are combined at once
+ROUND = 32  # pieces that are combined at once, of one query per sequence
+_ROUND_OF_MANY = 8  # of many queries, which have few pieces each
 
 
 @triton.jit(do_not_specialize=["stride_lse", "num_pieces", "max_seqlen_k"])
@@ -69,6 +70,6 @@ def combine(
     _combine_kernel[(num_tokens * num_heads,)](
         sums, stats, cache_seqlens, out, lse, out.stride(0), out.stride(1),
         0 if lse is None else lse.stride(0), num_heads, num_pieces, max_seqlen_k,
-        HEAD_DIM=head_dim, BLOCK=max(triton.next_power_of_2(head_dim), 16), KEYS=keys, ROUND=ROUND,
-        num_warps=2,
+        HEAD_DIM=head_dim, BLOCK=max(triton.next_power_of_2(head_dim), 16), KEYS=keys,
+        ROUND=_ROUND_OF_MANY if cache_seqlens is None else ROUND, num_warps=2,
     )  # fmt: skip
