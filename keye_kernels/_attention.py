@@ -10,18 +10,25 @@ import torch
 import triton
 import triton.language as tl
 
+from keye_kernels._combine import combine
 from keye_kernels._device import Device, device_of
 from keye_kernels._tuples import decode_all, encode
 
 
 class LaunchConfig(NamedTuple):
-    """Queries and keys per tile, warps, pipeline depth, bound on registers per thread or None."""
+    """Queries and keys per tile, warps, pipeline depth, bound on registers per thread or None.
+
+    early: Values are loaded before the branch that masks scores: one barrier less per tile.
+    polynomial: A quarter of the exponentials are computed by multiply-adds.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     max_registers: int | None
+    early: bool = False
+    polynomial: bool = False
 
 
 @triton.constexpr_function
@@ -79,6 +86,18 @@ def launch_config(
         block_n, num_stages = (64, 3 - fewer) if head <= 128 else (32, 2 - fewer)
         max_registers = max_registers if head <= 128 else None
     return LaunchConfig(block_m, block_n, block_m // 16, num_stages, max_registers)
+
+
+def choose_num_pieces(num_programs: int, max_seqlen_k: int, block_m: int, num_sms: int) -> int:
+    """Pieces of the keys of each sequence, from shapes alone, so that a captured graph stays valid.
+
+    ``num_programs`` would run if keys were not split. Pieces have at least 1024 keys as long as
+    each program has a multiprocessor to itself; at least 2048 where two of 64 queries share one,
+    since both are slower then. Fewer would not save what a second launch costs.
+    """
+    alone = num_sms // num_programs
+    shared = 2 * num_sms // num_programs if block_m == 64 else 0
+    return max(min(alone, max_seqlen_k // 1024), min(shared, max_seqlen_k // 2048), 1)
 
 
 @triton.jit
@@ -145,6 +164,22 @@ def _key_rows(
     return ptr + start_n * (stride * UNIT) + offs_n * (stride * UNIT)
 
 
+@triton.jit
+def _exp2(x):
+    """exp2 of x <= 0 by multiply-adds, with a relative error of 1.1e-4; 2^-126 below that.
+
+    bf16 rounds by up to 3.9e-3, fp16 by 4.9e-4. 1.5 x 2^23 rounds x to an integer and leaves it in
+    the lowest bits. The polynomial is the best of degree 3 between -0.5 and 0.5 that is 1 at 0.
+    """
+    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
+    shifted = x + 12582912.0
+    rest = x - (shifted - 12582912.0)
+    y = tl.fma(rest, 0.0550090578, 0.242210975)
+    y = tl.fma(tl.fma(y, rest, 0.693282898), rest, 1.0)
+    bits = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
 # These change from call to call: a kernel for each divisibility would be compiled on the way.
 @triton.jit(do_not_specialize=["stride_lse", "stride_table", "batch_size", "group"])
 def _attention_kernel(
@@ -153,6 +188,7 @@ def _attention_kernel(
     scale, batch_size, group,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, POLYNOMIAL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     HEAD: tl.constexpr = split_head_dim(HEAD_DIM)[0]
     TAIL: tl.constexpr = split_head_dim(HEAD_DIM)[1]
@@ -207,13 +243,20 @@ def _attention_kernel(
         shift = len_k - len_q
         full = tl.minimum(len_k, shift + first + 1)
         end = tl.minimum(len_k, shift + first + BLOCK_M)
+    start = 0
+    if SPLIT:  # into pieces of whole tiles; the first ``rest`` have one more than the others
+        piece, num_pieces = tl.program_id(2), tl.num_programs(2)
+        num_tiles = tl.cdiv(len_k, BLOCK_N)
+        length, rest = num_tiles // num_pieces, num_tiles % num_pieces
+        start = (piece * length + tl.minimum(piece, rest)) * BLOCK_N
+        end = tl.minimum(end, start + (length + (piece < rest).to(tl.int32)) * BLOCK_N)
     # `scale` is softmax_scale * log2(e). `base` is the largest scaled score; its rounding cancels,
     # because all weights of a row use it, and lse adds it back.
     base = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     offs_n = tl.arange(0, BLOCK_N)
-    pages = _pages(table_ptr, 0, end, PAGE_SIZE, BLOCK_N)
-    for start_n in tl.range(0, end, BLOCK_N):
+    pages = _pages(table_ptr, start, end, PAGE_SIZE, BLOCK_N)
+    for start_n in tl.range(start, end, BLOCK_N):
         k_ptrs = _key_rows(k_ptr, pages, start_n, stride_k_page, stride_k, UNIT, PAGE_SIZE, BLOCK_N)
         v_ptrs = _key_rows(v_ptr, pages, start_n, stride_v_page, stride_v, UNIT, PAGE_SIZE, BLOCK_N)
         # One tile ahead: addresses wait for it.
@@ -225,6 +268,10 @@ def _attention_kernel(
         if TAIL > 0:
             k_tail = _load(k_ptrs, mask_n, HEAD, TAIL_QK, HEAD_DIM)  # [BLOCK_N, TAIL_QK]
             scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
+        if EARLY:
+            v = _load(v_ptrs, mask_n, 0, HEAD, HEAD_DIM)  # [BLOCK_N, HEAD]
+            if TAIL > 0:
+                v_tail = _load(v_ptrs, mask_n, HEAD, TAIL, HEAD_DIM)  # [BLOCK_N, TAIL]
         if start_n + BLOCK_N > full:
             keys = start_n + offs_n[None, :]
             seen = keys < len_k
@@ -236,23 +283,39 @@ def _attention_kernel(
         minus = -new
         if CAUSAL:
             minus = tl.where(new == float("-inf"), 0.0, minus)  # of rows that have seen no key yet
-        weights = tl.exp2(tl.fma(scores, scale, minus[:, None]))
+        scores = tl.fma(scores, scale, minus[:, None])
+        weights = tl.exp2(scores)
+        if POLYNOMIAL:  # the columns that are the same for all threads
+            weights = tl.where(offs_n[None, :] // 8 % 4 == 3, _exp2(scores), weights)
         shrink = tl.exp2(base + minus)
         total = total * shrink + tl.sum(weights, axis=1)
         base = new
         weights = weights.to(v_ptr.dtype.element_ty)
-        v = _load(v_ptrs, mask_n, 0, HEAD, HEAD_DIM)  # [BLOCK_N, HEAD]
+        if not EARLY:
+            v = _load(v_ptrs, mask_n, 0, HEAD, HEAD_DIM)
         acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
         if TAIL > 0:
-            v_tail = _load(v_ptrs, mask_n, HEAD, TAIL, HEAD_DIM)  # [BLOCK_N, TAIL]
+            if not EARLY:
+                v_tail = _load(v_ptrs, mask_n, HEAD, TAIL, HEAD_DIM)
             acc_tail = tl.dot(weights, v_tail, acc_tail * shrink[:, None], input_precision="ieee")
 
-    total = tl.where(total == 0, 1.0, total)  # rows that saw no key: 0, and -inf for lse
+    if SPLIT:  # out and lse are [num_tokens, num_heads, num_pieces, head_dim or 2]
+        out_ptr += piece * HEAD_DIM
+    else:
+        total = tl.where(total == 0, 1.0, total)  # rows that saw no key: 0, and -inf for lse
+        acc /= total[:, None]
+        if TAIL > 0:
+            acc_tail /= total[:, None]
     out_ptrs = out_ptr + rows[:, None].to(tl.int64) * (stride_out * UNIT)
-    _store(out_ptrs, acc / total[:, None], mask_m, 0, HEAD, HEAD_DIM)
+    _store(out_ptrs, acc, mask_m, 0, HEAD, HEAD_DIM)
     if TAIL > 0:
-        _store(out_ptrs, acc_tail / total[:, None], mask_m, HEAD, TAIL, HEAD_DIM)
-    if lse_ptr is not None:
+        _store(out_ptrs, acc_tail, mask_m, HEAD, TAIL, HEAD_DIM)
+    if SPLIT:
+        num_heads = group * tl.num_programs(1)
+        places = ((start_q + rows).to(tl.int64) * num_heads + head) * num_pieces + piece
+        tl.store(lse_ptr + 2 * places, base, mask=rows < len_q)
+        tl.store(lse_ptr + 2 * places + 1, total, mask=rows < len_q)
+    elif lse_ptr is not None:
         lse = (base + tl.log2(total)) * 0.6931471805599453  # ln 2
         tl.store(lse_ptr + head * stride_lse + start_q + rows, lse, mask=rows < len_q)
 
@@ -271,31 +334,47 @@ def attend(
     block_table: torch.Tensor | None = None,
     tiles: torch.Tensor | None = None,
     block_m: int = 0,
+    max_seqlen_k: int = 0,
+    changes: dict[str, int | None] | None = None,
 ) -> None:
     """Start the kernel.
 
     With ``block_table`` k and v are the pages of a cache and ``seqlens_k`` holds lengths; without,
     starts. Without ``tiles`` each program finds its own, of a number that is enough for any
-    lengths; so it does where ``tiles`` are of a size that this GPU does not take.
+    lengths; so it does where ``tiles`` are of a size that this GPU does not take. Keys are split
+    where ``max_seqlen_k`` is long and queries are few. ``changes`` replace fields of the launch.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, batch_size = k.shape[-2], cu_seqlens_q.shape[0] - 1
     group = num_heads // num_kv_heads
-    config = launch_config(num_tokens, num_heads, head_dim, q.itemsize, device_of(q), block_m)
+    device = device_of(q)
+    config = launch_config(num_tokens, num_heads, head_dim, q.itemsize, device, block_m)
+    config = config._replace(**changes or {})
     if config.block_m != block_m:
         tiles = None
     num_tiles = num_tokens // config.block_m + batch_size if tiles is None else tiles.shape[0]
+    used = min(batch_size, num_tokens)  # of sequences with queries, and then the most tiles
+    num_programs = ((num_tokens - used) // config.block_m + used) * num_heads
+    num_pieces = choose_num_pieces(num_programs, max_seqlen_k, config.block_m, device.num_sms)
+    written, stats = out, lse
+    if num_pieces > 1:
+        rows = (num_tokens, num_heads, num_pieces)
+        written = torch.empty((*rows, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((*rows, 2), dtype=torch.float32, device=q.device)
     paged = block_table is not None
-    strides = [q.stride()[:2], out.stride()[:2]]
+    strides = [q.stride()[:2], written.stride()[:2]]
     strides += [x.stride()[:-1] if paged else (0, *x.stride()[:-1]) for x in (k, v)]
     # In units of 8 elements: so the compiler knows that a thread's 16 bytes are aligned.
     unit = 1 if any(stride % 8 for some in strides for stride in some) else 8
-    _attention_kernel[(num_tiles * group, num_kv_heads)](
-        q, k, v, out, lse, cu_seqlens_q, seqlens_k, block_table, tiles,
+    _attention_kernel[(num_tiles * group, num_kv_heads, num_pieces)](
+        q, k, v, written, stats, cu_seqlens_q, seqlens_k, block_table, tiles,
         *(encode([stride // unit for stride in some]) for some in strides),
         0 if lse is None else lse.stride(0), block_table.stride(0) if paged else 0,
         softmax_scale * 1.4426950408889634, batch_size, group,  # log2(e)
         HEAD_DIM=head_dim, PAGE_SIZE=k.shape[1] if paged else 0, CAUSAL=causal, UNIT=unit,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, EARLY=config.early,
+        POLYNOMIAL=config.polynomial, SPLIT=num_pieces > 1, num_warps=config.num_warps,
         num_stages=config.num_stages, maxnreg=config.max_registers,
     )  # fmt: skip
+    if num_pieces > 1:
+        combine(written, stats, out, lse)

@@ -102,8 +102,10 @@ class Counters:
     replayed on any stream. All slices of a device are one allocation, cleared before its first use.
     """
 
-    SIZE = 512  # counters per stream or graph: a launch needs few, or its work is not split
-    NUM_SLICES = 512  # streams and graphs; all counters take 1 MiB per device
+    # Per stream or graph. Attention takes most, one for each 16 query heads of a key/value head and
+    # sequence. It splits while those are at most 8 per multiprocessor: 2048 serve 256 of these.
+    SIZE = 2048
+    NUM_SLICES = 512  # streams and graphs; all counters take 4 MiB per device
 
     def __init__(self) -> None:
         self._pools: dict[torch.device, list[torch.Tensor]] = {}

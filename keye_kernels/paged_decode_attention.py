@@ -18,6 +18,7 @@ import triton.language as tl
 
 from keye_kernels import _backends, _cuda, _ext, reference
 from keye_kernels._checks import check_paged
+from keye_kernels._combine import ROUND, combine
 from keye_kernels._device import device_of
 from keye_kernels._ops import define_op
 
@@ -31,7 +32,6 @@ _paged_decode_attention_op = define_op(
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
-_ROUND = 32  # pieces that the second launch combines at once
 # With 5 stages Triton loads entries of the block table four tiles ahead, so that keys and values
 # are loaded two tiles ahead. With 3 or 4 it buffers one tile of keys and values only, and if the
 # loop carries a page number from tile to tile, it does not pipeline at all.
@@ -74,8 +74,8 @@ def launch_config(
         keys = min(8192 // block, 64)  # 16 KB of keys, and of values
     programs = batch_size * num_kv_heads * triton.cdiv(group, heads)  # per piece
     fill = 2 * num_sms // programs
-    if fill > _ROUND:
-        fill -= fill % _ROUND
+    if fill > ROUND:
+        fill -= fill % ROUND
     spread = min(triton.cdiv(max_seqlen_k, 2048), 16 * num_sms // programs)
     num_splits = min(max(fill, spread), triton.cdiv(max_seqlen_k, keys))
     return LaunchConfig(max(num_splits, 1), heads, keys)
@@ -169,39 +169,6 @@ def _paged_decode_attention_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask_head & mask_cols)
 
 
-@triton.jit(do_not_specialize=["stride_lse", "num_splits", "max_seqlen_k"])
-def _paged_decode_combine_kernel(
-    sums_ptr, stats_ptr, seqlens_ptr, out_ptr, lse_ptr, stride_out, stride_out_head, stride_lse,
-    num_heads, num_splits, max_seqlen_k,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    row, head = pid // num_heads, pid % num_heads
-    cols = tl.arange(0, BLOCK)
-    _, num_tiles = _length(seqlens_ptr, row, max_seqlen_k, KEYS)
-    peak, total = float("-inf"), 0.0
-    acc = tl.zeros((BLOCK,), tl.float32)
-    num_splits_used = tl.minimum(num_tiles, num_splits)
-    for first in range(0, num_splits_used, ROUND):
-        splits = first + tl.arange(0, ROUND)
-        mask = splits < num_splits_used
-        rows = pid * num_splits + splits
-        peaks = tl.load(stats_ptr + 2 * rows, mask, other=float("-inf"))
-        totals = tl.load(stats_ptr + 2 * rows + 1, mask, other=0.0)
-        sums_ptrs = sums_ptr + rows[:, None] * HEAD_DIM + cols[None, :]
-        sums = tl.load(sums_ptrs, mask[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)
-        above = tl.maximum(peak, tl.max(peaks))
-        shrink, grow = tl.exp2(peak - above), tl.exp2(peaks - above)
-        acc = acc * shrink + tl.sum(sums * grow[:, None], axis=0)
-        total = total * shrink + tl.sum(totals * grow)
-        peak = above
-    if lse_ptr is not None:
-        tl.store(lse_ptr + head * stride_lse + row, (peak + tl.log2(total)) * _LN_2)
-    acc = acc / tl.where(total == 0, 1.0, total)
-    out_ptrs = out_ptr + row * stride_out + head * stride_out_head + cols
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), cols < HEAD_DIM)
-
-
 def _paged_decode_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -237,10 +204,9 @@ def _paged_decode_attention_triton(
         KEYS=config.keys, NUM_STAGES=config.num_stages, SPLIT=split, num_warps=config.num_warps,
     )  # fmt: skip
     if split:
-        _paged_decode_combine_kernel[(batch_size * num_heads,)](
-            sums, stats, cache_seqlens, out, lse, out.stride(0), out.stride(1), stride_lse,
-            num_heads, config.num_splits, max_seqlen_k,
-            HEAD_DIM=head_dim, BLOCK=block, KEYS=config.keys, ROUND=_ROUND, num_warps=2,
+        combine(
+            sums, stats, out, lse,
+            cache_seqlens=cache_seqlens, max_seqlen_k=max_seqlen_k, keys=config.keys,
         )  # fmt: skip
 
 

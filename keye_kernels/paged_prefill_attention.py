@@ -24,7 +24,7 @@ def _paged_prefill_attention_triton(
     cu_seqlens_q: torch.Tensor,
     cache_seqlens: torch.Tensor,
     max_seqlen_q: int,  # noqa: ARG001 - what it bounds is read on the device
-    max_seqlen_k: int,  # noqa: ARG001
+    max_seqlen_k: int,
     softmax_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -33,7 +33,7 @@ def _paged_prefill_attention_triton(
     # tokens make few programs, and packing would make them fewer still.
     attend(
         q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, softmax_scale, True, out,
-        lse=lse, block_table=block_table,
+        lse=lse, block_table=block_table, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
 
 
@@ -83,7 +83,9 @@ def paged_prefill_attention(
     Returns:
         out [num_tokens, num_heads, head_dim], dtype of ``q``, contiguous; with ``return_lse`` the
         pair (out, lse), lse [num_heads, num_tokens] fp32, natural logarithm. Scores and softmax in
-        fp32.
+        fp32. Where few queries meet ``max_seqlen_k`` of 2048 or more, keys are split into pieces:
+        another number of tokens or sequences, or another max_seqlen_k, may change their number, and
+        so the order of sums. Otherwise a sequence gets the same bits whatever its neighbours hold.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above, or, on a CPU, the

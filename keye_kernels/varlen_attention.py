@@ -1,7 +1,8 @@
 """Attention over packed sequences of different lengths, each attending to itself alone."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,14 +119,48 @@ def _varlen_attention_triton(
     lse: torch.Tensor | None,
     tiles: torch.Tensor | None,
     block_m: int,
+    changes: dict[str, int | None] | None = None,
 ) -> None:
     attend(
         q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, out,
-        lse=lse, tiles=tiles, block_m=block_m,
+        lse=lse, tiles=tiles, block_m=block_m, changes=changes,
     )  # fmt: skip
 
 
+def _refuses(changes: dict[str, int | None], *args: Any) -> str | None:
+    """Why a variant was not made for these arguments of the op."""
+    q, causal, lse = args[0], args[8], args[10]
+    if q.itemsize != 2:
+        return f"dtype must be torch.bfloat16 or torch.float16, got {q.dtype}"
+    if device_of(q).capability[0] not in (9, 10):
+        return "it spills or does not fit except on sm_90 and sm_100"
+    if "polynomial" in changes and (causal or lse is not None):
+        return "its exponentials are too coarse for the log-sum-exp, and never 0"
+    if "block_n" in changes and q.shape[2] > 80:
+        return f"head_dim must be at most 80, got {q.shape[2]}"
+    return None
+
+
+# What `tune` tries beside the kernel as it is; docs/attention.md counts their instructions.
+VARIANTS: dict[str, dict[str, int | None]] = {
+    "triton_early": {"early": True},
+    "triton_polynomial": {"early": True, "polynomial": True},
+    "triton_128_keys": {
+        "early": True,
+        "block_m": 128,
+        "num_warps": 8,
+        "block_n": 128,
+        "max_registers": None,
+    },
+}
 _backends.register("varlen_attention", "triton", _varlen_attention_triton)
+for _name, _changes in VARIANTS.items():
+    _backends.register(
+        "varlen_attention",
+        _name,
+        partial(_varlen_attention_triton, changes=_changes),
+        refuses=partial(_refuses, _changes),
+    )
 
 
 def _shape_class(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, *_) -> tuple[tuple, tuple]:  # noqa: ARG001

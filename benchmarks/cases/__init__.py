@@ -38,7 +38,7 @@ class Case:
     flops: int = 0
     load_width: int = 16
     store_width: int = 16
-    loop_flops: Callable[[dict[str, Any]], int] | None = None
+    loop_flops: Callable[[dict[str, Any]], int | None] | None = None
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}"
@@ -56,6 +56,8 @@ def all_cases(shapes: Shapes) -> list[Case]:
     return [case for family in found for case in family]
 
 
-def attention_loop_flops(constants: dict[str, Any]) -> int:
-    """Both products of a tile of queries with a tile of keys."""
+def attention_loop_flops(constants: dict[str, Any]) -> int | None:
+    """Both products of a tile of queries with a tile of keys; None for the launch without any."""
+    if "BLOCK_M" not in constants:
+        return None
     return 4 * constants["BLOCK_M"] * constants["BLOCK_N"] * constants["HEAD_DIM"]

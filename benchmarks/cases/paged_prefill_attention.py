@@ -37,6 +37,7 @@ def cases(shapes: Shapes) -> list[Case]:
     chunk, longest = min(shapes.prefill.values()), max(shapes.prefill.values())
     if chunk < longest:
         prompts[f"last {chunk} of {longest}"] = (chunk, longest)
+        prompts[f"last 64 of {longest}"] = (64, longest)  # keys are split
     for name, (new, context) in prompts.items():
         found.append(_case(name, new, context, partial(_prefill, new, context)))
     return found

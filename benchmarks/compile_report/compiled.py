@@ -27,7 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.cases import Case, all_cases, call, paged_prefill_attention, varlen_attention
-from benchmarks.compile_report.sass import Instruction, count, cuobjdump, loop_mma_flops, parse
+from benchmarks.compile_report.sass import (
+    Instruction,
+    count,
+    count_loop,
+    cuobjdump,
+    loop_mma_flops,
+    parse,
+)
 from benchmarks.shapes import REAL
 from keye_kernels import _backends, _device
 
@@ -127,15 +134,14 @@ def _read(cubin: bytes) -> tuple[dict[str, Any], list[Instruction]]:
         code = parse(cuobjdump("-sass", file.name))
     size = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     sizes = {"registers": size["REG"], "stack": size["STACK"], "instructions": len(code)}
-    return sizes | count(code), code
+    return sizes | count(code) | {"loop": count_loop(code)}, code
 
 
 def _padding(launch: Launch, code: list[Instruction], num_warps: int) -> float | None:
     """Tensor-core work of a turn of the loop over the useful. None: nobody says what is useful."""
-    useful = launch.cases[0][0].loop_flops
-    if useful is None:
-        return None
-    return loop_mma_flops(code, num_warps) / useful(launch.kwargs)
+    loop_flops = launch.cases[0][0].loop_flops
+    useful = None if loop_flops is None else loop_flops(launch.kwargs)
+    return None if useful is None else loop_mma_flops(code, num_warps) / useful
 
 
 def _compile(launch: Launch, arch: int) -> dict[str, Any]:
@@ -167,8 +173,8 @@ def compile_all(jobs: list[tuple[Launch, int]], num_processes: int = 2) -> Itera
         triton, arch, op, kernel; cases, each with name, num_programs, num_bytes, flops, load_width
         and store_width; then num_warps, num_stages, registers, stack and shared (bytes),
         instructions, warps_per_sm (bound from registers and shared memory), what sass.count
-        returns, padding (tensor-core work in the loop relative to the useful, None where no case
-        says what is useful); or error alone.
+        returns, loop (what sass.count_loop returns), padding (tensor-core work in the loop
+        relative to the useful, None where no case says what is useful); or error alone.
     """
     context = multiprocessing.get_context("fork")  # launches hold functions and tensors
     waiting, running = list(enumerate(jobs)), {}

@@ -94,14 +94,7 @@ def loop_mma_flops(code: list[Instruction], num_warps: int) -> int:
     Raises:
         ValueError: The shape of an instruction, or where a branch goes, cannot be read.
     """
-    if not any(instruction.is_mma for instruction in code):
-        return 0
-    successors = _successors(code)
-    predecessors: list[list[int]] = [[] for _ in code]
-    for number, following in enumerate(successors):
-        for other in following:
-            predecessors[other].append(number)
-    inside = set().union(*_inner_loops(code, successors, predecessors))
+    inside, predecessors = _inside(code)
     flops = 0
     for number in sorted(inside):
         if not code[number].is_mma:
@@ -111,6 +104,34 @@ def loop_mma_flops(code: list[Instruction], num_warps: int) -> int:
         else:
             flops += _named_flops(code[number]) * num_warps
     return flops
+
+
+def count_loop(code: list[Instruction]) -> dict[str, int]:
+    """Instructions of the innermost loops that have tensor-core instructions, branches included.
+
+    Returns:
+        instructions; barriers of the program; waits for copies and products; exp2.
+    """
+    inside = [code[number] for number in _inside(code)[0]]
+    waits = ("DEPBAR", "WARPGROUP.DEPBAR", "SYNCS.PHASECHK")
+    return {
+        "instructions": len(inside),
+        "barriers": sum(one.name == "BAR" for one in inside),
+        "waits": sum(one.opcode.startswith(waits) for one in inside),
+        "exp2": sum(one.opcode.startswith("MUFU.EX2") for one in inside),
+    }
+
+
+def _inside(code: list[Instruction]) -> tuple[set[int], list[list[int]]]:
+    """Numbers of the instructions in those loops, and what may run before each of the code."""
+    predecessors: list[list[int]] = [[] for _ in code]
+    if not any(instruction.is_mma for instruction in code):
+        return set(), predecessors
+    successors = _successors(code)
+    for number, following in enumerate(successors):
+        for other in following:
+            predecessors[other].append(number)
+    return set().union(*_inner_loops(code, successors, predecessors)), predecessors
 
 
 def _named_flops(instruction: Instruction) -> int:

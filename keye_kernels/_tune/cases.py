@@ -202,7 +202,7 @@ def _paged_cases(large: bool, quick: bool) -> Iterator[Case]:
     heads = (_HEADS, _KV_HEADS, _HEAD_DIM)
     for op, edges in (
         ("paged_decode_attention", ([(1, 1)], [(1, 64), (1, 65), (1, 300)])),
-        ("paged_prefill_attention", ([(2, 2)], [(65, 65), (1, 130), (0, 7)])),
+        ("paged_prefill_attention", ([(2, 2)], [(65, 65), (1, 130), (0, 7)], [(3, 2100), (1, 5)])),
     ):
         for lengths in edges:
             for lse in (False, True):

@@ -13,6 +13,7 @@ import torch
 
 import keye_kernels as kk
 from keye_kernels import _backends, _cuda, _ext
+from keye_kernels.paged_decode_attention import _num_runs
 from tests.kernels.paged import Cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,29 @@ def test_counters_belong_to_one_stream_or_graph(extension, monkeypatch):
     assert get(1, capture=6) in others
     # Past the slices there are, and past the size of one: cleared at each launch.
     assert get(3) not in others
-    assert get(1, count=1000) not in others
+    assert get(1, count=_cuda.Counters.SIZE + 1) not in others
+
+
+@pytest.mark.parametrize("num_sms", [132, 148, 188], indirect=True)
+def test_a_batch_of_long_contexts_takes_counters_of_the_pool(extension, num_sms, monkeypatch):
+    """128 rows at 8 key/value heads: nothing is allocated, so no launch clears counters."""
+    monkeypatch.setattr(_cuda, "counters", counters := _cuda.Counters())
+    launched = []
+    extension.paged_decode_attention = lambda **arguments: launched.append(arguments)
+    q = torch.zeros(128, 32, 64).bfloat16()
+    pages = torch.zeros(1, 16, 8, 64).bfloat16()
+    table = torch.zeros(128, 256, dtype=torch.int32)
+    lengths = torch.full((128,), 4096, dtype=torch.int32)
+    run = _backends._registry["paged_decode_attention"]["cuda"].run
+    run(q, pages, pages, table, lengths, 0.125, 4096, torch.empty_like(q), None)
+    assert launched[0]["num_splits"] == 2
+    (taken,) = counters._slices.values()
+    assert launched[0]["counters"] == taken.data_ptr()
+    # No launch that splits needs more.
+    largest = 8 * num_sms
+    assert _num_runs(largest, 1, 2**20, num_sms) == 2
+    assert _num_runs(largest + 1, 1, 2**20, num_sms) == 1
+    assert largest <= len(taken)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import keye_kernels as kk
+from keye_kernels import _attention
 from tests.compare import assert_close, assert_same
 from tests.kernels.paged import (
     Cache,
@@ -75,6 +76,122 @@ def test_chunks_equal_one_prefill(device):
         cache.lengths.fill_(stop)
         chunk = prefill(q[start:stop], [stop - start], cache)
         torch.testing.assert_close(chunk, whole[start:stop], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(params=[2, 3, 40], ids=lambda count: f"{count}-pieces")
+def pieces(request, monkeypatch, backend):
+    """Split all launches into so many pieces; 40 are more than there are tiles of keys."""
+    if backend != "triton":
+        pytest.skip("has no pieces")
+    monkeypatch.setattr(_attention, "choose_num_pieces", lambda *_: request.param)
+    return request.param
+
+
+SPLIT = {
+    "few of many": ([5, 0, 1], [300, 33, 1], 4, 2, 128),
+    "two tiles of queries": ([70, 2], [200, 65], 2, 1, 72),  # the first tile does not see the end
+    "no key seen by some pieces": ([3], [66], 1, 1, 80),
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("case", SPLIT)
+@pytest.mark.usefixtures("pieces")
+def test_pieces_add_up(case, page_size, dtype, device):
+    lens_q, lengths, heads, kv_heads, head_dim = SPLIT[case]
+    cache = Cache(lengths, page_size, kv_heads, head_dim, dtype, device)
+    q = torch.randn(sum(lens_q), heads, head_dim, device=device).mul_(1.5).to(dtype)
+    scale = head_dim**-0.5
+    got, lse = prefill(q, lens_q, cache, return_lse=True)
+    check_lse((got, lse), q, lens_q, cache, scale)
+    plain = naive(q, lens_q, cache, scale, dtype)
+    assert_close(got, plain, naive(q, lens_q, cache, scale, torch.float64))
+    assert torch.equal(prefill(q, lens_q, cache), got)
+    # The last queries alone, as another chunk: where pieces begin follows from the keys.
+    first = sum(lens_q[:-1])
+    cache.table, cache.lengths = cache.table[-1:], cache.lengths[-1:]
+    assert torch.equal(prefill(q[first:], lens_q[-1:], cache), got[first:])
+
+
+@pytest.mark.usefixtures("pieces")
+def test_chunks_in_pieces_equal_one_prefill(device, monkeypatch):
+    cache = Cache([150], 16, 2, 32, torch.float32, device)
+    q = torch.randn(150, 4, 32, device=device)
+    with monkeypatch.context() as whole_sequences:
+        whole_sequences.setattr(_attention, "choose_num_pieces", lambda *_: 1)
+        whole = prefill(q, [150], cache)
+    for start, stop in ((0, 70), (70, 149), (149, 150)):
+        cache.lengths.fill_(stop)
+        chunk = prefill(q[start:stop], [stop - start], cache)
+        torch.testing.assert_close(chunk, whole[start:stop], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_pieces_of_large_scores_do_not_overflow(device):
+    cache = Cache([200], 16, 1, 16, torch.float16, device)
+    q = torch.randn(3, 1, 16, device=device).mul_(3000).half()
+    got, lse = prefill(q, [3], cache, return_lse=True)
+    exact = naive(q, [3], cache, 0.25, torch.float64)
+    assert_close(got, naive(q, [3], cache, 0.25, torch.float16), exact)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.usefixtures("pieces")
+def test_pieces_without_a_visible_key(device):
+    cache = Cache([2], 16, 1, 16, torch.float32, device)
+    out, lse = prefill(torch.randn(5, 2, 16, device=device), [5], cache, return_lse=True)
+    assert (out[:3] == 0).all()
+    assert (lse[:, :3] == float("-inf")).all()
+    assert lse[:, 3:].isfinite().all()
+
+
+@pytest.mark.usefixtures("pieces")
+def test_opcheck_of_pieces(device):
+    cache = Cache([70], 16, 1, 16, torch.float32, device)
+    q, cu = torch.randn(2, 2, 16, device=device), torch.tensor([0, 2], dtype=torch.int32)
+    arguments = (q, cache.k, cache.v, cache.table.clamp(max=0), cu.to(device), cache.lengths)
+    lse = torch.empty(2, 2, device=device)
+    torch.library.opcheck(
+        torch.ops.keye.paged_prefill_attention.default,
+        (*arguments, 2, 70, 0.25, torch.empty_like(q), lse),
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "max_seqlen_k", "block_m", "pieces"),
+    [
+        (32, 32768, 64, 8),  # up to 64 new tokens of 32 heads: two programs per multiprocessor
+        (32, 32768, 128, 4),
+        (32, 8192, 64, 4),  # one program per multiprocessor, of 2048 keys
+        (32, 3000, 64, 2),
+        (32, 2047, 64, 1),  # of 1024 keys or more
+        (132, 4096, 64, 2),  # two, of 2048 keys or more
+        (132, 4095, 64, 1),
+        (133, 32768, 64, 1),  # some would run after all others
+        (544, 32768, 64, 1),
+        (1, 2**20, 64, 264),
+    ],
+)
+def test_pieces_fill_the_gpu_once(num_programs, max_seqlen_k, block_m, pieces):
+    chosen = _attention.choose_num_pieces(num_programs, max_seqlen_k, block_m, 132)
+    assert chosen == pieces
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="assumes 132 multiprocessors")
+def test_few_new_tokens_of_a_long_cache_are_split(device, backend, monkeypatch):
+    if backend != "triton":
+        pytest.skip("has no pieces")
+    combined, combine = [], _attention.combine
+    monkeypatch.setattr(
+        _attention, "combine", lambda sums, *rest: (combined.append(sums), combine(sums, *rest))
+    )
+    cache = Cache([2100, 7], 16, 1, 16, torch.float16, device)
+    q = torch.randn(4, 2, 16, device=device).half()
+    got = prefill(q, [3, 1], cache)
+    assert [tuple(sums.shape) for sums in combined] == [(4, 2, 2, 16)]
+    exact = naive(q, [3, 1], cache, 0.25, torch.float64)
+    assert_close(got, naive(q, [3, 1], cache, 0.25, torch.float16), exact)
 
 
 @pytest.mark.parametrize("num_sms", [1, 132], indirect=True)

@@ -18,6 +18,7 @@ from keye_kernels._tune.cases import all_cases
 from keye_kernels._tune.race import judge
 from keye_kernels._tune.trial import Trial
 from keye_kernels._verdicts import Row, Verdicts
+from keye_kernels.varlen_attention import VARIANTS
 from tests.kernels import tune_stubs
 
 LAYER_NORM = {"op": "layer_norm", "quick": True, "device": "cpu", "dtype": "bfloat16"}
@@ -326,6 +327,27 @@ def test_candidates_of_a_cpu_are_right_at_all_edges(case):
         with torch.inference_mode():
             status, reason, _ = Trial(case.op, name, "cpu", torch.bfloat16, 0).check(case)
         assert status in ("right", "refused"), (name, reason)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_attention_are_right_at_all_edges(name):
+    """On a CPU by Triton's interpreter."""
+    found = {}
+    for case in all_cases("cpu"):
+        if case.op == "varlen_attention" and not case.timed:
+            with torch.inference_mode():
+                status, reason, _ = Trial(case.op, name, "cpu", torch.bfloat16, 0).check(case)
+            found[case.name] = status, reason
+    assert {status for status, _ in found.values()} <= {"right", "refused"}, found
+    assert [status for status, _ in found.values()].count("right") >= 2, found
+
+
+def test_prefill_in_pieces_is_right_at_all_edges():
+    cases = [c for c in all_cases("cpu") if c.op == "paged_prefill_attention" and not c.timed]
+    for case in cases:
+        with torch.inference_mode():
+            found = Trial(case.op, "triton", "cpu", torch.bfloat16, 0).check(case)
+        assert found[:2] == ("right", ""), (case, found)
 
 
 def test_the_command_line(capsys, cache):

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 import keye_kernels as kk
-from keye_kernels import _device
+from keye_kernels import _attention, _backends, _device
 from keye_kernels._attention import find_tile
+from keye_kernels.varlen_attention import VARIANTS
 from tests.compare import assert_close
 from tests.memory import far_apart
 
@@ -105,6 +106,93 @@ def test_matches_explicit_softmax(case, causal, dtype, device):
         )
         planned = run(q, k, v, lens_q, lens_k, causal=causal, schedule=schedule)
         assert torch.equal(planned, out)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, monkeypatch):
+    """Serve the op by a variant of the kernel that only `tune` chooses."""
+
+    def run_or_skip(*args):
+        reason = _backends.run_candidate("varlen_attention", request.param, args)
+        if reason is not None:
+            pytest.skip(reason)
+
+    monkeypatch.setattr(_backends, "find", lambda *_: run_or_skip)
+    return request.param
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@by_mask
+@pytest.mark.parametrize("case", [*CASES, "many tiles"])
+def test_variants_match_explicit_softmax(case, causal, dtype, device, variant):
+    many = ([130, 1, 0, 70], [200, 257, 3, 70], 2, 1, 72)
+    lens_q, lens_k, heads, kv_heads, head_dim = CASES.get(case, many)
+    q, k, v = make(lens_q, lens_k, heads, kv_heads, head_dim, dtype, device)
+    out = run(q, k, v, lens_q, lens_k, causal=causal)
+    exact, exact_lse = explicit(q, k, v, lens_q, lens_k, causal, head_dim**-0.5, torch.float64)
+    plain, _ = explicit(q, k, v, lens_q, lens_k, causal, head_dim**-0.5, dtype)
+    assert_close(out, plain, exact)
+    assert (out[exact_lse.T.isneginf()] == 0).all()
+    schedule = kk.attention_schedule(lens_q, lens_k, num_heads=heads, device=device)
+    assert torch.equal(run(q, k, v, lens_q, lens_k, causal=causal, schedule=schedule), out)
+    if variant == "triton_polynomial":
+        return
+    with_lse, lse = run(q, k, v, lens_q, lens_k, causal=causal, return_lse=True)
+    assert torch.equal(with_lse, out)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_variant_that_loads_values_early_has_the_same_bits(device):
+    q, k, v = make([70, 3], [130, 3], 2, 1, 72, torch.bfloat16, device)
+    expected = run(q, k, v, [70, 3], [130, 3])
+    cu_q, cu_k = prefix_sums([70, 3], device), prefix_sums([130, 3], device)
+    out = torch.empty_like(q)
+    args = (q, k, v, cu_q, cu_k, 70, 130, 72**-0.5, False, out, None, None, 0)
+    assert _backends.run_candidate("varlen_attention", "triton_early", args) is None
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays GPUs of several kinds on a CPU")
+def test_what_variants_refuse(monkeypatch):
+    cu = prefix_sums([4], "cpu")
+
+    def reason(name, dtype=torch.bfloat16, head_dim=72, causal=False, lse=None):
+        q, k, v = make([4], [4], 1, 1, head_dim, dtype, "cpu")
+        args = (q, k, v, cu, cu, 4, 4, 0.1, causal, torch.empty_like(q), lse, None, 0)
+        return _backends.run_candidate("varlen_attention", name, args)
+
+    coarse = "its exponentials are too coarse for the log-sum-exp, and never 0"
+    assert reason("triton_polynomial", lse=torch.empty(1, 4)) == coarse
+    assert reason("triton_polynomial", causal=True) == coarse
+    assert reason("triton_128_keys", head_dim=96) == "head_dim must be at most 80, got 96"
+    for name in VARIANTS:
+        assert reason(name) is None
+        message = "dtype must be torch.bfloat16 or torch.float16, got torch.float32"
+        assert reason(name, dtype=torch.float32) == message
+    monkeypatch.setattr(_device, "elsewhere", _device.Device((8, 0), 108))
+    for name in VARIANTS:
+        assert reason(name) == "it spills or does not fit except on sm_90 and sm_100"
+
+
+@triton.jit
+def _exp2_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + places, _attention._exp2(tl.load(x_ptr + places)))
+
+
+def test_error_of_the_polynomial(device):
+    """exp2 between -126 and 0, at most 1.1e-4 off; 1 at 0, 2^-126 below."""
+    x = torch.linspace(-127, 0, 2**16, device=device)
+    x[:3] = torch.tensor([-math.inf, -1e30, math.nan])
+    y = torch.empty_like(x)
+    _exp2_kernel[(16,)](x, y, BLOCK=2**12)
+    exact = x.double().clamp(min=-126).exp2()
+    assert ((y.double() - exact).abs() / exact)[3:].max() < 1.1e-4
+    assert not y[2] <= 1  # no NaN is hidden
+    assert y[-1] == 1
+    assert y[0] == y[1] == 2.0**-126
 
 
 @by_mask

@@ -68,6 +68,55 @@ print(json.dumps(list(compiled.compile_all([(launch, 90) for launch in launches]
     assert not faults(kernels), "\n".join(faults(kernels))
 
 
+def test_what_tune_and_few_queries_take_compiles_well(cache):
+    """Variants of attention on their GPUs, and prefill in pieces on all; barriers are fewer."""
+    code = """
+import dataclasses, json
+from functools import partial
+from unittest import mock
+from benchmarks.compile_report import compiled
+from benchmarks.cases import all_cases
+from benchmarks.shapes import REAL
+from keye_kernels import _backends
+from keye_kernels.varlen_attention import VARIANTS
+
+cases = {(case.op, case.name): case for case in all_cases(REAL)}
+split = cases["paged_prefill_attention", "last 64 of 32768"]
+jobs = [(launch, arch) for arch in (80, 90, 100) for launch in compiled.launches_of([split], arch)]
+candidates = _backends._registry["varlen_attention"]
+for name in ("triton", *VARIANTS):
+    _backends._chosen.clear()
+    with mock.patch.dict(candidates, triton=candidates[name]):
+        for case in (case for case in cases.values() if case.op == "varlen_attention"):
+            if case.name in ("1k patches", "5k patches"):
+                case = dataclasses.replace(case, name=f"{name}, {case.name}")
+                for arch in (90, 100):
+                    jobs += [(launch, arch) for launch in compiled.launches_of([case], arch)]
+print(json.dumps(list(compiled.compile_all(jobs))))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = cache
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    kernels = json.loads(done.stdout)
+    assert not faults(kernels), "\n".join(faults(kernels))
+    names = [(kernel["arch"], kernel["kernel"]) for kernel in kernels]
+    for arch in (80, 90, 100):
+        assert {(arch, "_attention_kernel"), (arch, "_combine_kernel")} <= set(names)
+    loops = {(k["arch"], k["cases"][0]["name"]): k["loop"] for k in kernels}
+    for arch in (90, 100):
+        for size in ("1k", "5k"):
+            plain, early, polynomial = (
+                loops[arch, f"{name}, {size} patches"]
+                for name in ("triton", "triton_early", "triton_polynomial")
+            )
+            assert early["barriers"] < plain["barriers"]
+            assert early["waits"] < plain["waits"]
+            assert polynomial["exp2"] <= 0.8 * early["exp2"]
+
+
 def test_attention_fits_into_the_least_shared_memory(cache):
     kernels = compile_kernels([120], ops=["paged_prefill_attention"], cache=cache)
     assert kernels

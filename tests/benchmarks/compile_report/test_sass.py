@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.compile_report.sass import loop_mma_flops, parse
+from benchmarks.compile_report.sass import count_loop, loop_mma_flops, parse
 
 # Instruction descriptors of bf16 with fp32 sums: N >> 3 from bit 17, M >> 4 from bit 24.
 M128_N64, M128_N8, M64_N128 = "0x8100490", "0x8020490", "0x4200490"
@@ -50,6 +50,15 @@ def test_named_shapes_are_counted_in_the_inner_loop():
     assert loop_mma_flops(assemble(*around), 8) == 2 * 128 * 64 * (80 + 72)
     assert loop_mma_flops(assemble(*around[:11], "EXIT"), 8) == 0
     assert loop_mma_flops(assemble("BRX R4 -0x10", AGAIN + "0"), 8) == 0
+
+
+def test_barriers_and_waits_are_counted_in_the_inner_loop():
+    loop = ["DEPBAR.LE SB0, 0x4", "BAR.SYNC.DEFER_BLOCKING 0x0", "LDGDEPBAR", "MUFU.EX2 R4, R4"]
+    loop += ["HGMMA.64x64x16.F32.BF16 R8, R8, R9, R10, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    loop += ["MUFU.RCP R4, R4", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5"]
+    code = assemble("BAR.SYNC 0x0", "MUFU.EX2 R4, R4", *loop, AGAIN + "2", "EXIT")
+    assert count_loop(code) == {"instructions": 9, "barriers": 1, "waits": 3, "exp2": 1}
+    assert count_loop(code[:2]) == {"instructions": 0, "barriers": 0, "waits": 0, "exp2": 0}
 
 
 def test_unknown_shapes_and_targets_are_refused():
