@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keye_model.answer import Answer
     from keye_model.chat import Chat
     from keye_model.checkpoint.config import KeyeConfig, KeyeTextConfig, KeyeVisionConfig
     from keye_model.conditional_generation import KeyeForConditionalGeneration
     from keye_model.engine.memory import Limits
+    from keye_model.inputs.answer import Answer
     from keye_model.keye import Keye
     from keye_model.network.model import KeyeModel
     from keye_model.network.text import KeyeTextModel

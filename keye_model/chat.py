@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
-from keye_model.answer import Answer
+from keye_model.inputs.answer import Answer
 from keye_model.inputs.options import SamplingOptions
 from keye_model.inputs.request import Request
 from keye_model.processing.chat import Messages, normalize_messages

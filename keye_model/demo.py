@@ -13,11 +13,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from keye_kernels import backends, tune, verdicts
-from keye_model.answer import Answer
 from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.checkpoint.config import PREVIEW
 from keye_model.cli.terminal import Progress, say
 from keye_model.demo_checkpoint import build
+from keye_model.inputs.answer import Answer
 from keye_model.keye import Keye
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from keye_kernels import backends, use_backend
-from keye_model.answer import Answer, Timings, Usage
 from keye_model.chat import Chat
 from keye_model.checkpoint.checkpoint import Checkpoint
 from keye_model.conditional_generation import KeyeForConditionalGeneration, resolve_device
@@ -20,6 +19,7 @@ from keye_model.engine.calls import Draft, answer
 from keye_model.engine.detokenizer import Detokenizer
 from keye_model.engine.memory import Limits
 from keye_model.engine.sampling import sampling_params
+from keye_model.inputs.answer import Answer, Timings, Usage
 from keye_model.inputs.options import SamplingKeywords, SamplingOptions
 from keye_model.inputs.request import Progress, Request, num_patches
 from keye_model.processing.chat import Messages, Thinking, parse_answer

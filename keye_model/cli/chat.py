@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye_model.answer import Answer
 from keye_model.chat import Chat, Reply, write_messages
 from keye_model.cli.attachments import image_item, prepare, video_item, vision_tokens
 from keye_model.cli.options import ERRORS, attachment_parser, with_flags
 from keye_model.cli.terminal import Progress, note, say
+from keye_model.inputs.answer import Answer
 from keye_model.inputs.request import Request
 from keye_model.keye import Stream
 from keye_model.processing.chat import vision_items

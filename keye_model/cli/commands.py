@@ -15,7 +15,6 @@ import torch
 import keye_kernels
 from keye_kernels import __main__ as tuning
 from keye_model import demo as demonstration
-from keye_model.answer import Answer
 from keye_model.checkpoint.config import KeyeConfig
 from keye_model.checkpoint.generation import GenerationDefaults
 from keye_model.cli import attachments
@@ -28,6 +27,7 @@ from keye_model.engine.memory import Limits, kept_feature_bytes
 from keye_model.engine.plan import Costs
 from keye_model.engine.plan import plan as count
 from keye_model.engine.sampling import sampling_params
+from keye_model.inputs.answer import Answer
 from keye_model.inputs.options import SamplingOptions
 from keye_model.keye import Keye, check_backend
 from keye_model.processing.processor import KeyeProcessor

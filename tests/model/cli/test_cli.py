@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 import keye_kernels
 import keye_model
-from keye_model.answer import Usage
 from keye_model.checkpoint.config import PREVIEW, V1_5, KeyeConfig
 from keye_model.cli import main
 from keye_model.cli.options import with_flags
 from keye_model.engine.cuda_graph import why_no_graphs
+from keye_model.inputs.answer import Usage
 from keye_model.keye import Keye
 from keye_model.processing.processor import KeyeProcessor
 from keye_model.processing.video_file import VideoFile

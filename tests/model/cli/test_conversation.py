@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from keye_model.answer import Usage
 from keye_model.cli import main
+from keye_model.inputs.answer import Usage
 from keye_model.keye import Keye
 from keye_model.processing.fetch import describe
 from keye_model.processing.processor import KeyeProcessor
