@@ -111,7 +111,7 @@ def _linear_cases(large: bool, quick: bool) -> Iterator[Case]:
     for rows, width, columns, around in edges:
         name = f"{rows} x {columns} to {width} {around}".rstrip()
         yield Case("linear", name, partial(_linear, rows, width, columns, around), False)
-    counts = (1, 2, 4, 8, 16, 64, 1024) if large else (1, 4, 16, 64)
+    counts = (1, 2, 4, 8, 16, 64, 1024) if large else (1, 8, 64)
     for name, (width, columns, around) in _MATRICES.items():
         if name not in ("o", "gate_up") and (quick or not large):
             continue
