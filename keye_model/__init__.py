@@ -41,7 +41,7 @@ __all__ = [
 _NAMES = {
     "conditional_generation": "KeyeForConditionalGeneration",
     "checkpoint.config": "KeyeConfig KeyeTextConfig KeyeVisionConfig",
-    "answer": "Answer",
+    "inputs.answer": "Answer",
     "chat": "Chat",
     "keye": "Keye",
     "network.model": "KeyeModel",
