@@ -51,7 +51,7 @@ def tune(
         not be written.
 
     Raises:
-        ValueError: There is no such op, device or dtype.
+        ValueError: There is no such op, device or dtype, or nothing to choose from for the op.
         RuntimeError: There is no GPU, or the process that tries the candidates failed itself.
     """
     device = checked_device(device)
@@ -60,6 +60,8 @@ def tune(
         raise ValueError(f"dtype must be {allowed}, got {dtype}")
     if op is not None and op not in _backends.ops():
         raise ValueError(f"op must be one of {', '.join(_backends.ops())}, got {op!r}")
+    if op is not None and len(_backends.candidates(op, device)) == 1:
+        raise ValueError(f"op must have more than one candidate on {device}, got {op!r}")
     return run({"op": op, "quick": quick, "device": device, "dtype": DTYPES[dtype]}, progress)
 
 

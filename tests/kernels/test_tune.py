@@ -266,6 +266,8 @@ def test_one_line_says_that_nothing_was_tuned(monkeypatch, capsys):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"op must be one of .*silu_mul.*, got 'softmax'"):
         kk.tune(op="softmax", device="cpu")
+    with pytest.raises(ValueError, match="more than one candidate on cpu, got 'silu_mul'"):
+        kk.tune(op="silu_mul", device="cpu")
     with pytest.raises(ValueError, match="device must be 'cuda' or 'cpu', got 'tpu'"):
         kk.tune(device="tpu")
     with pytest.raises(ValueError, match=r"dtype must be torch.bfloat16 or .*, got torch.int8"):
@@ -364,7 +366,7 @@ def test_the_command_line(capsys, cache):
 
 
 def test_python_dash_m(cache):
-    arguments = ["tune", "--device", "cpu", "--op", "silu_mul", "--quick"]
+    arguments = ["tune", "--device", "cpu", "--op", "rms_norm", "--quick"]
     done = subprocess.run(
         [sys.executable, "-m", "keye_kernels", *arguments],
         capture_output=True, text=True, env={**os.environ, "KEYE_KERNELS_CACHE": str(cache)},
