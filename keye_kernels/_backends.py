@@ -222,7 +222,9 @@ def _by_verdict(
         name = names.get(key)
         if name is None:
             row = verdicts.choice(op, *key)
-            name = names[key] = row.candidate if row and row.candidate in _registry[op] else ""
+            chosen = _registry[op].get(row.candidate) if row is not None else None
+            able = chosen is not None and not chosen.why_not()  # a library may have been removed
+            name = names[key] = row.candidate if able else ""
         if not name or run_candidate(op, name, args) is not None:
             otherwise(*args)
 

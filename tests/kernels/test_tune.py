@@ -122,9 +122,14 @@ def test_what_the_chosen_candidate_refuses_goes_to_the_default():
 
 @pytest.mark.usefixtures("registry")
 def test_a_candidate_that_is_gone_is_not_missed():
-    _verdicts.save("cpu", [row("not_registered_here", "chosen", 1.0)])
-    x = torch.randn(1, 8)
-    torch.testing.assert_close(kk.silu_mul(x), kk.reference.silu_mul(x))
+    on_cpu = {"device_types": ("cpu",), "why_not": lambda: "cannot be imported"}
+    _backends.register("silu_mul", "removed", negate, **on_cpu)
+    large = {"case": "large", "sizes": (2**16,)}
+    rows = [row("not_registered_here", "chosen", 1.0), row("removed", "chosen", 1.0, **large)]
+    _verdicts.save("cpu", rows)
+    for width in (8, 2**16):
+        x = torch.randn(1, width)
+        torch.testing.assert_close(kk.silu_mul(x), kk.reference.silu_mul(x))
 
 
 @pytest.mark.usefixtures("registry")
