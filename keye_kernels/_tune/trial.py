@@ -189,7 +189,7 @@ class Trial:
             first = self._spent(self._call_each)
             size = sum(a.numel() * a.itemsize for a in self._args if isinstance(a, torch.Tensor))
             # As many as no cache holds, but no more than are called in the time.
-            count = min(_ROTATED_BYTES // max(size, 1), 8, int(seconds / first))
+            count = min(_ROTATED_BYTES // max(size, 1), 8, int(seconds / max(first, 1e-6)))
             self._copies += [_copied(self._args, torch.clone) for _ in range(count - 1)]
             self._turn = self._captured() if self._cuda else self._call_each
             self._turn()
